@@ -1,0 +1,329 @@
+"""The one schema of a run. YAML -> OmegaConf (`${...}`, `key=value` overrides) -> strict pydantic models.
+
+Loading never imports torch, so a mistake is told in well under a second, in one sentence that names the key,
+the value and the fix. Sections follow the pipeline; `train.py` passes each stage its own section.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gspo_mm.types import GspoError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ConfigError(GspoError, ValueError):
+    """The configuration cannot run; the message names the key, its value and the fix."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not silently converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder under `dir`")
+    dir: str = Field(default="runs", description="where run folders are kept")
+    seed: NonNegative = Field(default=0, description="one seed decides data order, sampling and initialisation")
+    resume: Literal["auto", "never", "must"] = Field(
+        default="auto",
+        description="auto: continue a run of this name if there is one; never: refuse to; must: require it",
+    )
+
+    @property
+    def path(self) -> Path:
+        return Path(self.dir) / self.name
+
+
+class ModelConfig(Section):
+    path: str = Field(description="Hugging Face folder: config.json, *.safetensors, tokenizer, processor")
+    experts_layout: Literal["auto", "published", "transformers"] = Field(
+        default="auto",
+        description="axis order of fused experts on disk; auto decides by their dims and refuses to guess",
+    )
+
+
+class DataConfig(Section):
+    train: list[str] = Field(min_length=1, description="training shards: paths, {000..031} braces, globs")
+    validation: list[str] = Field(default=[], description="held-out shards, only ever evaluated on")
+    shuffle_buffer: NonNegative = Field(default=1000, description="samples in the shuffle buffer; 0 keeps shard order")
+    max_prompt_tokens: Positive = Field(default=2048, description="longer prompts are skipped and counted, never cut")
+    min_pixels: Positive | None = Field(default=None, description="passed to the image processor; null: its own")
+    max_pixels: Positive | None = Field(default=None, description="passed to the image processor; null: its own")
+    max_bad_fraction: Fraction = Field(default=0.01, description="of samples read; more unusable ones stop the run")
+    image_cache_mb: NonNegative = Field(default=512, description="host memory for pixels of recent images")
+
+
+class SamplingConfig(Section):
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: NonNegative = Field(default=0, description="0: off")
+    max_new_tokens: Positive = 64
+
+
+class RolloutConfig(Section):
+    engine: Literal["embedded"] = Field(default="embedded", description="embedded: transformers, in this process")
+    prompts_per_step: Positive = Field(default=16, description="groups sampled for one step")
+    group_size: Annotated[int, Field(ge=2)] = Field(default=8, description="completions per prompt (G)")
+    sampling: SamplingConfig = SamplingConfig()
+    max_batch: Positive = Field(default=256, description="sequences decoded together by the embedded engine")
+    replay: str | None = Field(
+        default=None, description="a run folder whose saved rollouts are trained on instead of sampling"
+    )
+
+    @model_validator(mode="after")
+    def _sampling_explores(self) -> RolloutConfig:
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                "rollout.sampling.temperature=0 makes all completions of a group equal, so no advantage can exist; "
+                "use 1.0"
+            )
+        return self
+
+
+class RewardConfig(Section):
+    file: str = Field(description="YAML reward file, see configs/rewards/")
+    max_failed_fraction: Fraction = Field(
+        default=0.05, description="of completions in a step; more failed rewards stop the run"
+    )
+
+
+class AdvantageConfig(Section):
+    std: Literal["unbiased", "biased", "none"] = Field(
+        default="unbiased", description="divisor of the centred reward; none: mean only (Dr. GRPO)"
+    )
+    max_dead_steps: Positive = Field(default=20, description="steps in a row without a live group before the run stops")
+
+
+class LossConfig(Section):
+    level: Literal["sequence", "token", "sequence_token"] = Field(
+        default="sequence", description="importance ratio: sequence = GSPO, token = GRPO/PPO, sequence_token = GSPO-token"
+    )
+    aggregation: Literal["sequence_mean", "token_mean", "dr_grpo"] = Field(
+        default="sequence_mean", description="sequence_mean is the paper's; dr_grpo divides by a constant length"
+    )
+    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(default=3e-4, description="ratio clipped below 1 - clip_low")
+    clip_high: Annotated[float, Field(gt=0.0)] = Field(default=4e-4, description="ratio clipped above 1 + clip_high")
+    allow_wide_clip: bool = Field(default=False, description="accept a sequence-level clip range above 0.01")
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
+        default=None, description="bound of ratio x advantage for negative advantages; null: off"
+    )
+    kl_coef: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="weight of the k3 KL to the reference")
+    dr_grpo_length: Positive | None = Field(
+        default=None, description="constant length of aggregation=dr_grpo; null: rollout.sampling.max_new_tokens"
+    )
+
+    @model_validator(mode="after")
+    def _clip_fits_level(self) -> LossConfig:
+        widest = max(self.clip_low, self.clip_high)
+        if self.level != "token" and widest > 0.01 and not self.allow_wide_clip:
+            raise ValueError(
+                f"loss.clip_low={self.clip_low:g}, loss.clip_high={self.clip_high:g} with loss.level={self.level}: a "
+                "sequence-level range above 0.01 never clips (it is a token-level habit; the GSPO paper uses 3e-4 and "
+                "4e-4); lower it, or set loss.allow_wide_clip=true"
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    tp: Positive = Field(default=1, description="tensor-parallel size")
+    pp: Positive = Field(default=1, description="pipeline-parallel size")
+    cp: Positive = Field(default=1, description="context-parallel size")
+    ep: Positive = Field(default=1, description="expert-parallel size")
+    etp: Positive | None = Field(default=None, description="expert-tensor-parallel size; null: tp")
+    dp: Positive | None = Field(default=None, description="data-parallel size; null: world size / (tp*pp*cp)")
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    min_lr_ratio: Fraction = Field(default=1.0, description="learning rate at the last step, as a part of lr (cosine)")
+    warmup_steps: NonNegative = 0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.98
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    grad_clip: Annotated[float, Field(ge=0.0)] = Field(default=1.0, description="largest global gradient norm; 0: off")
+
+
+class PolicyConfig(Section):
+    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="parameters and activations")
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    freeze: list[Literal["vision", "projector", "router", "language"]] = Field(
+        default=[], description="parts that are not trained"
+    )
+    micro_batch_tokens: Positive = Field(default=16384, description="packed tokens per forward/backward pass")
+
+
+class TrainConfig(Section):
+    steps: Positive = 100
+    updates_per_batch: Positive = Field(
+        default=2, description="optimizer steps per rollout batch, each on its own share of the groups"
+    )
+    eval_every: NonNegative = Field(default=0, description="steps between evaluations; 0: only first and last")
+    eval_prompts: Positive = Field(default=256, description="held-out prompts per evaluation, answered greedily")
+    canary_prompts: Positive = Field(default=4, description="prompts with images that the blind-run canary looks at")
+
+
+class SftConfig(Section):
+    steps: Positive = 100
+    batch_size: Positive = Field(default=32, description="sequences per optimizer step")
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = Field(default=50, description="steps between checkpoints; 0: only the last")
+    keep: Positive = Field(default=2, description="checkpoints kept; older ones are removed")
+    export_hf: bool = Field(default=True, description="write the trained model to RUN/hf at the end")
+
+
+class ObserveConfig(Section):
+    tensorboard: bool = True
+    wandb: str | None = Field(default=None, description="Weights & Biases project; null: off")
+    save_rollouts_every: NonNegative = Field(default=10, description="steps between saved rollouts; 0: never")
+    rollouts_per_save: NonNegative = Field(default=0, description="groups kept per save; 0: all (needed for replay)")
+    report: bool = Field(default=True, description="write RUN/report.html at the end")
+
+
+class Config(Section):
+    """Everything a run is decided by. `RUN/config.yaml` holds it resolved."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    policy: PolicyConfig = PolicyConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        updates, prompts = self.train.updates_per_batch, self.rollout.prompts_per_step
+        if prompts % updates:
+            raise ValueError(
+                f"rollout.prompts_per_step={prompts} is not divisible by train.updates_per_batch={updates}; "
+                f"use a multiple of {updates}"
+            )
+        check_world(self.policy.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        dp = data_parallel_size(self.policy.parallel, int(os.environ.get("WORLD_SIZE", "1")))
+        if prompts % (updates * dp):
+            raise ValueError(
+                f"rollout.prompts_per_step={prompts} cannot be split into train.updates_per_batch={updates} updates "
+                f"over {dp} data-parallel ranks; use a multiple of {updates * dp}"
+            )
+        return self
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    return parallel.dp or world_size // (parallel.tp * parallel.pp * parallel.cp)
+
+
+def check_world(parallel: ParallelConfig, *, world_size: int) -> None:
+    """Raise ValueError unless tp*pp*cp*dp is the number of ranks that were started."""
+    inner = parallel.tp * parallel.pp * parallel.cp
+    sizes = f"policy.parallel tp={parallel.tp} pp={parallel.pp} cp={parallel.cp}"
+    if parallel.dp is None and world_size % inner:
+        raise ValueError(f"{sizes} needs a multiple of {inner} ranks but {world_size} started; start {inner}, or lower them")
+    if parallel.dp is not None and inner * parallel.dp != world_size:
+        raise ValueError(
+            f"{sizes} dp={parallel.dp} needs {inner * parallel.dp} ranks but {world_size} started; "
+            f"start {inner * parallel.dp}, or set dp=null to fill the world"
+        )
+    etp = parallel.etp or parallel.tp
+    if world_size % (parallel.ep * etp * parallel.pp):
+        raise ValueError(
+            f"policy.parallel ep={parallel.ep} etp={etp} pp={parallel.pp} needs a multiple of "
+            f"{parallel.ep * etp * parallel.pp} ranks but {world_size} started; lower ep or etp"
+        )
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config, apply `key=value` overrides, resolve `${...}` and validate.
+
+    Raises ConfigError: one sentence per fault, naming the key, the value and the fix.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist; try configs/quickstart.yaml")
+    for item in overrides or []:
+        if "=" not in item or item.startswith("-"):
+            raise ConfigError(f"override {item!r} is not of the form key=value, as in train.steps=10")
+    try:
+        raw = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or [])))
+        values = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # YAML's own scanner and parser errors share no public base with OmegaConf's
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: Any, *, source: str = "config") -> Config:
+    """Validate plain values; raises ConfigError as `load_config` does."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} holds no mapping of sections; start from configs/quickstart.yaml")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentences(error, source))) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML; `load_config` reads it back to an equal value."""
+    OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path)
+
+
+def _sentences(error: ValidationError, source: str) -> list[str]:
+    return [f"{source}: {_sentence(fault)}" for fault in error.errors(include_url=False)]
+
+
+def _sentence(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    kind, value = fault["type"], fault.get("input")
+    if kind == "extra_forbidden":
+        return f"unknown key {key}={value!r}; {_known_keys(fault['loc'])}"
+    if kind == "missing":
+        return f"key {key} is missing; add it"
+    message = fault["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return message
+    return f"{key}={value!r} is refused: {message[0].lower()}{message[1:]}{_hint(kind, value)}"
+
+
+def _hint(kind: str, value: Any) -> str:
+    if kind in ("float_type", "int_type") and isinstance(value, str):
+        return "; YAML reads 1e-6 as text: write 1.0e-6" if "e" in value.lower() else "; write it without quotes"
+    if kind == "int_from_float" or (kind == "int_type" and isinstance(value, float)):
+        return "; write a whole number"
+    return ""
+
+
+def _known_keys(location: tuple[Any, ...]) -> str:
+    """Name the keys that the section at `location[:-1]` has, the nearest in spelling first."""
+    import difflib
+
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        section = annotation
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(names)}"

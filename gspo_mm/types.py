@@ -1,0 +1,179 @@
+"""What travels between the stages of the pipeline (see the picture in `train.py`).
+
+Every type is frozen and keyword-only: a stage returns a new value (`dataclasses.replace`) and never
+edits what it was given. Arrays say their shape, dtype and unit.
+
+Dimension legend, used here and as name suffixes everywhere:
+
+    P  tokens of one prompt, image tokens expanded      S  sequences (completions) in a batch
+    T  tokens of one completion                         N  packed tokens of a micro-batch (prompt + response)
+    G  completions of one group                         R  packed *trained* response tokens of a micro-batch
+    I  images                                           V  vocabulary        D  hidden size
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+type Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+class GspoError(Exception):
+    """A fault that a user can act on; its message is one sentence naming the cause and the fix."""
+
+
+class DataError(GspoError):
+    """The data cannot be used: shards missing, or more samples unusable than `data.max_bad_fraction` allows."""
+
+
+class NonFiniteError(GspoError):
+    """A NaN or infinity in log-probs, rewards or loss, with the sequence that made it."""
+
+
+class BlindModelError(GspoError):
+    """The model's answer does not depend on its image."""
+
+
+class DeadRunError(GspoError):
+    """Too many steps in a row without a single group whose rewards differ."""
+
+
+class Finish(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"  # it sampled a stop token
+    LENGTH = "length"  # it reached `rollout.sampling.max_new_tokens`
+    ABORT = "abort"  # the engine gave it up
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage:
+    """An image as it came: encoded bytes, known by their hash. Pixels never travel between stages."""
+
+    data: bytes  # PNG, JPEG, WebP ... bytes as found in the shard
+    key: str  # SHA-256 of `data`, hexadecimal: equal content is one image
+    width: int  # pixels, after EXIF rotation
+    height: int  # pixels, after EXIF rotation
+
+    @staticmethod
+    def key_of(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One sample of a shard: a question with its images, and what the reward needs to judge an answer."""
+
+    key: str  # "<shard file name>/<sample key>", unique in a data set
+    messages: tuple[Mapping[str, Any], ...]  # chat messages in Hugging Face's form; images are {"type": "image"} parts
+    images: tuple[EncodedImage, ...]  # [I] in the order of the image parts
+    answer: Json  # what rewards compare with
+    task: str  # routes to reward parts
+    response: str | None = None  # a reference answer in the wanted format, for the supervised warm start only
+    meta: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompt:
+    """A prompt after the one processor call whose token ids serve rollout and training alike."""
+
+    prompt: Prompt
+    text: str  # chat template output, one image token per image: for engines that expand by themselves
+    token_ids: tuple[int, ...]  # [P] image tokens expanded
+    pixel_values: torch.Tensor | None  # [sum of t*h*w, patch dim] float32, all images in order
+    image_grid_thw: torch.Tensor | None  # [I, 3] int64, patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled answer to a prompt."""
+
+    token_ids: tuple[int, ...]  # [T] the stop token included when `finish` is stop
+    logprobs: tuple[float, ...]  # [T] nats, from the engine that sampled them, at the sampling temperature, before top-k/p
+    versions: tuple[int, ...]  # [T] weight version that sampled each token
+    finish: Finish
+    text: str  # decoded, special tokens left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What the reward file says of one completion."""
+
+    value: float  # the scalar reward
+    parts: Mapping[str, float]  # unweighted value of each part that applied, by name
+    accuracy: float | None = None  # 0 or 1 from the part marked `accuracy`; None where none applies
+    error: str | None = None  # set when a part failed: such a completion is never trained on as if it scored 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutGroup:
+    """One prompt with its G completions; scores and advantages are filled in on the way."""
+
+    id: int  # unique in a run, increasing
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]  # [P] image tokens expanded; the training side uses these very ids
+    completions: tuple[Completion, ...]  # [G]
+    scores: tuple[Score, ...] = ()  # [G] after reward/
+    advantages: tuple[float, ...] = ()  # [G] after advantage.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How completions are drawn. Greedy is temperature 0."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """One sequence to train on: what `batch/` packs."""
+
+    name: str  # "group 12 completion 3 (digits-000001.tar/000042)", for error messages
+    prompt: Prompt
+    token_ids: tuple[int, ...]  # prompt then response
+    prompt_length: int  # tokens of `token_ids` that are prompt; the rest is the trained response
+    advantage: float = 0.0
+    rollout_logprobs: tuple[float, ...] | None = None  # [T] nats
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Sequences laid end to end, with each distinct image once.
+
+    A response token's log-prob is predicted from the token before it; `response_mask` marks the predicted
+    tokens, so packed response tensors [R] follow `token_ids[response_mask]`.
+    """
+
+    names: tuple[str, ...]  # [S] see Sequence.name
+    token_ids: torch.Tensor  # [N] int64
+    cu_seqlens: torch.Tensor  # [S+1] int32, offsets of sequences in N
+    positions: torch.Tensor  # [3, N] int64, multi-axis rotary positions (time, height, width)
+    response_mask: torch.Tensor  # [N] bool, tokens that are trained on
+    response_cu_seqlens: torch.Tensor  # [S+1] int32, offsets of sequences in R
+    advantages: torch.Tensor  # [S] float32
+    rollout_logprobs: torch.Tensor | None  # [R] float32 nats
+    pixel_values: torch.Tensor | None  # [patches, patch dim] float32, distinct images only
+    image_grid_thw: torch.Tensor | None  # [I, 3] int64, distinct images only
+    image_index: torch.Tensor  # [occurrences] int64: distinct image shown by each image occurrence, in token order
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids.numel())
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.response_cu_seqlens[-1])
