@@ -1,0 +1,100 @@
+"""Lay sequences end to end into micro-batches of at most `max_tokens`, every distinct image once.
+
+Nothing is padded: sequences of any length stand side by side in N, told apart by `cu_seqlens`. Sequences keep
+their order, so the G answers of a group stay together and share their image's pixels and vision features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+
+from gspo_mm.types import EncodedImage, MicroBatch, RolloutGroup, Sequence
+
+
+class Pixels(Protocol):
+    """What packing needs of `data.Processor`."""
+
+    def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image."""
+        ...
+
+    def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
+        """Rotary positions [3, L] int64 of one sequence."""
+        ...
+
+
+def sequences_of(groups: Iterable[RolloutGroup]) -> list[Sequence]:
+    """One Sequence per trainable completion; those whose reward failed or that are empty are left out."""
+    return [
+        Sequence(
+            name=f"group {group.id} completion {i} ({group.prompt.key})",
+            prompt=group.prompt,
+            token_ids=group.prompt_ids + completion.token_ids,
+            prompt_length=len(group.prompt_ids),
+            advantage=group.advantages[i],
+            rollout_logprobs=completion.logprobs,
+        )
+        for group in groups
+        for i, completion in enumerate(group.completions)
+        if completion.token_ids and group.scores[i].error is None
+    ]
+
+
+def make_micro_batches(sequences: list[Sequence], processor: Pixels, max_tokens: int) -> list[MicroBatch]:
+    """Fill micro-batches in order; a sequence longer than `max_tokens` gets one of its own."""
+    bins: list[list[Sequence]] = []
+    room = 0
+    for sequence in sequences:
+        length = len(sequence.token_ids)
+        if not bins or length > room:
+            bins.append([])
+            room = max_tokens
+        bins[-1].append(sequence)
+        room -= length
+    return [_pack(members, processor) for members in bins]
+
+
+def _pack(sequences: list[Sequence], processor: Pixels) -> MicroBatch:
+    images: dict[str, int] = {}  # content hash -> index among the distinct images
+    pixels: list[torch.Tensor] = []
+    grids: list[torch.Tensor] = []
+    image_index: list[int] = []
+    positions: list[torch.Tensor] = []
+    masks: list[torch.Tensor] = []
+    for sequence in sequences:
+        assert 0 < sequence.prompt_length < len(sequence.token_ids), sequence.name
+        for image in sequence.prompt.images:
+            if image.key not in images:
+                images[image.key] = len(images)
+                patches, grid = processor.pixels(image)
+                pixels.append(patches)
+                grids.append(grid)
+            image_index.append(images[image.key])
+        own = [grids[images[image.key]] for image in sequence.prompt.images]
+        tokens = torch.tensor(sequence.token_ids)
+        positions.append(processor.positions(tokens, torch.cat(own) if own else None))
+        masks.append(torch.arange(len(tokens)) >= sequence.prompt_length)
+    has_logprobs = all(s.rollout_logprobs is not None for s in sequences)
+    return MicroBatch(
+        names=tuple(s.name for s in sequences),
+        token_ids=torch.tensor([t for s in sequences for t in s.token_ids]),
+        cu_seqlens=_offsets(len(s.token_ids) for s in sequences),
+        positions=torch.cat(positions, dim=1),
+        response_mask=torch.cat(masks),
+        response_cu_seqlens=_offsets(len(s.token_ids) - s.prompt_length for s in sequences),
+        advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
+        rollout_logprobs=torch.tensor([x for s in sequences for x in s.rollout_logprobs or ()])
+        if has_logprobs
+        else None,
+        pixel_values=torch.cat(pixels) if pixels else None,
+        image_grid_thw=torch.cat(grids) if grids else None,
+        image_index=torch.tensor(image_index, dtype=torch.int64),
+    )
+
+
+def _offsets(lengths: Iterable[int]) -> torch.Tensor:
+    return torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
