@@ -1,0 +1,330 @@
+"""The policy loss, as equations (GSPO: Zheng et al. 2025, arXiv 2507.18071).
+
+One answer y_i has L_i trained response tokens; x_it = log π_θ(y_it) − log π_old(y_it). Three pieces make the
+loss:
+
+1. A ratio, by `loss.level`, each clipped as its value demands:
+
+       sequence        s_i  = exp( (1/L_i) Σ_t x_it )                            GSPO, eq. 7
+       token           w_it = exp( x_it )                                        GRPO / PPO
+       sequence_token  s_it = sg[s_i] · π_θ(y_it) / sg[π_θ(y_it)]                GSPO-token, eq. 14
+                       (in value s_i, its gradient that of the token; advantages may then differ per token)
+
+2. A surrogate, pessimistic in the ratio ρ (one of the three above, with its advantage A):
+
+       o(ρ, A) = min( ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A )              eq. 5, eq. 13
+       o(ρ, A) ← max( o, dual_clip · A )   for A < 0, where `dual_clip` is set   Ye et al. 2020, arXiv 1912.09729
+
+3. A weight a_i per token, by `loss.aggregation`. S and N are the sequences and response tokens of the *whole*
+   batch of this update (all micro-batches, all data-parallel ranks), C is `loss.dr_grpo_length`:
+
+       sequence_mean  a_i = 1 / (S L_i)      token_mean  a_i = 1 / N      dr_grpo  a_i = 1 / (S C)
+
+       loss = − Σ_i Σ_t a_i o_it  +  kl_coef · Σ_i Σ_t a_i k_it
+       k_it = exp(d_it) − d_it − 1,   d_it = log π_ref(y_it) − log π_θ(y_it)
+
+   (k_it: the k3 estimator of KL(π_θ ‖ π_ref), joschu.net/blog/kl-approx.html.) Written out, with o_it = o_i =
+   o(s_i, A_i) at level sequence, since every token of an answer then has the same surrogate:
+
+                   sequence_mean                  token_mean             dr_grpo
+       sequence    (1/S) Σ_i o_i   [GSPO eq. 5]   (1/N) Σ_i L_i o_i      (1/(S C)) Σ_i L_i o_i
+       otherwise   (1/S) Σ_i (1/L_i) Σ_t o_it     (1/N) Σ_i Σ_t o_it     (1/(S C)) Σ_i Σ_t o_it
+                   [GRPO; GSPO-token eq. 13]      [DAPO]                 [Dr. GRPO]
+
+   token_mean and dr_grpo let long answers weigh more at level sequence; only sequence_mean is the paper's
+   objective.
+
+Since S, N and C are given, losses and metrics of micro-batches add up to those of the batch, whatever the
+split.
+
+Deviations from the paper: the KL term (absent there; `kl_coef` is 0 by default) and dual clip (off by
+default). The paper's mean over groups of means over answers equals the mean over all S answers when groups
+are of equal size; for unequal groups every *answer*, not every group, weighs the same here.
+
+"Clipped" means that the surrogate took a constant branch, so that the gradient is exactly 0: A > 0 and
+ρ > 1 + clip_high (high), A < 0 and ρ < 1 − clip_low (low), or A < 0 and ρ > dual_clip (dual). A ratio outside
+the range whose advantage pulls it back is not clipped.
+
+Everything is computed in float64 (R numbers cost nothing beside the model that made them); the loss comes
+back in the dtype of `logprobs`. No step uses atomic additions, so the result is the same on every run, on
+CUDA too.
+
+Suffixes: R packed response tokens, S sequences, U units that have a ratio of their own (S at level sequence,
+else R).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gspo_mm.config import LossConfig
+from gspo_mm.types import NonFiniteError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """The part of the batch's loss and metrics that these sequences make."""
+
+    loss: Tensor  # scalar, dtype of the log-probs; losses of micro-batches add up
+    metrics: dict[str, float]  # see `policy_loss`; merged by `reduce_metrics`
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    config: LossConfig,
+    num_sequences: int,
+    num_tokens: int | None = None,
+    entropy: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    names: Sequence[str] | None = None,
+) -> LossOutput:
+    """The loss of packed sequences by the equations at the top of this file.
+
+    logprobs          [R] float32 or float64, nats, of the policy being trained; alone gets a gradient
+    old_logprobs      [R] nats, of the policy that this batch of rollouts started with, by the trainer
+    advantages        [S], or [R] at levels token and sequence_token
+    cu_seqlens        [S+1] integers, offsets of sequences in R, from 0 to R
+    num_sequences     S of the whole batch of this optimizer step, over all micro-batches and ranks
+    num_tokens        N of the same; needed for aggregation token_mean and for the metric clip_token_fraction
+    entropy           [R] nats, for the metric only
+    ref_logprobs      [R] nats, of the reference; needed where kl_coef > 0
+    rollout_logprobs  [R] nats, of the engine that sampled, for the metrics only
+    names             [S] used in errors
+
+    Metrics are means over all sequences of the batch; what belongs to a token is averaged within its sequence
+    first:
+
+        ratio_mean, ratio_min, ratio_max     of s_i, or of w_it at level token
+        clip_low_fraction, clip_high_fraction, clip_dual_fraction (with dual_clip)
+                                             of sequences, at the other levels of the tokens within each;
+                                             "clipped" is defined at the top of this file
+        clip_token_fraction                  clipped tokens (all of a clipped sequence) / num_tokens, where given
+        approx_kl                            k3 of KL(π_old ‖ π_θ): exp(x) − 1 − x per token
+        entropy, kl_ref                      per token, where given
+        logprob_gap_mean, logprob_gap_max    |log π_old − log π_rollout| per token, where given
+
+    Raises NonFiniteError naming the sequence for NaN or Inf in an input or in the loss, and ValueError for
+    shapes, counts or config values that do not fit together.
+    """
+    S, R = cu_seqlens.numel() - 1, logprobs.numel()
+    lengths_S = _lengths(cu_seqlens, R, names)
+    _check_counts(config, S, num_sequences, num_tokens, ref_logprobs)
+    names = names or [f"sequence {i}" for i in range(S)]
+    if len(names) != S:
+        raise ValueError(f"names holds {len(names)} names for {S} sequences")
+    given = {
+        "logprobs": logprobs,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "entropy": entropy,
+    }
+    for what, values in given.items():
+        if values is not None:
+            if values.shape != (R,):
+                raise ValueError(
+                    f"{what} has shape {list(values.shape)}; logprobs has [{R}] and both must be equal"
+                )
+            _require_finite(what, values, cu_seqlens, names)
+    per_token = config.level != "sequence"
+    if advantages.shape != (S,) and not (per_token and advantages.shape == (R,)):
+        allowed = f"[{S}] (sequences)" + (f" or [{R}] (tokens)" if per_token else "")
+        raise ValueError(
+            f"advantages has shape {list(advantages.shape)}; level={config.level} takes {allowed}"
+        )
+    _require_finite("advantages", advantages, cu_seqlens, names)
+
+    owner_R = torch.repeat_interleave(lengths_S)  # the sequence that each token belongs to
+    logprobs_R = logprobs.double()
+    old_R = old_logprobs.detach().double()
+    x_R = logprobs_R - old_R
+    log_s_S = _segment_sum(x_R, lengths_S) / lengths_S
+    match config.level:
+        case "sequence":
+            log_ratio_U = log_s_S
+        case "token":
+            log_ratio_U = x_R
+        case "sequence_token":
+            log_ratio_U = log_s_S.detach()[owner_R] + (logprobs_R - logprobs_R.detach())
+
+    advantage_U = advantages.detach().double()
+    if per_token and advantages.shape == (S,):
+        advantage_U = advantage_U[owner_R]
+    surrogate_U, clipped = _surrogate(log_ratio_U, advantage_U, config)
+
+    # Denominators are those of the whole batch: one count for all micro-batches and ranks, so the split
+    # cannot matter.
+    match config.aggregation:
+        case "sequence_mean":
+            weight_S = 1.0 / (num_sequences * lengths_S.double())
+        case "token_mean":
+            assert num_tokens is not None
+            weight_S = torch.full_like(log_s_S, 1.0 / num_tokens)
+        case "dr_grpo":
+            assert config.dr_grpo_length is not None
+            weight_S = torch.full_like(log_s_S, 1.0 / (num_sequences * config.dr_grpo_length))
+    weight_S = weight_S.detach()
+    weight_R = weight_S[owner_R]
+    loss_U = -surrogate_U * (weight_R if per_token else weight_S * lengths_S)
+    loss = _total("loss", loss_U, cu_seqlens, names, logprobs.dtype)
+    kl_R = None
+    if ref_logprobs is not None:
+        d_R = ref_logprobs.detach().double() - logprobs_R
+        kl_R = torch.expm1(d_R) - d_R
+        if config.kl_coef > 0:
+            loss = loss + config.kl_coef * _total(
+                "KL to the reference", weight_R * kl_R, cu_seqlens, names, logprobs.dtype
+            )
+
+    with torch.no_grad():
+        in_sequence_R = (1.0 / (num_sequences * lengths_S.double()))[owner_R]
+        share_U = in_sequence_R if per_token else torch.full_like(log_s_S, 1.0 / num_sequences)
+        ratio_U = torch.exp(log_ratio_U)
+        sums = {"ratio_mean": ratio_U @ share_U, "ratio_min": ratio_U.min(), "ratio_max": ratio_U.max()}
+        for name, mask_U in clipped.items():
+            sums[f"clip_{name}_fraction"] = mask_U.double() @ share_U
+        if num_tokens is not None:
+            any_U = torch.stack(list(clipped.values())).any(0).double()
+            sums["clip_token_fraction"] = (any_U if per_token else any_U * lengths_S).sum() / num_tokens
+        sums["approx_kl"] = (torch.expm1(x_R) - x_R) @ in_sequence_R
+        if entropy is not None:
+            sums["entropy"] = entropy.double() @ in_sequence_R
+        if kl_R is not None:
+            sums["kl_ref"] = kl_R @ in_sequence_R
+        if rollout_logprobs is not None:
+            gap_R = (old_R - rollout_logprobs.double()).abs()
+            sums["logprob_gap_mean"] = gap_R @ in_sequence_R
+            sums["logprob_gap_max"] = gap_R.max()
+        values = torch.stack(list(sums.values())).tolist()  # one transfer from the device
+    return LossOutput(loss=loss, metrics=dict(zip(sums, values, strict=True)))
+
+
+def reduce_metrics(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Merge metrics of micro-batches (or ranks): `*_min` by min, `*_max` by max, all others by addition."""
+    parts = list(parts)
+    if len({frozenset(part) for part in parts}) > 1:
+        raise ValueError(f"metrics of micro-batches have different names: {[sorted(part) for part in parts]}")
+    merge = {"_min": min, "_max": max}
+    return {
+        name: merge.get(name[-4:], math.fsum)([part[name] for part in parts])
+        for name in (parts[0] if parts else ())
+    }
+
+
+def check_clip_can_act(config: LossConfig, updates_per_batch: int) -> str | None:
+    """A one-sentence warning where the clip range cannot do its work, else None."""
+    clip = f"loss.clip_low={config.clip_low:g} and loss.clip_high={config.clip_high:g}"
+    if updates_per_batch == 1:
+        return (
+            "train.updates_per_batch=1: the policy equals the old policy during the only update, so every "
+            f"ratio is 1 and {clip} never act; use 2 or more to train as the GSPO paper does."
+        )
+    if config.level != "token" and max(config.clip_low, config.clip_high) > 0.01:
+        return (
+            f"{clip} at loss.level={config.level} clip nothing, since such ratios stay within about 1e-3; the GSPO "
+            "paper uses 3e-4 and 4e-4."
+        )
+    return None
+
+
+def _surrogate(
+    log_ratio_U: Tensor, advantage_U: Tensor, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """o(ρ, A) [U] and the masks [U] of its constant branches."""
+    positive_U, negative_U = advantage_U > 0, advantage_U < 0
+    clipped = {
+        "low": negative_U & (log_ratio_U < math.log1p(-config.clip_low)),
+        "high": positive_U & (log_ratio_U > math.log1p(config.clip_high)),
+    }
+    bounds = {"low": 1.0 - config.clip_low, "high": 1.0 + config.clip_high}
+    if config.dual_clip is not None:
+        clipped["dual"] = negative_U & (log_ratio_U > math.log(config.dual_clip))
+        bounds["dual"] = config.dual_clip
+    # A clipped ratio is replaced before exp, not after: exp may overflow there, and 0 · inf is NaN in the
+    # gradient.
+    any_U = torch.stack(list(clipped.values())).any(0)
+    ratio_U = torch.exp(log_ratio_U.masked_fill(any_U, 0.0))
+    for name, mask_U in clipped.items():
+        ratio_U = ratio_U.masked_fill(mask_U, bounds[name])
+    return ratio_U * advantage_U, clipped
+
+
+def _segment_sum(values_R: Tensor, lengths_S: Tensor) -> Tensor:
+    """Sums of consecutive stretches; unlike index_add, neither it nor its gradient adds atomically."""
+    return torch.segment_reduce(values_R, "sum", lengths=lengths_S, axis=0)
+
+
+def _lengths(cu_seqlens: Tensor, R: int, names: Sequence[str] | None) -> Tensor:
+    offsets = cu_seqlens.tolist()
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != R:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to the {R} tokens of logprobs and hold at least one sequence; it is "
+            f"{offsets[:1]} to {offsets[-1:]} with {len(offsets)} entries"
+        )
+    lengths_S = cu_seqlens.long().diff()
+    if bool((lengths_S < 1).any()):
+        worst = int((lengths_S < 1).nonzero()[0])
+        name = names[worst] if names else f"sequence {worst}"
+        raise ValueError(
+            f"{name} has no trained response token, so its ratio is undefined; leave it out of the batch"
+        )
+    return lengths_S
+
+
+def _check_counts(
+    config: LossConfig, S: int, num_sequences: int, num_tokens: int | None, ref_logprobs: Tensor | None
+) -> None:
+    if num_sequences < S:
+        raise ValueError(
+            f"num_sequences={num_sequences} is below the {S} sequences at hand; pass the count of the whole "
+            "batch"
+        )
+    if config.aggregation == "token_mean" and num_tokens is None:
+        raise ValueError(
+            "loss.aggregation=token_mean divides by num_tokens; pass the response tokens of the whole batch"
+        )
+    if config.aggregation == "dr_grpo" and config.dr_grpo_length is None:
+        raise ValueError(
+            "loss.aggregation=dr_grpo needs loss.dr_grpo_length; set it to rollout.sampling.max_new_tokens"
+        )
+    if config.kl_coef > 0 and ref_logprobs is None:
+        raise ValueError(
+            f"loss.kl_coef={config.kl_coef:g} needs log-probs of a reference model; pass them, or set it to 0"
+        )
+
+
+def _total(what: str, values: Tensor, cu_seqlens: Tensor, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+    """Sum to `dtype`; where the sum does not fit, the largest summand is to blame."""
+    total = values.sum().to(dtype)
+    if not bool(torch.isfinite(total)):
+        size = values.detach().abs().nan_to_num(nan=math.inf, posinf=math.inf)
+        _blame(what, values.detach(), int(size.argmax()), cu_seqlens, names)
+    return total
+
+
+def _require_finite(what: str, values: Tensor, cu_seqlens: Tensor, names: Sequence[str]) -> None:
+    finite = torch.isfinite(values.detach())
+    if not bool(finite.all()):
+        _blame(what, values.detach(), int((~finite).nonzero()[0]), cu_seqlens, names)
+
+
+def _blame(what: str, values: Tensor, index: int, cu_seqlens: Tensor, names: Sequence[str]) -> None:
+    """Raise for entry `index` of values that are [S] or [R] (the same where all have one token)."""
+    sequence, place = index, ""
+    if values.numel() != len(names):
+        sequence = int(torch.searchsorted(cu_seqlens, index, right=True)) - 1
+        place = f" at response token {index - int(cu_seqlens[sequence])}"
+    raise NonFiniteError(
+        f"{what} of {names[sequence]} is {float(values[index]):g}{place}; nothing was replaced: look at this "
+        "sequence, and at the learning rate or the numeric format if it happens to many"
+    )
