@@ -1,0 +1,337 @@
+"""Make a small random Qwen3-VL(-MoE) folder: weights, tokenizer, processor, chat template.
+
+It is the real architecture at a millionth of the size, so that everything which runs on a 30B checkpoint runs
+here in seconds on a CPU: DeepStack, interleaved multi-axis rotary positions, grouped queries, routed experts.
+
+Two deliberate differences from a model that `from_config(...).save_pretrained(...)` writes: the fused experts are
+stored in the published checkpoints' axis order (gate_up_proj [E, hidden, 2*inter], down_proj [E, inter, hidden]),
+which serving engines insist on, and the tokenizer is a byte-level BPE of a few hundred tokens, one per digit, which
+knows the words of the digit tasks, so that prompts and answers are short.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
+
+# Qwen's special tokens, in Qwen's order.
+SPECIAL_TOKENS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+# One token each, yet ordinary text that decoding keeps, as Qwen3 does with <think> and <tool_call>.
+PLAIN_TOKENS = ["<answer>", "</answer>"]
+
+# ChatML with Qwen's way of marking images.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- elif part.type == 'video' -%}{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}"
+    "{%- elif 'text' in part -%}{{- part.text -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+# What the tokenizer learns its words from; the questions are those of tools/make_shards.py.
+CORPUS = [
+    "user\n", "assistant\n", "system\n", "Which digit is this?", "What is the sum of the digits?", "How many 3s are there?",
+    "Which digit is the largest?", "Where is the 7? Give its box in pixels.", "[12,40,35,63]", "What is in the image?",
+    "The answer is ", "Answer with a number.", "Look at the picture and count the objects. Read the text in it.",
+    "Which of the two pictures shows a larger digit? The first. The second. Yes. No. left right top bottom",
+]  # fmt: skip
+
+# Qwen2's split: letters with one leading sign or space, every digit by itself, runs of signs, line ends.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Family(StrEnum):
+    QWEN3_VL_MOE = "qwen3_vl_moe"
+    QWEN3_VL = "qwen3_vl"
+
+
+def make_tiny_model(
+    out: Path,
+    *,
+    family: str = "qwen3_vl_moe",
+    seed: int = 0,
+    patch_size: int = 8,
+    image_size: int = 64,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    force: bool = False,
+) -> PreTrainedModel:
+    """Write the model folder `out` and return the model (float32).
+
+    `text` and `vision` override single values of the two halves of the config, for instance
+    `text={"num_key_value_heads": 4}`; `text={"tie_word_embeddings": True}` ties the embeddings.
+    Images of `image_size` squared keep their size; up to 4x as many pixels are admitted, fewer are scaled up.
+
+    Raises FileExistsError unless `force`, ValueError when the expert dims would make the layout ambiguous.
+    """
+    import torch
+    import transformers
+    from transformers import AutoProcessor, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+    if out.exists() and not force:
+        raise FileExistsError(f"{out} exists; choose another folder or pass --force to replace it")
+    tokenizer = _wrap_tokenizer(train_tokenizer())
+    config = _config(Family(family), tokenizer, patch_size, image_size, text or {}, vision or {})
+    model_class = {
+        Family.QWEN3_VL_MOE: transformers.Qwen3VLMoeForConditionalGeneration,
+        Family.QWEN3_VL: transformers.Qwen3VLForConditionalGeneration,
+    }[Family(family)]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config).float().eval()
+    stop = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop[1], bos_token_id=stop[1])
+
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    if Family(family) is Family.QWEN3_VL_MOE:
+        _store_published_layout(partial / "model.safetensors", config.text_config)
+    _processor(tokenizer, config.vision_config, image_size).save_pretrained(partial)
+    AutoProcessor.from_pretrained(partial)  # the folder must load, or it is not published
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+    return model
+
+
+def train_tokenizer() -> Tokenizer:
+    """Byte-level BPE: any text can be written, the words of `CORPUS` are single tokens, digits never merge."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        min_frequency=2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 2, trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN_TOKENS])
+    return tokenizer
+
+
+def _wrap_tokenizer(tokenizer: Tokenizer) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _config(
+    family: Family,
+    tokenizer: Any,
+    patch_size: int,
+    image_size: int,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+) -> Any:
+    import transformers
+
+    tied = text.get("tie_word_embeddings", False)
+    patch_size = vision.get("patch_size", patch_size)
+    token = tokenizer.convert_tokens_to_ids
+    text_values: dict[str, Any] = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.05,
+        "rms_norm_eps": 1e-6,
+        "eos_token_id": token("<|im_end|>"),
+        "pad_token_id": token("<|endoftext|>"),
+        "bos_token_id": token("<|endoftext|>"),
+    }
+    if family is Family.QWEN3_VL_MOE:
+        text_values |= {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,  # not hidden/2: then both layouts of gate_up_proj would have equal dims
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+        }
+    text_values |= text
+    if "rope_parameters" not in text:
+        half = text_values["head_dim"] // 2
+        side = half * 5 // 16  # Qwen3-VL's split of 64 frequencies is 24 time, 20 height, 20 width
+        text_values["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [half - 2 * side, side, side],
+            "mrope_interleaved": True,
+        }
+    vision_values: dict[str, Any] = {
+        "depth": 3,
+        "hidden_size": 64,
+        "num_heads": 4,
+        "intermediate_size": 128,
+        "patch_size": patch_size,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "in_channels": 3,
+        "out_hidden_size": text_values["hidden_size"],
+        "num_position_embeddings": (image_size // patch_size) ** 2,
+        "deepstack_visual_indexes": [0, 1, 2],  # SGLang knows exactly three
+        "initializer_range": 0.05,
+    } | vision
+    config_class = {
+        Family.QWEN3_VL_MOE: transformers.Qwen3VLMoeConfig,
+        Family.QWEN3_VL: transformers.Qwen3VLConfig,
+    }[family]
+    return config_class(
+        text_config=text_values,
+        vision_config=vision_values,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=tied,
+        dtype="float32",
+    )
+
+
+def _processor(tokenizer: Any, vision: Any, image_size: int) -> Any:
+    import transformers
+
+    shape = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    size = {"shortest_edge": image_size**2 // 4, "longest_edge": image_size**2 * 4}
+    half = [0.5, 0.5, 0.5]
+    return transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            **shape, size=size, image_mean=half, image_std=half
+        ),
+        video_processor=transformers.Qwen3VLVideoProcessor(**shape),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _store_published_layout(path: Path, text: Any) -> None:
+    """Rewrite fused experts as published checkpoints keep them (see the module docstring)."""
+    from safetensors.torch import load_file, save_file
+
+    hidden, inter = text.hidden_size, text.moe_intermediate_size
+    if hidden in (inter, 2 * inter):
+        raise ValueError(
+            f"moe_intermediate_size={inter} with hidden_size={hidden} makes both expert layouts equal in shape, so no "
+            "reader could tell them apart; use another moe_intermediate_size"
+        )
+    published = {"gate_up_proj": (hidden, 2 * inter), "down_proj": (inter, hidden)}
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if ".experts." in name and tuple(tensor.shape[1:]) != published[name.rsplit(".", 1)[-1]]:
+            tensors[name] = tensor.transpose(1, 2).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _overrides(items: list[str]) -> dict[str, dict[str, Any]]:
+    values: dict[str, dict[str, Any]] = {"text": {}, "vision": {}}
+    for item in items:
+        key, _, value = item.partition("=")
+        half, _, name = key.partition(".")
+        if half not in values or not name or not value:
+            raise typer.BadParameter(f"{item!r} is not of the form text.KEY=JSON or vision.KEY=JSON")
+        try:
+            values[half][name] = json.loads(value)
+        except json.JSONDecodeError:
+            raise typer.BadParameter(f"the value in {item!r} is not JSON; quote text as '\"...\"'") from None
+    return values
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist (or pass --force).")],
+    family: Annotated[Family, typer.Option(help="Mixture of experts, or dense.")] = Family.QWEN3_VL_MOE,
+    seed: Annotated[
+        int, typer.Option(help="Decides the random weights; the tokenizer does not depend on it.")
+    ] = 0,
+    patch_size: Annotated[
+        int,
+        typer.Option(help="Pixels per patch side; 2x2 patches are one image token: 8 gives 16 for 64x64."),
+    ] = 8,
+    image_size: Annotated[int, typer.Option(help="Side of the images it is meant for, in pixels.")] = 64,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a config value: text.KEY=JSON or vision.KEY=JSON."),
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
+) -> None:
+    """Make a small random **Qwen3-VL-MoE** (or dense Qwen3-VL) folder that `from_pretrained` loads.
+
+    About 1.2 million parameters: 3 decoder layers 128 wide, 8 experts of which 2 are used, a 3-block vision tower 64
+    wide feeding all three decoder layers (DeepStack). It knows nothing: teach it with `gspo-mm sft`.
+
+    Examples:
+
+        python tools/make_tiny_model.py models/tiny
+
+        python tools/make_tiny_model.py models/tiny-dense --family qwen3_vl
+
+        python tools/make_tiny_model.py models/odd --set text.num_key_value_heads=1 --set text.num_experts=6
+    """
+    values = _overrides(set_ or [])
+    try:
+        model = make_tiny_model(
+            out, family=family, seed=seed, patch_size=patch_size, image_size=image_size, force=force, **values
+        )
+    except (FileExistsError, ValueError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{out}: {family} with {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    app()
