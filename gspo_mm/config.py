@@ -34,7 +34,9 @@ class Section(BaseModel):
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder under `dir`")
     dir: str = Field(default="runs", description="where run folders are kept")
-    seed: NonNegative = Field(default=0, description="one seed decides data order, sampling and initialisation")
+    seed: NonNegative = Field(
+        default=0, description="one seed decides data order, sampling and initialisation"
+    )
     resume: Literal["auto", "never", "must"] = Field(
         default="auto",
         description="auto: continue a run of this name if there is one; never: refuse to; must: require it",
@@ -56,11 +58,21 @@ class ModelConfig(Section):
 class DataConfig(Section):
     train: list[str] = Field(min_length=1, description="training shards: paths, {000..031} braces, globs")
     validation: list[str] = Field(default=[], description="held-out shards, only ever evaluated on")
-    shuffle_buffer: NonNegative = Field(default=1000, description="samples in the shuffle buffer; 0 keeps shard order")
-    max_prompt_tokens: Positive = Field(default=2048, description="longer prompts are skipped and counted, never cut")
-    min_pixels: Positive | None = Field(default=None, description="passed to the image processor; null: its own")
-    max_pixels: Positive | None = Field(default=None, description="passed to the image processor; null: its own")
-    max_bad_fraction: Fraction = Field(default=0.01, description="of samples read; more unusable ones stop the run")
+    shuffle_buffer: NonNegative = Field(
+        default=1000, description="samples in the shuffle buffer; 0 keeps shard order"
+    )
+    max_prompt_tokens: Positive = Field(
+        default=2048, description="longer prompts are skipped and counted, never cut"
+    )
+    min_pixels: Positive | None = Field(
+        default=None, description="passed to the image processor; null: its own"
+    )
+    max_pixels: Positive | None = Field(
+        default=None, description="passed to the image processor; null: its own"
+    )
+    max_bad_fraction: Fraction = Field(
+        default=0.01, description="of samples read; more unusable ones stop the run"
+    )
     image_cache_mb: NonNegative = Field(default=512, description="host memory for pixels of recent images")
 
 
@@ -72,7 +84,9 @@ class SamplingConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["embedded"] = Field(default="embedded", description="embedded: transformers, in this process")
+    engine: Literal["embedded"] = Field(
+        default="embedded", description="embedded: transformers, in this process"
+    )
     prompts_per_step: Positive = Field(default=16, description="groups sampled for one step")
     group_size: Annotated[int, Field(ge=2)] = Field(default=8, description="completions per prompt (G)")
     sampling: SamplingConfig = SamplingConfig()
@@ -102,25 +116,36 @@ class AdvantageConfig(Section):
     std: Literal["unbiased", "biased", "none"] = Field(
         default="unbiased", description="divisor of the centred reward; none: mean only (Dr. GRPO)"
     )
-    max_dead_steps: Positive = Field(default=20, description="steps in a row without a live group before the run stops")
+    max_dead_steps: Positive = Field(
+        default=20, description="steps in a row without a live group before the run stops"
+    )
 
 
 class LossConfig(Section):
     level: Literal["sequence", "token", "sequence_token"] = Field(
-        default="sequence", description="importance ratio: sequence = GSPO, token = GRPO/PPO, sequence_token = GSPO-token"
+        default="sequence",
+        description="importance ratio: sequence = GSPO, token = GRPO/PPO, sequence_token = GSPO-token",
     )
     aggregation: Literal["sequence_mean", "token_mean", "dr_grpo"] = Field(
-        default="sequence_mean", description="sequence_mean is the paper's; dr_grpo divides by a constant length"
+        default="sequence_mean",
+        description="sequence_mean is the paper's; dr_grpo divides by a constant length",
     )
-    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(default=3e-4, description="ratio clipped below 1 - clip_low")
-    clip_high: Annotated[float, Field(gt=0.0)] = Field(default=4e-4, description="ratio clipped above 1 + clip_high")
+    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=3e-4, description="ratio clipped below 1 - clip_low"
+    )
+    clip_high: Annotated[float, Field(gt=0.0)] = Field(
+        default=4e-4, description="ratio clipped above 1 + clip_high"
+    )
     allow_wide_clip: bool = Field(default=False, description="accept a sequence-level clip range above 0.01")
     dual_clip: Annotated[float, Field(gt=1.0)] | None = Field(
         default=None, description="bound of ratio x advantage for negative advantages; null: off"
     )
-    kl_coef: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="weight of the k3 KL to the reference")
+    kl_coef: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="weight of the k3 KL to the reference"
+    )
     dr_grpo_length: Positive | None = Field(
-        default=None, description="constant length of aggregation=dr_grpo; null: rollout.sampling.max_new_tokens"
+        default=None,
+        description="constant length of aggregation=dr_grpo; null: rollout.sampling.max_new_tokens",
     )
 
     @model_validator(mode="after")
@@ -146,17 +171,23 @@ class ParallelConfig(Section):
 
 class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0.0)] = 1e-6
-    min_lr_ratio: Fraction = Field(default=1.0, description="learning rate at the last step, as a part of lr (cosine)")
+    min_lr_ratio: Fraction = Field(
+        default=1.0, description="learning rate at the last step, as a part of lr (cosine)"
+    )
     warmup_steps: NonNegative = 0
     beta1: Fraction = 0.9
     beta2: Fraction = 0.98
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    grad_clip: Annotated[float, Field(ge=0.0)] = Field(default=1.0, description="largest global gradient norm; 0: off")
+    grad_clip: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="largest global gradient norm; 0: off"
+    )
 
 
 class PolicyConfig(Section):
-    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="parameters and activations")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="parameters and activations"
+    )
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     freeze: list[Literal["vision", "projector", "router", "language"]] = Field(
@@ -170,9 +201,15 @@ class TrainConfig(Section):
     updates_per_batch: Positive = Field(
         default=2, description="optimizer steps per rollout batch, each on its own share of the groups"
     )
-    eval_every: NonNegative = Field(default=0, description="steps between evaluations; 0: only first and last")
-    eval_prompts: Positive = Field(default=256, description="held-out prompts per evaluation, answered greedily")
-    canary_prompts: Positive = Field(default=4, description="prompts with images that the blind-run canary looks at")
+    eval_every: NonNegative = Field(
+        default=0, description="steps between evaluations; 0: only first and last"
+    )
+    eval_prompts: Positive = Field(
+        default=256, description="held-out prompts per evaluation, answered greedily"
+    )
+    canary_prompts: Positive = Field(
+        default=4, description="prompts with images that the blind-run canary looks at"
+    )
 
 
 class SftConfig(Section):
@@ -190,7 +227,9 @@ class ObserveConfig(Section):
     tensorboard: bool = True
     wandb: str | None = Field(default=None, description="Weights & Biases project; null: off")
     save_rollouts_every: NonNegative = Field(default=10, description="steps between saved rollouts; 0: never")
-    rollouts_per_save: NonNegative = Field(default=0, description="groups kept per save; 0: all (needed for replay)")
+    rollouts_per_save: NonNegative = Field(
+        default=0, description="groups kept per save; 0: all (needed for replay)"
+    )
     report: bool = Field(default=True, description="write RUN/report.html at the end")
 
 
@@ -237,7 +276,9 @@ def check_world(parallel: ParallelConfig, *, world_size: int) -> None:
     inner = parallel.tp * parallel.pp * parallel.cp
     sizes = f"policy.parallel tp={parallel.tp} pp={parallel.pp} cp={parallel.cp}"
     if parallel.dp is None and world_size % inner:
-        raise ValueError(f"{sizes} needs a multiple of {inner} ranks but {world_size} started; start {inner}, or lower them")
+        raise ValueError(
+            f"{sizes} needs a multiple of {inner} ranks but {world_size} started; start {inner}, or lower them"
+        )
     if parallel.dp is not None and inner * parallel.dp != world_size:
         raise ValueError(
             f"{sizes} dp={parallel.dp} needs {inner * parallel.dp} ranks but {world_size} started; "
@@ -263,7 +304,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         if "=" not in item or item.startswith("-"):
             raise ConfigError(f"override {item!r} is not of the form key=value, as in train.steps=10")
     try:
-        raw = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or [])))
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded) or not loaded:
+            raise ConfigError(f"{path} holds no mapping of sections; start from configs/quickstart.yaml")
+        raw = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides or [])))
         values = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
@@ -276,8 +320,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def parse_config(values: Any, *, source: str = "config") -> Config:
     """Validate plain values; raises ConfigError as `load_config` does."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source} holds no mapping of sections; start from configs/quickstart.yaml")
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -308,7 +350,9 @@ def _sentence(fault: Any) -> str:
 
 def _hint(kind: str, value: Any) -> str:
     if kind in ("float_type", "int_type") and isinstance(value, str):
-        return "; YAML reads 1e-6 as text: write 1.0e-6" if "e" in value.lower() else "; write it without quotes"
+        return (
+            "; YAML reads 1e-6 as text: write 1.0e-6" if "e" in value.lower() else "; write it without quotes"
+        )
     if kind == "int_from_float" or (kind == "int_type" and isinstance(value, float)):
         return "; write a whole number"
     return ""

@@ -72,7 +72,9 @@ class Prompt:
     """One sample of a shard: a question with its images, and what the reward needs to judge an answer."""
 
     key: str  # "<shard file name>/<sample key>", unique in a data set
-    messages: tuple[Mapping[str, Any], ...]  # chat messages in Hugging Face's form; images are {"type": "image"} parts
+    messages: tuple[
+        Mapping[str, Any], ...
+    ]  # chat messages in Hugging Face's form; images are {"type": "image"} parts
     images: tuple[EncodedImage, ...]  # [I] in the order of the image parts
     answer: Json  # what rewards compare with
     task: str  # routes to reward parts
@@ -96,7 +98,9 @@ class Completion:
     """One sampled answer to a prompt."""
 
     token_ids: tuple[int, ...]  # [T] the stop token included when `finish` is stop
-    logprobs: tuple[float, ...]  # [T] nats, from the engine that sampled them, at the sampling temperature, before top-k/p
+    logprobs: tuple[
+        float, ...
+    ]  # [T] nats, from the engine that sampled them, at the sampling temperature, before top-k/p
     versions: tuple[int, ...]  # [T] weight version that sampled each token
     finish: Finish
     text: str  # decoded, special tokens left out
@@ -109,7 +113,9 @@ class Score:
     value: float  # the scalar reward
     parts: Mapping[str, float]  # unweighted value of each part that applied, by name
     accuracy: float | None = None  # 0 or 1 from the part marked `accuracy`; None where none applies
-    error: str | None = None  # set when a part failed: such a completion is never trained on as if it scored 0
+    error: str | None = (
+        None  # set when a part failed: such a completion is never trained on as if it scored 0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +170,9 @@ class MicroBatch:
     rollout_logprobs: torch.Tensor | None  # [R] float32 nats
     pixel_values: torch.Tensor | None  # [patches, patch dim] float32, distinct images only
     image_grid_thw: torch.Tensor | None  # [I, 3] int64, distinct images only
-    image_index: torch.Tensor  # [occurrences] int64: distinct image shown by each image occurrence, in token order
+    image_index: (
+        torch.Tensor
+    )  # [occurrences] int64: distinct image shown by each image occurrence, in token order
 
     @property
     def num_sequences(self) -> int:

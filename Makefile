@@ -1,0 +1,41 @@
+# Everything a newcomer needs is `make quickstart` and `make test`; both install what they need on first use.
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+SEED ?= 0
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/quickstart: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { echo "gspo_mm needs Python 3.12 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[quickstart]'
+	@touch $@
+
+.venv/dev: .venv/quickstart
+	$(BIN)/pip install --quiet -e '.[quickstart,dev]'
+	@touch $@
+
+quickstart: .venv/quickstart  ## teach a small model to read handwritten digits (about 6 minutes on 2 CPU cores)
+	test -f data/digits/train-000000.tar || $(BIN)/python tools/make_shards.py digits data/digits
+	test -f data/tiny-model/config.json || $(BIN)/python tools/make_tiny_model.py data/tiny-model
+	$(BIN)/gspo-mm sft configs/quickstart_sft.yaml run.seed=$(SEED)
+	$(BIN)/gspo-mm train configs/quickstart.yaml run.seed=$(SEED)
+
+test: .venv/dev  ## lint, type check and run all tests that need no GPU
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/pytest
+
+lint: .venv/dev  ## fix what ruff can fix, then type check
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/pyright
+
+clean:  ## remove the environment, data and runs
+	rm -rf .venv data runs

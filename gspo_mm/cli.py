@@ -1,0 +1,120 @@
+"""The `gspo-mm` command. Heavy imports happen inside the commands, after the config has been checked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gspo_mm.types import GspoError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="GSPO reinforcement learning for vision-language Mixture-of-Experts models.\n\n"
+    "Usual order: [bold]sft[/] (warm start) -> [bold]train[/] (GSPO) -> [bold]report[/]. "
+    "Any config key can be set on the command line: train.steps=10 policy.optimizer.lr=1.0e-5",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML config, for example configs/quickstart.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=value, stronger than the file")]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train with GSPO. The same run.name again continues a run that was stopped or killed."""
+    loaded = _load(config, overrides)
+    from gspo_mm.train import train as run
+
+    summary = run(loaded)
+    _print_summary(summary, loaded.run.path)
+
+
+@app.command()
+def sft(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Supervised warm start on the shards' reference responses; writes RUN/hf for `train` to start from."""
+    loaded = _load(config, overrides)
+    from gspo_mm.sft import sft as run
+
+    summary = run(loaded)
+    _print_summary(summary, loaded.run.path)
+
+
+@app.command("eval")
+def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Answer the validation shards greedily with model.path and print accuracy by task as JSON."""
+    loaded = _load(config, overrides)
+    if not loaded.data.validation:
+        raise GspoError("data.validation is empty: name the held-out shards to evaluate on")
+    from gspo_mm.evaluate import evaluate_folder
+
+    typer.echo(json.dumps(evaluate_folder(loaded), indent=1))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, such as runs/quickstart")],
+    png: Annotated[
+        Path | None, typer.Option(help="also draw the curves of all these runs into one picture")
+    ] = None,
+) -> None:
+    """Write RUN/report.html: curves, times and rollouts with their images, in one page that works offline."""
+    from gspo_mm.observe.report import write_curves_png, write_report
+
+    for run in runs:
+        if not (run / "metrics.jsonl").exists():
+            raise GspoError(f"{run} is no run folder (no metrics.jsonl in it)")
+        typer.echo(write_report(run))
+    if png:
+        write_curves_png(runs, png)
+        typer.echo(png)
+
+
+@app.command()
+def doctor(
+    sglang_url: Annotated[
+        str | None, typer.Option(help="a server to reach, such as http://127.0.0.1:30000")
+    ] = None,
+) -> None:
+    """Show versions, devices, which fused parts are active, and whether SGLang can be reached."""
+    from gspo_mm.observe.doctor import doctor as examine
+
+    raise typer.Exit(examine(sglang_url))
+
+
+def main() -> None:
+    """Entry point: a GspoError ends with its one sentence and status 2, anything else with a traceback."""
+    _exit_with_sentence(lambda: app(standalone_mode=True))
+
+
+def _exit_with_sentence(command: Callable[[], Any]) -> None:
+    try:
+        command()
+    except GspoError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(2)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Any:
+    from gspo_mm.config import load_config
+    from gspo_mm.preflight import check_files
+
+    config = load_config(path, overrides)
+    check_files(config)
+    return config
+
+
+def _print_summary(summary: dict[str, Any], run: Path) -> None:
+    for name, value in summary.items():
+        typer.echo(f"{name:>30}  {value:.4g}" if isinstance(value, float) else f"{name:>30}  {value}")
+    typer.echo(f"{'report':>30}  {run / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Greedy answers to held-out prompts, judged by the reward file."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import fmean
+
+from gspo_mm.config import Config
+from gspo_mm.reward.spec import RewardFunction, load_reward
+from gspo_mm.rollout.engine import RolloutEngine, sample_groups
+from gspo_mm.types import EncodedPrompt, RolloutGroup, SamplingParams
+
+
+def evaluate(
+    engine: RolloutEngine, prompts: list[EncodedPrompt], reward: RewardFunction, *, max_new_tokens: int
+) -> tuple[dict[str, float], list[RolloutGroup]]:
+    """Metrics {"eval/accuracy", "eval/reward", "eval/accuracy/<task>"} and the scored answers, one per prompt.
+
+    A completion whose reward failed counts as wrong: a benchmark number must not rise because a judge broke.
+    """
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
+    groups = sample_groups(engine, prompts, group_size=1, sampling=sampling, seed=0, first_id=0)
+    groups = reward.score_groups(groups)
+    right: dict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        right[group.prompt.task].append(group.scores[0].accuracy or 0.0)
+    everything = [x for values in right.values() for x in values]
+    metrics = {
+        "eval/accuracy": fmean(everything),
+        "eval/reward": fmean(0.0 if g.scores[0].error else g.scores[0].value for g in groups),
+        **{f"eval/accuracy/{task}": fmean(values) for task, values in sorted(right.items())},
+    }
+    return metrics, groups
+
+
+def evaluate_folder(config: Config) -> dict[str, float]:
+    """Evaluate the model in `config.model.path` on `config.data.validation`, without a policy."""
+    from gspo_mm.checkpoint.hf import read_hf
+    from gspo_mm.data.processor import Processor
+    from gspo_mm.stages import build_engine, held_out_prompts, set_threads
+
+    set_threads()
+    processor = Processor(config.model.path, config.data)
+    engine = build_engine(config, processor)
+    engine.load_weights(read_hf(config.model.path, config.model.experts_layout), version=0)
+    metrics, _ = evaluate(
+        engine,
+        held_out_prompts(config, processor),
+        load_reward(config.reward.file),
+        max_new_tokens=config.rollout.sampling.max_new_tokens,
+    )
+    return metrics

@@ -1,0 +1,31 @@
+"""The frozen reference of the KL term: the policy's starting weights, kept on the host and swapped in to look."""
+
+from __future__ import annotations
+
+import torch
+from gspo_mm.policy.engine import Policy
+
+from gspo_mm.types import MicroBatch
+
+
+class Reference:
+    """Holds a copy of the parameters as they are when it is made. Only built when `loss.kl_coef` is not 0."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._weights = [p.detach().to("cpu", copy=True) for p in policy.module.parameters()]
+
+    @torch.no_grad()
+    def logprobs(self, batches: list[MicroBatch], temperature: float) -> list[torch.Tensor]:
+        """Log-probs [R] of each micro-batch under the reference; the policy's own weights are back afterwards."""
+        self._swap()
+        try:
+            return self._policy.logprobs(batches, temperature=temperature)
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for parameter, other in zip(self._policy.module.parameters(), self._weights, strict=True):
+            mine = parameter.detach().to("cpu", copy=True)
+            parameter.data.copy_(other)
+            other.copy_(mine)

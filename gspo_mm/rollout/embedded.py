@@ -1,0 +1,209 @@
+"""The rollout engine for laptops and tests: transformers' own model in this process, on the synced weights.
+
+It calls the model's forward itself instead of `generate()`, for three reasons: each prompt (and its image) is
+prefilled once and its key/value cache shared out to the G answers; finished answers leave the batch; and the
+log-prob of every sampled token is taken from the very logits it was drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+
+from gspo_mm.types import Completion, EncodedPrompt, Finish, SamplingParams
+
+# legend: Q prompts of a chunk, B = Q*G rows being decoded, P padded prompt length, V vocabulary
+
+
+class TokenSide(Protocol):
+    """What the engine needs of `data.Processor`."""
+
+    stop_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+    def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor: ...
+    def decode(self, token_ids: Iterable[int]) -> str: ...
+
+
+class EmbeddedEngine:
+    """RolloutEngine over `AutoModelForImageTextToText`; the architecture comes from a Hugging Face folder.
+
+    The weights are whatever `load_weights` brings; until its first call they are random and `version` is -1.
+    """
+
+    def __init__(self, model_path: str, processor: TokenSide, *, dtype: torch.dtype, max_batch: int) -> None:
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        config = AutoConfig.from_pretrained(model_path)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with torch.random.fork_rng(), device:
+            model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        self._model = model.eval().requires_grad_(False)
+        if device.type == "cpu" and hasattr(model, "set_experts_implementation"):
+            self._model.set_experts_implementation("eager")
+        self._parameters = dict(model.named_parameters())
+        self._tied = set(model.state_dict()) - set(self._parameters)  # second names of shared tensors
+        self._processor = processor
+        self._device = device
+        self._max_batch = max_batch
+        self._version = -1
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
+        missing = set(self._parameters)
+        for name, tensor in tensors:
+            if name not in self._parameters:
+                if name in self._tied:
+                    continue
+                raise ValueError(f"weight sync sent {name}, which the rollout model does not have")
+            self._parameters[name].copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise ValueError(f"weight sync left {len(missing)} tensors stale, first {min(missing)}")
+        self._version = version
+
+    def generate(
+        self, prompts: list[EncodedPrompt], *, group_size: int, sampling: SamplingParams, seed: int
+    ) -> list[list[Completion]]:
+        """See RolloutEngine. Rows are independent of their chunk: each has its own column of random numbers."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = len(prompts) * group_size
+        # float64: a float32 uniform reaches only 2^24 values, too coarse for the tail of a large vocabulary
+        uniforms = torch.rand(sampling.max_new_tokens, rows, generator=generator, dtype=torch.float64)
+        per_chunk = max(1, self._max_batch // group_size)
+        answers: list[list[Completion]] = []
+        for start in range(0, len(prompts), per_chunk):
+            chunk = prompts[start : start + per_chunk]
+            columns = uniforms[:, start * group_size : (start + len(chunk)) * group_size]
+            answers += self._generate_chunk(chunk, group_size, sampling, columns.to(self._device))
+        return answers
+
+    def close(self) -> None:
+        self._parameters = {}
+        del self._model
+
+    @torch.inference_mode()
+    def _generate_chunk(
+        self, prompts: list[EncodedPrompt], group_size: int, sampling: SamplingParams, uniforms: torch.Tensor
+    ) -> list[list[Completion]]:
+        logits_QV, cache, mask_QP, next_position_Q = self._prefill(prompts)
+        cache.batch_repeat_interleave(group_size)
+        logits_BV, mask_BP, position_B = (
+            x.repeat_interleave(group_size, dim=0) for x in (logits_QV, mask_QP, next_position_Q)
+        )
+        num_rows = len(prompts) * group_size
+        tokens: list[list[int]] = [[] for _ in range(num_rows)]
+        logprobs: list[list[float]] = [[] for _ in range(num_rows)]
+        stops = torch.tensor(self._processor.stop_token_ids, device=self._device)
+        alive_B = torch.arange(num_rows, device=self._device)  # which answer each remaining row belongs to
+        for step in range(sampling.max_new_tokens):
+            token_B, logprob_B = draw(logits_BV, uniforms[step, alive_B], sampling)
+            for row, token, logprob in zip(
+                alive_B.tolist(), token_B.tolist(), logprob_B.tolist(), strict=True
+            ):
+                tokens[row].append(token)
+                logprobs[row].append(logprob)
+            going_B = ~torch.isin(token_B, stops)
+            if step + 1 == sampling.max_new_tokens or not going_B.any():
+                break
+            if not going_B.all():
+                keep = going_B.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                token_B, alive_B, mask_BP, position_B = (
+                    token_B[keep],
+                    alive_B[keep],
+                    mask_BP[keep],
+                    position_B[keep],
+                )
+            mask_BP = torch.cat([mask_BP, mask_BP.new_ones(len(mask_BP), 1)], dim=1)
+            logits_BV = self._forward(
+                input_ids=token_B[:, None],
+                attention_mask=mask_BP,
+                position_ids=position_B[None, :, None].expand(3, -1, 1),
+                past_key_values=cache,
+            )
+            position_B = position_B + 1
+        completions = [self._completion(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
+        return [completions[i : i + group_size] for i in range(0, num_rows, group_size)]
+
+    def _prefill(self, prompts: list[EncodedPrompt]) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+        """Left-padded forward of all prompts: last logits [Q, V], cache, mask [Q, P], next position [Q]."""
+        from transformers import DynamicCache
+
+        longest = max(len(p.token_ids) for p in prompts)
+        ids_QP = torch.full((len(prompts), longest), self._processor.pad_token_id)
+        mask_QP = torch.zeros_like(ids_QP)
+        positions_3QP = torch.ones(3, len(prompts), longest, dtype=torch.int64)
+        for i, prompt in enumerate(prompts):
+            ids = torch.tensor(prompt.token_ids)
+            ids_QP[i, -len(ids) :] = ids
+            mask_QP[i, -len(ids) :] = 1
+            positions_3QP[:, i, -len(ids) :] = self._processor.positions(ids, prompt.image_grid_thw)
+        pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+        grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
+        cache = DynamicCache(config=self._model.config.get_text_config())
+        logits_QV = self._forward(
+            input_ids=ids_QP.to(self._device),
+            attention_mask=mask_QP.to(self._device),
+            position_ids=positions_3QP.to(self._device),
+            past_key_values=cache,
+            pixel_values=torch.cat(pixels).to(self._device) if pixels else None,
+            image_grid_thw=torch.cat(grids).to(self._device) if grids else None,
+        )
+        next_position_Q = positions_3QP.amax(dim=(0, 2)) + 1
+        return logits_QV, cache, mask_QP.to(self._device), next_position_Q.to(self._device)
+
+    def _forward(self, **inputs: Any) -> torch.Tensor:
+        return self._model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+
+    def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
+        stopped = tokens[-1] in self._processor.stop_token_ids
+        return Completion(
+            token_ids=tuple(tokens),
+            logprobs=tuple(logprobs),
+            versions=(self._version,) * len(tokens),
+            finish=Finish.STOP if stopped else Finish.LENGTH,
+            text=self._processor.decode(tokens[:-1] if stopped else tokens),
+        )
+
+
+def draw(
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor, sampling: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample one token per row by inverting the cumulative distribution at `uniform_B`.
+
+    Returns token ids [B] int64 and their log-probs [B] float32 in nats: of the temperature-scaled distribution
+    before top-k and top-p, which is what the policy computes and what SGLang reports. Greedy (temperature 0)
+    reports log-probs at temperature 1.
+    """
+    if sampling.temperature == 0:
+        logprobs_BV = logits_BV.log_softmax(-1)
+        token_B = logits_BV.argmax(-1)
+        return token_B, logprobs_BV.gather(1, token_B[:, None]).squeeze(1)
+    logprobs_BV = (logits_BV / sampling.temperature).log_softmax(-1)
+    probs_BV = logprobs_BV.double().exp()
+    if sampling.top_k or sampling.top_p < 1.0:
+        probs_BV = _filter(probs_BV, sampling)
+    cumulative_BV = probs_BV.cumsum(-1)
+    token_B = torch.searchsorted(
+        cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True
+    ).squeeze(1)
+    # u * total can round up to the total itself: fall back to the last token that has any probability
+    last_B = logits_BV.shape[1] - 1 - (probs_BV > 0).flip(-1).int().argmax(-1)
+    token_B = torch.minimum(token_B, last_B)
+    return token_B, logprobs_BV.gather(1, token_B[:, None]).squeeze(1)
+
+
+def _filter(probs_BV: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
+    """Zero what top-k and top-p leave out; the most likely token always stays."""
+    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
+    keep_BV = sorted_BV.cumsum(-1) - sorted_BV < sampling.top_p
+    if sampling.top_k:
+        keep_BV[:, sampling.top_k :] = False
+    return torch.zeros_like(probs_BV).scatter(1, order_BV, sorted_BV * keep_BV)

@@ -1,0 +1,100 @@
+"""Builds every stage of the pipeline from its section of the config. Imports torch; `config.py` does not."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from gspo_mm.config import Config
+from gspo_mm.data.processor import Processor
+from gspo_mm.data.source import PromptSource
+from gspo_mm.observe.rollouts import list_steps, load_rollouts
+from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.reference import Reference
+from gspo_mm.reward.spec import RewardFunction, load_reward
+from gspo_mm.rollout.embedded import EmbeddedEngine
+from gspo_mm.rollout.engine import RolloutEngine
+from gspo_mm.rollout.replay import Replay
+from gspo_mm.types import EncodedPrompt, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What `train.py` runs a batch through, left to right. `engine` is None in a replayed run."""
+
+    processor: Processor
+    source: PromptSource
+    held_out: list[EncodedPrompt]
+    engine: RolloutEngine | None
+    replay: Replay | None
+    reward: RewardFunction
+    policy: Policy
+    reference: Reference | None
+    sampling: SamplingParams
+
+
+def build_stages(config: Config, *, total_updates: int) -> Stages:
+    """Load model, processor, shards and reward file. Raises a GspoError naming what is missing."""
+    set_threads()
+    torch.manual_seed(config.run.seed)
+    reward = load_reward(config.reward.file)
+    processor = Processor(config.model.path, config.data)
+    source = PromptSource(config.data, processor, seed=config.run.seed, split="train")
+    policy = Policy.from_hf(
+        config.model.path,
+        config.policy,
+        seed=config.run.seed,
+        total_steps=total_updates,
+        experts_layout=config.model.experts_layout,
+    )
+    return Stages(
+        processor=processor,
+        source=source,
+        held_out=held_out_prompts(config, processor),
+        engine=None if config.rollout.replay else build_engine(config, processor),
+        replay=open_replay(config.rollout.replay) if config.rollout.replay else None,
+        reward=reward,
+        policy=policy,
+        reference=Reference(policy) if config.loss.kl_coef else None,
+        sampling=SamplingParams(**config.rollout.sampling.model_dump()),
+    )
+
+
+def build_engine(config: Config, processor: Processor) -> RolloutEngine:
+    return EmbeddedEngine(
+        config.model.path, processor, dtype=DTYPES[config.policy.dtype], max_batch=config.rollout.max_batch
+    )
+
+
+def held_out_prompts(config: Config, processor: Processor) -> list[EncodedPrompt]:
+    """The first `train.eval_prompts` validation prompts in shard order: the same ones at every evaluation."""
+    if not config.data.validation:
+        return []
+    source = PromptSource(config.data, processor, seed=config.run.seed, split="validation")
+    return source.all(config.train.eval_prompts)
+
+
+def open_replay(run: str) -> Replay:
+    path = Path(run)
+    return Replay(list_steps(path), partial(load_rollouts, path), source=run)
+
+
+def set_threads() -> None:
+    """Share the cores among the ranks of this machine, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+
+
+def with_images(prompts: list[EncodedPrompt]) -> Iterator[EncodedPrompt]:
+    return (p for p in prompts if p.prompt.images)

@@ -1,0 +1,277 @@
+"""The loop. One step takes one batch along this line:
+
+    WebDataset shards -> Prompt -> RolloutGroup -> + scores -> + advantages -> MicroBatch -> optimizer step
+         data/          rollout/     reward/      advantage.py      batch/    policy/ + loss/     |
+                           ^                                                                      |
+                           +----------------------------- sync/ ----------------------------------+
+
+and leaves a line in metrics.jsonl, now and then a checkpoint, and at the end a Hugging Face folder, a
+summary and a report. This is the only module that sees all stages.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from statistics import fmean, median, pstdev
+from typing import Any
+
+from gspo_mm.advantage import AdvantageResult, DeadStepGuard, group_advantages
+from gspo_mm.checkpoint.hf import write_hf
+from gspo_mm.checkpoint.manager import RunDir
+from gspo_mm.config import Config
+from gspo_mm.evaluate import evaluate
+from gspo_mm.loss.gspo import check_clip_can_act
+from gspo_mm.observe.metrics import MetricsWriter, read_metrics
+from gspo_mm.observe.progress import Progress
+from gspo_mm.observe.report import write_report
+from gspo_mm.observe.rollouts import save_rollouts
+from gspo_mm.policy.canary import check_sight
+from gspo_mm.policy.update import update_policy
+from gspo_mm.reward.spec import failed_fraction
+from gspo_mm.rollout.engine import sample_groups
+from gspo_mm.runtime.log import setup_logging
+from gspo_mm.runtime.phases import Phases
+from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.runtime.seeds import derive_seed
+from gspo_mm.stages import Stages, build_stages
+from gspo_mm.sync.push import push_weights
+from gspo_mm.types import GspoError, RolloutGroup
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run or resume GSPO training as `config` says; returns what RUN/summary.json then holds.
+
+    Raises a GspoError with one sentence for anything a user can mend.
+    """
+    run = RunDir.open(config)
+    setup_logging(run.path)
+    if warning := check_clip_can_act(config.loss, config.train.updates_per_batch):
+        logger.warning(warning)
+    stages = build_stages(config, total_updates=config.train.steps * config.train.updates_per_batch)
+    with ExitStack() as stack:
+        loop = Loop(config, run, stages, stack)
+        loop.resume()
+        check_sight(stages.policy, stages.processor, loop.canary_prompts())
+        loop.evaluate_before_training()
+        stop = stack.enter_context(StopRequest())
+        while loop.step < config.train.steps and not stop.requested:
+            loop.train_step()
+        if stop.requested:
+            loop.save()
+            raise GspoError(
+                f"stopped by a signal at step {loop.step}; start again with run.resume=auto to continue"
+            )
+        return loop.finish()
+
+
+class Loop:
+    """A run in progress: the stages, where it stands, and what one step does."""
+
+    def __init__(self, config: Config, run: RunDir, stages: Stages, stack: ExitStack) -> None:
+        self.config = config
+        self.run = run
+        self.stages = stages
+        self.step = 0  # training steps done; also the weight version
+        self.next_group = 0
+        self.dead_steps = DeadStepGuard(config.advantage.max_dead_steps)
+        self.metrics = stack.enter_context(
+            MetricsWriter(run.path, config.observe, config.model_dump(mode="json"))
+        )
+        self.progress = Progress(total=config.train.steps, title=config.run.name)
+        self.phases = Phases(on_enter=self.progress.phase)
+        self._stack = stack
+
+    def train_step(self) -> None:
+        """One batch through the whole pipeline, in the order of the picture above."""
+        stages, phases = self.stages, self.phases
+        with phases("rollout"):
+            groups = self.next_groups()
+        with phases("reward"):
+            groups = self.score(groups)
+        result = group_advantages(groups, self.config.advantage)
+        self.dead_steps.update(len(result.live))
+        update: dict[str, float] = {}
+        if result.live:
+            update = update_policy(
+                stages.policy,
+                result.live,
+                processor=stages.processor,
+                reference=stages.reference,
+                config=self.config,
+                phases=phases,
+            )
+        self.step += 1
+        with phases("sync"):
+            self.push()
+        evaluation = self.evaluate() if self.is_evaluation_step() else {}
+        self.record({**rollout_metrics(groups, result), **update, **evaluation})
+        # after the step's line is on disk, so that a resumed run misses none; its time counts in the next line
+        with phases("checkpoint"):
+            self.keep(groups, result)
+
+    def next_groups(self) -> list[RolloutGroup]:
+        """Prompts from the shards, and the engine's answers to them (or a saved run's, when replaying)."""
+        stages, config = self.stages, self.config
+        if stages.replay:
+            return stages.replay.groups(self.step)
+        assert stages.engine is not None
+        assert stages.engine.version == self.step, "the engine samples with the weights of the last step"
+        groups = sample_groups(
+            stages.engine,
+            stages.source.take(config.rollout.prompts_per_step),
+            group_size=config.rollout.group_size,
+            sampling=stages.sampling,
+            seed=derive_seed(config.run.seed, "rollout", self.step),
+            first_id=self.next_group,
+        )
+        self.next_group += len(groups)
+        return groups
+
+    def score(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        groups = self.stages.reward.score_groups(groups)
+        failed, limit = failed_fraction(groups), self.config.reward.max_failed_fraction
+        if failed > limit:
+            first = next(s.error for g in groups for s in g.scores if s.error)
+            raise GspoError(
+                f"{failed:.0%} of the rewards of step {self.step + 1} failed, more than "
+                f"reward.max_failed_fraction={limit:g}; mend the reward file; first failure: {first}"
+            )
+        return groups
+
+    def push(self) -> None:
+        if self.stages.engine is not None:
+            push_weights(self.stages.policy, self.stages.engine, version=self.step)
+
+    def is_evaluation_step(self) -> bool:
+        every = self.config.train.eval_every
+        return self.step == self.config.train.steps or bool(every and self.step % every == 0)
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy accuracy on held-out prompts; nothing of it reaches training."""
+        stages = self.stages
+        if stages.engine is None or not stages.held_out:
+            return {}
+        with self.phases("eval"):
+            metrics, _ = evaluate(
+                stages.engine, stages.held_out, stages.reward, max_new_tokens=stages.sampling.max_new_tokens
+            )
+        logger.info("step %d: held-out accuracy %.1f %%", self.step, 100 * metrics["eval/accuracy"])
+        return metrics
+
+    def evaluate_before_training(self) -> None:
+        self._stack.enter_context(self.progress)
+        self.push()
+        if self.step == 0 and not read_metrics(self.run.path) and (metrics := self.evaluate()):
+            self.metrics.write(0, {**metrics, **self.phases.take()})
+        self.phases.take()
+
+    def canary_prompts(self) -> list[Any]:
+        with_images = [p for p in self.stages.held_out if p.prompt.images and p.prompt.response]
+        return with_images[: self.config.train.canary_prompts]
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Write the step's line of metrics.jsonl and show it."""
+        source = self.stages.source
+        times = self.phases.take()
+        tokens = metrics.pop("tokens")
+        metrics = {
+            **metrics,
+            **times,
+            "tokens_per_second": tokens / times["time/step"],
+            "data/epoch": source.epoch,
+            "data/skipped": source.skipped,
+            "weight_version": self.step,
+        }
+        self.metrics.write(self.step, metrics)
+        self.progress.step(self.step, metrics)
+
+    def keep(self, groups: list[RolloutGroup], result: AdvantageResult) -> None:
+        """Save rollouts and a checkpoint when they are due."""
+        observe, checkpoint = self.config.observe, self.config.checkpoint
+        if observe.save_rollouts_every and (self.step - 1) % observe.save_rollouts_every == 0:
+            trained = {group.id: group for group in result.live}
+            chosen = [trained.get(group.id, group) for group in groups]
+            save_rollouts(self.run.path, self.step, chosen[: observe.rollouts_per_save or None])
+        if self.step == self.config.train.steps or (checkpoint.every and self.step % checkpoint.every == 0):
+            self.save()
+
+    def save(self) -> None:
+        state = {
+            "next_group": self.next_group,
+            "source": self.stages.source.state(),
+            "dead_steps": self.dead_steps.state(),
+        }
+        self.run.save(self.step, self.stages.policy.state_dict(), state)
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one: weights, optimizer, data cursor, counters."""
+        checkpoint = self.run.latest()
+        if checkpoint is not None:
+            model_state, state = self.run.load(checkpoint)
+            self.stages.policy.load_state_dict(model_state)
+            self.stages.source.load(state["source"])
+            self.dead_steps.load(state["dead_steps"])
+            self.step, self.next_group = state["step"], state["next_group"]
+            logger.info("resuming %s after step %d", self.run.path, self.step)
+        self.metrics.rewind(self.step if checkpoint is not None else -1)
+        self.progress.start_at(self.step)
+
+    def finish(self) -> dict[str, Any]:
+        """Export the model, write the summary and draw the report."""
+        summary = summarize(read_metrics(self.run.path))
+        self.run.write_json("summary.json", summary)
+        if self.config.checkpoint.export_hf:
+            write_hf(self.run.path / "hf", source=self.config.model.path, tensors=self.stages.policy.export())
+        if self.config.observe.report:
+            write_report(self.run.path)
+        return summary
+
+
+def rollout_metrics(groups: list[RolloutGroup], result: AdvantageResult) -> dict[str, float]:
+    """What the sampled answers of a step look like; "tokens" counts prompt and response tokens."""
+    completions = [c for g in groups for c in g.completions]
+    scores = [s for g in groups for s in g.scores if s.error is None]
+    lengths = [len(c.token_ids) for c in completions]
+    values = [s.value for s in scores]
+    judged = [s.accuracy for s in scores if s.accuracy is not None]
+    names = sorted({name for s in scores for name in s.parts})
+    parts = {name: fmean(s.parts[name] for s in scores if name in s.parts) for name in names}
+    return {
+        "reward/mean": fmean(values) if values else 0.0,
+        "reward/std": pstdev(values) if values else 0.0,
+        **{f"reward/part/{name}": value for name, value in parts.items()},
+        **({"accuracy": fmean(judged)} if judged else {}),
+        "length/mean": fmean(lengths),
+        "length/max": max(lengths),
+        "length/truncated_fraction": fmean(c.finish == "length" for c in completions),
+        "groups/live": len(result.live),
+        "groups/dead": result.dead,
+        "groups/failed": result.failed,
+        "tokens": sum(lengths) + sum(len(g.prompt_ids) * len(g.completions) for g in groups),
+    }
+
+
+def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run in a few numbers, from its metrics; `reward_first` and `_last` are means over 5 steps."""
+    steps = [line for line in lines if line["step"] > 0]
+    accuracies = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
+    rewards = [line["reward/mean"] for line in steps]
+    seconds = [line["time/step"] for line in steps]
+    ratio_errors = [line["first_update_ratio_error"] for line in steps if "first_update_ratio_error" in line]
+    gaps = [line["logprob_gap_max"] for line in steps if "logprob_gap_max" in line]
+    return {
+        "accuracy_before": accuracies[0] if accuracies else None,
+        "accuracy_after": accuracies[-1] if accuracies else None,
+        "reward_first": fmean(rewards[:5]) if rewards else None,
+        "reward_last": fmean(rewards[-5:]) if rewards else None,
+        "steps": len(steps),
+        "seconds": sum(line["time/step"] for line in lines),
+        "seconds_per_step_median": median(seconds) if seconds else None,
+        "max_ratio_error_first_update": max(ratio_errors, default=None),
+        "max_abs_logprob_gap": max(gaps, default=None),
+        "skipped_samples": steps[-1]["data/skipped"] if steps else 0,
+        "dead_groups": sum(line["groups/dead"] for line in steps),
+    }

@@ -1,0 +1,166 @@
+"""Every mistake in a config is one sentence that names key, value and fix, told without importing torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gspo_mm.config import (
+    Config,
+    ConfigError,
+    LossConfig,
+    ParallelConfig,
+    check_world,
+    load_config,
+    parse_config,
+    save_config,
+)
+
+MINIMAL = """
+run: {name: a}
+model: {path: m}
+data: {train: [a.tar]}
+reward: {file: r.yaml}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def load(path: Path, *overrides: str) -> Config:
+    return load_config(path, list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=3", ["train.stepz=3", "did you mean steps"]),
+        ("nonsense=1", ["nonsense=1", "known keys"]),
+        ("train.steps=1.5", ["train.steps=1.5", "whole number"]),
+        ("train.steps=0", ["train.steps=0", "greater than or equal to 1"]),
+        ("train.steps=ten", ["train.steps='ten'", "valid integer"]),
+        ("policy.optimizer.lr=0", ["policy.optimizer.lr=0", "greater than 0"]),
+        ("loss.clip_low=0", ["loss.clip_low=0", "greater than 0"]),
+        ("loss.clip_high=-0.1", ["loss.clip_high=-0.1", "greater than 0"]),
+        ("loss.clip_low=0.2", ["loss.clip_low=0.2", "loss.allow_wide_clip=true"]),
+        ("loss.level=sentence", ["loss.level='sentence'", "sequence"]),
+        (
+            "rollout.prompts_per_step=7",
+            ["rollout.prompts_per_step=7", "train.updates_per_batch=2", "multiple of 2"],
+        ),
+        ("rollout.group_size=1", ["rollout.group_size=1"]),
+        ("rollout.sampling.temperature=0", ["rollout.sampling.temperature=0", "use 1.0"]),
+        ("policy.parallel.tp=2", ["tp=2", "1 started", "start 2"]),
+        ("policy.parallel.dp=3", ["dp=3", "needs 3 ranks", "1 started"]),
+        ("policy.parallel.ep=2", ["ep=2", "1 started"]),
+        ("run.name=../x", ["run.name='../x'"]),
+        ("data.train=[]", ["data.train=[]", "at least 1"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_fix(config_file: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(config_file, override)
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_mistakes_are_both_told(config_file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(config_file, "train.steps=0", "foo=1")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_learning_rate_that_yaml_reads_as_text_gets_a_hint(config_file: Path) -> None:
+    config_file.write_text(MINIMAL + 'policy: {optimizer: {lr: "1e-6"}}\n')
+    with pytest.raises(ConfigError, match=r"write 1\.0e-6"):
+        load(config_file)
+
+
+def test_a_missing_section_is_named(config_file: Path) -> None:
+    config_file.write_text("run: {name: a}\nmodel: {path: m}\ndata: {train: [a.tar]}\n")
+    with pytest.raises(ConfigError, match="key reward is missing"):
+        load(config_file)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [1\n"])
+def test_a_file_that_is_no_mapping_is_refused(config_file: Path, text: str) -> None:
+    config_file.write_text(text)
+    with pytest.raises(ConfigError, match=str(config_file)):
+        load(config_file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "none.yaml")
+
+
+def test_an_override_without_equals_is_refused(config_file: Path) -> None:
+    with pytest.raises(ConfigError, match="key=value"):
+        load(config_file, "train.steps")
+
+
+def test_interpolation_and_overrides_combine(config_file: Path) -> None:
+    config_file.write_text(MINIMAL + "train: {steps: 7}\nsft: {steps: '${train.steps}'}\n")
+    assert load(config_file).sft.steps == 7
+    assert load(config_file, "train.steps=9").sft.steps == 9
+
+
+def test_an_unresolvable_interpolation_is_told(config_file: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing"):
+        load(config_file, "run.dir=${nothing}")
+
+
+def test_the_saved_config_reads_back_equal(config_file: Path, tmp_path: Path) -> None:
+    config = load(config_file, "loss.clip_low=0.0005", "policy.freeze=[vision]")
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_wide_clip_is_for_token_level_or_on_request() -> None:
+    assert LossConfig(level="token", clip_low=0.2, clip_high=0.28).clip_high == 0.28
+    assert LossConfig(clip_low=0.2, allow_wide_clip=True).clip_low == 0.2
+    assert LossConfig(clip_low=0.01, clip_high=0.01).clip_low == 0.01
+    with pytest.raises(ValueError, match="allow_wide_clip"):
+        LossConfig(level="sequence_token", clip_high=0.011)
+
+
+def test_the_world_size_must_be_filled_exactly() -> None:
+    check_world(ParallelConfig(tp=2, pp=2, cp=1, ep=4, etp=1), world_size=8)
+    check_world(ParallelConfig(tp=2, ep=2, etp=1), world_size=2)
+    with pytest.raises(ValueError, match="needs a multiple of 3 ranks but 8 started"):
+        check_world(ParallelConfig(tp=3), world_size=8)
+    with pytest.raises(ValueError, match="needs 4 ranks but 8 started"):
+        check_world(ParallelConfig(tp=2, dp=2), world_size=8)
+    with pytest.raises(ValueError, match="ep=3"):
+        check_world(ParallelConfig(ep=3), world_size=8)
+
+
+def test_ranks_from_the_environment_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "run": {"name": "a"},
+        "model": {"path": "m"},
+        "data": {"train": ["a.tar"]},
+        "reward": {"file": "r"},
+        "rollout": {"prompts_per_step": 6},
+    }
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="over 4 data-parallel ranks; use a multiple of 8"):
+        parse_config(values)
+
+
+def test_loading_a_config_imports_neither_torch_nor_transformers(config_file: Path) -> None:
+    script = (
+        "import sys\n"
+        "from gspo_mm.config import load_config\n"
+        "import gspo_mm.cli\n"
+        f"load_config({str(config_file)!r})\n"
+        "print([m for m in ('torch', 'transformers', 'megatron', 'numpy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
