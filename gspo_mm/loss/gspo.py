@@ -13,7 +13,7 @@ loss:
 2. A surrogate, pessimistic in the ratio ρ (one of the three above, with its advantage A):
 
        o(ρ, A) = min( ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A )              eq. 5, eq. 13
-       o(ρ, A) ← max( o, dual_clip · A )   for A < 0, where `dual_clip` is set   Ye et al. 2020, arXiv 1912.09729
+       o(ρ, A) ← max( o, dual_clip · A )   for A < 0, where `dual_clip` is set   Ye et al., arXiv 1912.09729
 
 3. A weight a_i per token, by `loss.aggregation`. S and N are the sequences and response tokens of the *whole*
    batch of this update (all micro-batches, all data-parallel ranks), C is `loss.dr_grpo_length`:
@@ -108,7 +108,7 @@ def policy_loss(
         clip_low_fraction, clip_high_fraction, clip_dual_fraction (with dual_clip)
                                              of sequences, at the other levels of the tokens within each;
                                              "clipped" is defined at the top of this file
-        clip_token_fraction                  clipped tokens (all of a clipped sequence) / num_tokens, where given
+        clip_token_fraction                  clipped tokens (all of a clipped sequence) / num_tokens
         approx_kl                            k3 of KL(π_old ‖ π_θ): exp(x) − 1 − x per token
         entropy, kl_ref                      per token, where given
         logprob_gap_mean, logprob_gap_max    |log π_old − log π_rollout| per token, where given
@@ -231,8 +231,8 @@ def check_clip_can_act(config: LossConfig, updates_per_batch: int) -> str | None
         )
     if config.level != "token" and max(config.clip_low, config.clip_high) > 0.01:
         return (
-            f"{clip} at loss.level={config.level} clip nothing, since such ratios stay within about 1e-3; the GSPO "
-            "paper uses 3e-4 and 4e-4."
+            f"{clip} at loss.level={config.level} clip nothing, since such ratios stay within about 1e-3; "
+            "the GSPO paper uses 3e-4 and 4e-4."
         )
     return None
 
