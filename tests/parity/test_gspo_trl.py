@@ -1,0 +1,144 @@
+"""Our loss equals TRL's for the cases that both have: two independent implementations of the same objective."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import accumulate
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from gspo_mm.config import LossConfig
+from gspo_mm.loss import policy_loss
+
+LENGTHS = (3, 1, 7, 4, 2, 5)
+TRL_MAX_LENGTH = 9
+
+
+def trl_loss(new, old, advantages, mask, *, level, loss_type, low, high, beta=0.0, ref=None, delta=None):
+    """GRPOTrainer._compute_loss of TRL 1.16 on a stub: log-probs [S, T] in, scalar loss out."""
+    S, T = new.shape
+    trainer = SimpleNamespace(
+        importance_sampling_level=level,
+        loss_type=loss_type,
+        epsilon_low=low,
+        epsilon_high=high,
+        beta=beta,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        vllm_importance_sampling_correction=False,
+        max_completion_length=TRL_MAX_LENGTH,
+        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
+        model=SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1,
+        accelerator=SimpleNamespace(
+            gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, reduction: x, num_processes=1
+        ),
+        _metrics={"train": defaultdict(list)},
+        _entropy_bonus_enabled=False,
+        aux_loss_enabled=False,
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (new, torch.zeros_like(new), None),
+    )
+    inputs = {
+        "prompt_ids": torch.zeros(S, 1, dtype=torch.long),
+        "prompt_mask": torch.ones(S, 1, dtype=torch.long),
+        "completion_ids": torch.zeros(S, T, dtype=torch.long),
+        "completion_mask": mask.long(),
+        "advantages": advantages,
+        "old_per_token_logps": old,
+        "ref_per_token_logps": ref,
+        "num_items_in_batch": mask.sum(),
+    }
+    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def batch(seed, spread):
+    generator = torch.Generator().manual_seed(seed)
+    S, T = len(LENGTHS), max(LENGTHS)
+    mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    new = -draw(S, T).abs()
+    return new, new - spread * draw(S, T), new + 0.2 * draw(S, T), draw(S), mask
+
+
+# Our (level, aggregation) -> TRL's loss_type; sequence_token has no counterpart there. TRL's dapo broadcasts
+# the [S, 1] loss of level sequence over the mask, Σ_i L_i o_i / N as here; its bnpo and dr_grpo do the same.
+CASES = [
+    ("sequence", "sequence_mean", "grpo"),
+    ("token", "sequence_mean", "grpo"),
+    ("sequence", "token_mean", "dapo"),
+    ("sequence", "token_mean", "bnpo"),
+    ("sequence", "dr_grpo", "dr_grpo"),
+    ("token", "token_mean", "bnpo"),
+    ("token", "token_mean", "dapo"),
+    ("token", "dr_grpo", "dr_grpo"),
+]
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.6])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize(("level", "aggregation", "loss_type"), CASES)
+def test_loss_and_gradient_equal_trl(level, aggregation, loss_type, beta, dual_clip):
+    low, high, spread = (3e-4, 4e-4, 3e-3) if level == "sequence" else (0.2, 0.28, 0.5)
+    if dual_clip:
+        spread = 1.0
+    case = {"level": level, "beta": beta}
+    config = LossConfig(
+        level=level,
+        aggregation=aggregation,
+        clip_low=low,
+        clip_high=high,
+        kl_coef=beta,
+        dual_clip=dual_clip,
+        dr_grpo_length=TRL_MAX_LENGTH,
+    )
+    seen: dict[str, float] = defaultdict(float)
+    for seed in range(8):
+        new, old, ref, advantages, mask = batch(seed, spread)
+        theirs_in, ours_in = new.clone().requires_grad_(), new[mask].clone().requires_grad_()
+        # TRL's delta bounds the ratio from above for both signs of A; above 1 + clip_high that is the dual
+        # clip
+        theirs, metrics = trl_loss(
+            theirs_in,
+            old,
+            advantages,
+            mask,
+            loss_type=loss_type,
+            low=low,
+            high=high,
+            ref=ref,
+            delta=dual_clip,
+            **case,
+        )
+        ours = policy_loss(
+            ours_in,
+            old[mask],
+            advantages,
+            torch.tensor([0, *accumulate(LENGTHS)]),
+            config=config,
+            num_sequences=len(LENGTHS),
+            num_tokens=sum(LENGTHS),
+            ref_logprobs=ref[mask],
+        )
+        assert ours.loss.item() == pytest.approx(theirs.item(), abs=1e-12)
+        (their_gradient,) = torch.autograd.grad(theirs, theirs_in)
+        (our_gradient,) = torch.autograd.grad(ours.loss, ours_in)
+        torch.testing.assert_close(our_gradient, their_gradient[mask], atol=1e-12, rtol=0)
+        if level == "sequence":
+            for side in ("low", "high"):
+                assert ours.metrics[f"clip_{side}_fraction"] == pytest.approx(
+                    metrics[f"clip_ratio/{side}_mean"]
+                )
+        elif not dual_clip:
+            assert ours.metrics["clip_token_fraction"] == pytest.approx(metrics["clip_ratio/region_mean"])
+        for name, value in ours.metrics.items():
+            seen[name] += value
+    sides = ["low", "high"] + (["dual"] if dual_clip else [])
+    assert all(seen[f"clip_{side}_fraction"] > 0 for side in sides), (
+        "the cases must hold every kind of clipping"
+    )
+    assert seen["clip_token_fraction"] < 8
