@@ -75,9 +75,12 @@ def _pack(sequences: list[Sequence], processor: Pixels) -> MicroBatch:
                 grids.append(grid)
             image_index.append(images[image.key])
         own = [grids[images[image.key]] for image in sequence.prompt.images]
-        tokens = torch.tensor(sequence.token_ids)
-        positions.append(processor.positions(tokens, torch.cat(own) if own else None))
-        masks.append(torch.arange(len(tokens)) >= sequence.prompt_length)
+        prompt = torch.tensor(sequence.token_ids[: sequence.prompt_length])
+        response_length = len(sequence.token_ids) - sequence.prompt_length
+        positions.append(
+            extend_positions(processor.positions(prompt, torch.cat(own) if own else None), response_length)
+        )
+        masks.append(torch.arange(len(sequence.token_ids)) >= sequence.prompt_length)
     has_logprobs = all(s.rollout_logprobs is not None for s in sequences)
     return MicroBatch(
         names=tuple(s.name for s in sequences),
@@ -94,6 +97,15 @@ def _pack(sequences: list[Sequence], processor: Pixels) -> MicroBatch:
         image_grid_thw=torch.cat(grids) if grids else None,
         image_index=torch.tensor(image_index, dtype=torch.int64),
     )
+
+
+def extend_positions(prompt_positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Continue rotary positions [3, P] by `length` sampled tokens: all three axes count on from the largest.
+
+    Sampled tokens are text whatever their id, an image token that a model samples by mistake included.
+    """
+    start = int(prompt_positions.max()) + 1
+    return torch.cat([prompt_positions, torch.arange(start, start + length).expand(3, -1)], dim=1)
 
 
 def _offsets(lengths: Iterable[int]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from statistics import fmean
 
 import torch
@@ -70,7 +71,7 @@ def split_evenly[T](items: list[T], parts: int) -> list[list[T]]:
     """At most `parts` runs of consecutive items whose sizes differ by at most one; none is empty."""
     parts = min(parts, len(items))
     edges = [len(items) * i // parts for i in range(parts + 1)]
-    return [items[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [items[a:b] for a, b in pairwise(edges)]
 
 
 def _step(

@@ -1,0 +1,111 @@
+"""What goes wrong outside of the code is told in one sentence, before anything heavy starts."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from gspo_mm.observe.metrics import read_metrics
+from PIL import Image
+
+from tests.e2e.conftest import gspo_mm
+
+
+def failure(*arguments: str) -> str:
+    """The sentence on stderr of a command that must fail with status 2 and without a traceback."""
+    result = gspo_mm(*arguments, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.split())
+
+
+def test_a_wrong_key_names_itself_and_the_right_one(short_config: Path) -> None:
+    message = failure("train", str(short_config), "train.stepz=3")
+    assert "unknown key train.stepz=3; did you mean steps?" in message
+
+
+def test_a_missing_shard_is_named(short_config: Path) -> None:
+    message = failure("train", str(short_config), "data.train=[/nowhere/x-*.tar]")
+    assert "/nowhere/x-*.tar" in message
+
+
+def test_a_missing_model_is_named(short_config: Path) -> None:
+    message = failure("train", str(short_config), "model.path=/nowhere")
+    assert "model.path=/nowhere" in message
+
+
+def test_an_empty_reward_file_is_named(short_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    message = failure("train", str(short_config), f"reward.file={tmp_path / 'empty.yaml'}")
+    assert "empty.yaml" in message
+
+
+def test_a_folder_that_cannot_be_written_is_named(short_config: Path) -> None:
+    message = failure("train", str(short_config), "run.dir=/proc/runs")
+    assert "run.dir=/proc/runs" in message
+
+
+def test_validation_shards_among_the_training_shards_are_refused(
+    short_config: Path, digit_shards: Path
+) -> None:
+    message = failure("train", str(short_config), f"data.validation=[{digit_shards}/train-000000.tar]")
+    assert "held-out" in message
+
+
+def test_a_report_of_no_run_is_refused(tmp_path: Path) -> None:
+    assert "is no run folder" in failure("report", str(tmp_path))
+
+
+def shard_with_faults(path: Path, *, good: int, bad: int) -> None:
+    """Good digit-like samples, then samples whose PNG is cut in half."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(good + bad):
+            buffer = io.BytesIO()
+            Image.effect_noise((64, 64), 50 + i).convert("RGB").save(buffer, "PNG")
+            png = buffer.getvalue()
+            question = {"type": "text", "text": "Which digit is this?"}
+            sample = {
+                "messages": [{"role": "user", "content": [{"type": "image"}, question]}],
+                "answer": i % 10,
+                "task": "digit",
+                "response": f"<answer>{i % 10}</answer>",
+            }
+            for ending, data in (
+                ("png", png if i < good else png[: len(png) // 2]),
+                ("json", json.dumps(sample).encode()),
+            ):
+                member = tarfile.TarInfo(f"{i:06d}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_a_corrupt_image_is_skipped_counted_and_named(short_config: Path, tmp_path: Path) -> None:
+    shard_with_faults(tmp_path / "a.tar", good=60, bad=1)
+    gspo_mm(
+        "train",
+        str(short_config),
+        f"data.train=[{tmp_path}/a.tar]",
+        f"run.dir={tmp_path}",
+        "data.max_bad_fraction=0.05",
+        "data.shuffle_buffer=0",
+        "train.steps=8",
+    )
+    run = tmp_path / "short"
+    assert read_metrics(run)[-1]["data/skipped"] == 1
+    assert json.loads((run / "summary.json").read_text())["skipped_samples"] == 1
+    assert "a.tar/000060" in (run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_too_many_corrupt_images_stop_the_run(short_config: Path, tmp_path: Path, command: str) -> None:
+    shard_with_faults(tmp_path / "a.tar", good=20, bad=20)
+    message = failure(
+        command,
+        str(short_config),
+        f"data.train=[{tmp_path}/a.tar]",
+        f"run.dir={tmp_path}",
+        "train.steps=50",
+        "sft.steps=50",
+    )
+    assert "data.max_bad_fraction=0.01" in message

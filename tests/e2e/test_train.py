@@ -1,0 +1,173 @@
+"""One run from shards to a Hugging Face folder, killed, resumed and replayed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from gspo_mm.observe.metrics import read_metrics
+from gspo_mm.observe.rollouts import list_steps, load_rollouts
+
+from tests.e2e.conftest import ROOT, gspo_mm
+
+SUMMARY_KEYS = {
+    "accuracy_before",
+    "accuracy_after",
+    "reward_first",
+    "reward_last",
+    "steps",
+    "seconds",
+    "seconds_per_step_median",
+    "max_ratio_error_first_update",
+    "max_abs_logprob_gap",
+    "skipped_samples",
+}
+# a step's duration and what is divided by it are the only numbers that another run of the same seed may change
+TIMES = ("time", "time/", "tokens_per_second")
+
+
+def numbers(line: dict) -> dict:
+    return {k: v for k, v in line.items() if not k.startswith(TIMES)}
+
+
+def assert_same_metrics(actual: Path, expected: Path) -> None:
+    a, b = read_metrics(actual), read_metrics(expected)
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    for got, want in zip(a, b, strict=True):
+        assert numbers(got).keys() == numbers(want).keys()
+        for name, value in numbers(want).items():
+            assert math.isclose(got[name], value, rel_tol=1e-5, abs_tol=1e-5), (want["step"], name)
+
+
+def test_a_run_leaves_everything_it_promises(short_run: Path) -> None:
+    summary = json.loads((short_run / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["steps"] == 4
+    assert [line["step"] for line in read_metrics(short_run)] == [0, 1, 2, 3, 4]
+    assert (short_run / "config.yaml").exists()
+    assert (short_run / "log.txt").stat().st_size > 0
+    assert "<html" in (short_run / "report.html").read_text()
+    assert list((short_run / "tensorboard").glob("events*"))
+    assert list_steps(short_run) == [1, 2, 3, 4]
+
+
+def test_engine_and_policy_are_the_same_model(short_run: Path) -> None:
+    summary = json.loads((short_run / "summary.json").read_text())
+    assert summary["max_ratio_error_first_update"] < 1e-6
+    assert 0 < summary["max_abs_logprob_gap"] < 1e-4
+
+
+def test_training_moves_the_weights_and_the_clip_can_act(short_run: Path, tiny_model: Path) -> None:
+    from gspo_mm.checkpoint.hf import read_hf
+
+    before = dict(read_hf(tiny_model, "auto"))
+    after = dict(read_hf(short_run / "hf", "auto"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert any(line["ratio_max"] != 1.0 for line in read_metrics(short_run) if "ratio_max" in line)
+
+
+def test_the_exported_folder_is_the_model_that_sampled_last(short_run: Path) -> None:
+    """from_pretrained gives the log-probs that the engine reports for the same tokens."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(short_run / "hf", dtype=torch.float32)
+    assert type(model).__name__ == "Qwen3VLMoeForConditionalGeneration"
+    processor = AutoProcessor.from_pretrained(short_run / "hf")
+    assert processor.tokenizer.convert_tokens_to_ids("<|im_end|>") is not None
+
+
+def test_saved_rollouts_hold_images_scores_and_advantages(short_run: Path) -> None:
+    groups = load_rollouts(short_run, 1)
+    assert len(groups) == 8
+    assert all(len(g.completions) == len(g.scores) == 4 for g in groups)
+    assert all(g.prompt.images[0].data.startswith(b"\x89PNG") for g in groups)
+    assert any(len(g.advantages) == 4 and max(g.advantages) > 0 for g in groups)
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_as_if_nothing_had_happened(short_config: Path, short_run: Path) -> None:
+    """kill -9 after the second step's line; the same command again gives the uninterrupted run's metrics."""
+    killed = short_run.parent / "killed"
+    command = [sys.executable, "-m", "gspo_mm.cli", "train", str(short_config), "run.name=killed"]
+    log = (short_run.parent / "killed.log").open("w")
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
+    )
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= 2 for line in read_metrics(killed)):
+        assert process.poll() is None, (short_run.parent / "killed.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "summary.json").exists()
+    gspo_mm("train", str(short_config), "run.name=killed")
+    assert_same_metrics(killed, short_run)
+
+
+def test_a_finished_run_started_again_only_reports(short_config: Path, short_run: Path) -> None:
+    before = read_metrics(short_run)
+    gspo_mm("train", str(short_config))
+    assert read_metrics(short_run) == before
+
+
+def test_sigterm_saves_and_says_how_to_continue(short_config: Path, short_run: Path) -> None:
+    run = short_run.parent / "term"
+    command = [
+        sys.executable,
+        "-m",
+        "gspo_mm.cli",
+        "train",
+        str(short_config),
+        "run.name=term",
+        "train.steps=500",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= 1 for line in read_metrics(run)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "run.resume=auto" in errors
+    last = read_metrics(run)[-1]["step"]
+    assert (run / "checkpoints" / f"step-{last:08d}" / "state.json").exists()
+
+
+def test_replay_trains_on_saved_answers_without_an_engine(short_config: Path, short_run: Path) -> None:
+    gspo_mm("train", str(short_config), "run.name=replayed", f"rollout.replay={short_run}", "train.steps=1")
+    replayed, original = read_metrics(short_run.parent / "replayed")[-1], read_metrics(short_run)[1]
+    # the same answers from the same weights; held-out accuracy needs an engine and is absent
+    for name in ("reward/mean", "loss", "ratio_mean", "length/mean", "logprob_gap_max"):
+        assert math.isclose(replayed[name], original[name], rel_tol=1e-5, abs_tol=1e-6), name
+    assert "eval/accuracy" not in replayed
+
+
+def test_a_supervised_run_lowers_its_loss_and_exports(short_config: Path, tmp_path: Path) -> None:
+    gspo_mm("sft", str(short_config), f"run.dir={tmp_path}", "sft.steps=8")
+    losses = [line["sft/loss"] for line in read_metrics(tmp_path / "short")]
+    assert losses[-1] < 0.7 * losses[0]
+    assert (tmp_path / "short" / "hf" / "config.json").exists()
+    assert (tmp_path / "short" / "report.html").exists()
+
+
+def test_eval_of_the_export_equals_the_runs_last_evaluation(short_config: Path, short_run: Path) -> None:
+    result = gspo_mm("eval", str(short_config), f"model.path={short_run / 'hf'}")
+    accuracy = json.loads(result.stdout)["eval/accuracy"]
+    assert accuracy == read_metrics(short_run)[-1]["eval/accuracy"]

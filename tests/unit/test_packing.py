@@ -1,0 +1,117 @@
+"""Packing lays sequences end to end and changes nothing about them."""
+
+import pytest
+import torch
+
+from gspo_mm.batch import make_micro_batches, sequences_of
+from gspo_mm.batch.packing import extend_positions
+from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score, Sequence
+
+
+class FakePixels:
+    """Grids of one image token; remembers which images were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
+        self.asked.append(image.key)
+        return torch.full((4, 3), float(image.width)), torch.tensor([[1, 2, 2]])
+
+    def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
+        images = 0 if image_grid_thw is None else len(image_grid_thw)
+        return (torch.arange(len(token_ids)) + 100 * images).expand(3, -1)
+
+
+def image(n: int) -> EncodedImage:
+    return EncodedImage(data=bytes([n]), key=EncodedImage.key_of(bytes([n])), width=n, height=n)
+
+
+def prompt(*images: EncodedImage) -> Prompt:
+    return Prompt(key="k", messages=(), images=images, answer="1", task="t")
+
+
+def sequence(
+    tokens: list[int], prompt_length: int, *images: EncodedImage, advantage: float = 0.0
+) -> Sequence:
+    return Sequence(
+        name=str(tokens[0]),
+        prompt=prompt(*images),
+        token_ids=tuple(tokens),
+        prompt_length=prompt_length,
+        advantage=advantage,
+        rollout_logprobs=tuple(-float(t) for t in tokens[prompt_length:]),
+    )
+
+
+def test_tokens_masks_and_offsets_follow_the_sequences() -> None:
+    (batch,) = make_micro_batches(
+        [sequence([1, 2, 3], 1, advantage=0.5), sequence([4, 5, 6, 7], 3, advantage=-2.0)], FakePixels(), 100
+    )
+    assert batch.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert batch.cu_seqlens.tolist() == [0, 3, 7]
+    assert batch.token_ids[batch.response_mask].tolist() == [2, 3, 7]
+    assert batch.response_cu_seqlens.tolist() == [0, 2, 3]
+    assert batch.advantages.tolist() == [0.5, -2.0]
+    assert batch.rollout_logprobs is not None
+    assert batch.rollout_logprobs.tolist() == [-2.0, -3.0, -7.0]
+    assert batch.positions[0].tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert (batch.num_sequences, batch.num_tokens, batch.num_response_tokens) == (2, 7, 3)
+    assert batch.pixel_values is None
+
+
+def test_equal_images_are_packed_once_and_indexed_in_token_order() -> None:
+    pixels = FakePixels()
+    a, b = image(1), image(2)
+    (batch,) = make_micro_batches(
+        [sequence([1, 2], 1, a), sequence([3, 4], 1, b, a), sequence([5, 6], 1), sequence([7, 8], 1, b)],
+        pixels,
+        100,
+    )
+    assert pixels.asked == [a.key, b.key]
+    assert batch.image_index.tolist() == [0, 1, 0, 1]
+    assert batch.pixel_values is not None
+    assert batch.pixel_values[:, 0].tolist() == [1.0] * 4 + [2.0] * 4
+    assert batch.image_grid_thw is not None
+    assert len(batch.image_grid_thw) == 2
+    assert batch.positions[0].tolist() == [100, 101, 200, 201, 0, 1, 100, 101]
+
+
+def test_a_response_counts_on_from_the_largest_prompt_position() -> None:
+    positions = extend_positions(torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 4]]), 2)
+    assert positions.tolist() == [[0, 1, 1, 5, 6], [0, 1, 1, 5, 6], [0, 1, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("limit", [1, 3, 5, 8, 100])
+def test_micro_batches_hold_every_sequence_once_in_order_within_the_budget(limit: int) -> None:
+    sequences = [sequence([i * 10 + j for j in range(2 + i % 4)], 1) for i in range(11)]
+    batches = make_micro_batches(sequences, FakePixels(), limit)
+    assert [name for batch in batches for name in batch.names] == [s.name for s in sequences]
+    for batch in batches:
+        assert batch.num_tokens <= limit or batch.num_sequences == 1
+
+
+def test_completions_without_a_score_or_without_tokens_are_not_trained_on() -> None:
+    def completion(*tokens: int) -> Completion:
+        count = len(tokens)
+        return Completion(
+            token_ids=tokens, logprobs=(-1.0,) * count, versions=(0,) * count, finish=Finish.STOP, text=""
+        )
+
+    group = RolloutGroup(
+        id=7,
+        prompt=prompt(),
+        prompt_ids=(1, 2),
+        completions=(completion(3), completion(4, 5), completion()),
+        scores=(
+            Score(value=1.0, parts={}),
+            Score(value=0.0, parts={}, error="broke"),
+            Score(value=0.0, parts={}),
+        ),
+        advantages=(0.5, 0.0, -0.5),
+    )
+    (only,) = sequences_of([group])
+    assert only.token_ids == (1, 2, 3)
+    assert only.prompt_length == 2
+    assert only.advantage == 0.5
+    assert only.name == "group 7 completion 0 (k)"
