@@ -46,8 +46,7 @@ are of equal size; for unequal groups every *answer*, not every group, weighs th
 the range whose advantage pulls it back is not clipped.
 
 Everything is computed in float64 (R numbers cost nothing beside the model that made them); the loss comes
-back in the dtype of `logprobs`. No step uses atomic additions, so the result is the same on every run, on
-CUDA too.
+back in the dtype of `logprobs`. No step of value or gradient adds atomically, so runs repeat exactly.
 
 Suffixes: R packed response tokens, S sequences, U units that have a ratio of their own (S at level sequence,
 else R).

@@ -14,7 +14,7 @@ type Box = tuple[
 ]  # x1, y1, x2, y2 in the coordinates of the data, x1 < x2, y1 < y2
 
 _FENCE = re.compile(r"```(?:json)?(.*)```", re.DOTALL)
-_LARGEST = 1e6  # coordinates beyond are babble; areas of all others are exact enough
+_LARGEST = 1e6  # coordinates beyond are babble (and some integers that JSON reads fit no float)
 
 
 class BoxArgs(Args):
@@ -38,7 +38,7 @@ def parse_box(text: str) -> Box | None:
     text = text.strip()
     fenced = _FENCE.fullmatch(text)
     try:
-        value = json.loads(fenced[1] if fenced else text, parse_constant=_refuse, object_pairs_hook=_unique)
+        value = json.loads(fenced[1] if fenced else text, object_pairs_hook=_unique)
     except (ValueError, RecursionError):  # not JSON, too many digits, or nested to exhaust the parser
         return None
     if isinstance(value, list) and len(value) == 1:
@@ -68,10 +68,6 @@ def _box(value: Any) -> Box | None:
 
 def _area(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no coordinate")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
