@@ -9,9 +9,8 @@ from typing import Any
 from gspo_mm.reward.text import Args
 from gspo_mm.types import Json
 
-type Box = tuple[
-    float, float, float, float
-]  # x1, y1, x2, y2 in the coordinates of the data, x1 < x2, y1 < y2
+# x1, y1, x2, y2 in the coordinates of the data, x1 < x2, y1 < y2
+type Box = tuple[float, float, float, float]
 
 _FENCE = re.compile(r"```(?:json)?(.*)```", re.DOTALL)
 _LARGEST = 1e6  # coordinates beyond are babble (and some integers that JSON reads fit no float)
