@@ -1,0 +1,1 @@
+"""Run folders that resume, and Hugging Face folders in and out."""

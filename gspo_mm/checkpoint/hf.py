@@ -1,0 +1,138 @@
+"""Write Hugging Face folders: the published layout always, whole or not at all.
+
+Reading is in families/folder.py, whose docstring tells of the two layouts of fused experts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from gspo_mm.families import family_of
+from gspo_mm.families.folder import INDEX, HfFolder, HfFolderError, expert_kind, read_hf
+
+__all__ = ["HfFolder", "HfFolderError", "read_hf", "write_hf"]
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+
+
+def write_hf(
+    path: str | Path,
+    source: str | Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Write `tensors` (HF names, transformers' in-memory layout) as a folder like `source` with new weights.
+
+    Fused experts go out in the published layout, each tensor in the dtype it has in `source`; configuration,
+    tokenizer, processor and chat template are copied. The folder appears under its name only when it is whole.
+    Raises HfFolderError when the names are not those of `source`.
+    """
+    path, origin = Path(path), read_hf_any_layout(source)
+    temporary = path.with_name(f".tmp-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    shards, written = _write_shards(temporary, origin, tensors, shard_bytes)
+    missing = set(origin.names()) - written - _tied_names(origin.path)
+    if missing:
+        raise HfFolderError(
+            f"{path}: {len(missing)} tensors of {source} were not given, first {min(missing)}"
+        )
+    _name_shards(temporary, shards)
+    for file in sorted(origin.path.iterdir()):
+        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHT_SUFFIXES):
+            shutil.copyfile(file, temporary / file.name)
+    _publish(temporary, path)
+    return path
+
+
+def read_hf_any_layout(source: str | Path) -> HfFolder:
+    """Open a folder for its names and dtypes only, whatever its experts look like."""
+    return HfFolder(Path(source), "published" if _is_ambiguous(Path(source)) else "auto")
+
+
+type _Shard = tuple[str, int, list[str]]  # file name, bytes, tensor names
+
+
+def _write_shards(
+    folder: Path, origin: HfFolder, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
+) -> tuple[list[_Shard], set[str]]:
+    shards: list[_Shard] = []
+    pending: dict[str, torch.Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        name = f"part-{len(shards):05d}"
+        save_file(pending, folder / name, metadata={"format": "pt"})
+        _sync(folder / name)
+        shards.append((name, size, list(pending)))
+        pending.clear()
+
+    written: set[str] = set()
+    for name, tensor in tensors:
+        if name not in origin:
+            raise HfFolderError(f"{name} is not in {origin.path}, so a folder like it cannot hold it")
+        if expert_kind(name) in origin.expert_shapes:
+            tensor = tensor.transpose(1, 2)
+        tensor = tensor.detach().to("cpu", origin.dtype(name), copy=True).contiguous()
+        if pending and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size += tensor.nbytes
+        written.add(name)
+    flush()
+    return shards, written
+
+
+def _name_shards(folder: Path, shards: list[_Shard]) -> None:
+    if len(shards) == 1:
+        (folder / shards[0][0]).rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, (part, _, names) in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / part).rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": sum(size for _, size, _ in shards)}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    old = path.with_name(f".old-{path.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_ambiguous(path: Path) -> bool:
+    family = family_of(path)
+    shapes = family.expert_shapes(family.load_config(str(path)))
+    return bool(shapes) and all(a == b for a, b in shapes.values())
+
+
+def _tied_names(path: Path) -> set[str]:
+    """Second names of shared tensors, which a folder may store or leave out."""
+    family = family_of(path)
+    return {"lm_head.weight"} if family.is_tied(family.load_config(str(path))) else set()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

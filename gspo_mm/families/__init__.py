@@ -1,0 +1,16 @@
+"""Model families: Hugging Face folder -> megatron configuration, weight map, vision tower."""
+
+from gspo_mm.families.base import Entry, Family
+from gspo_mm.families.folder import HfFolder, HfFolderError, read_hf
+from gspo_mm.families.table import FAMILIES, UnknownFamilyError, family_of
+
+__all__ = [
+    "FAMILIES",
+    "Entry",
+    "Family",
+    "HfFolder",
+    "HfFolderError",
+    "UnknownFamilyError",
+    "family_of",
+    "read_hf",
+]

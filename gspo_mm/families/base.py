@@ -1,0 +1,189 @@
+"""What a model family provides, and the primitives its weight map is written in.
+
+A weight map is a list of `Entry(hf names <-> megatron names, operation)`. Loading, exporting, weight sync and the
+conversion tools all read that one list. Names are global: layer and expert numbers count over the whole model,
+whatever the rank; `shard` says what part of a whole megatron tensor a rank holds.
+
+Dims: V vocabulary, D hidden, E experts, F one expert's (or the MLP's) inner size, H head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from gspo_mm.policy.parallel import ModelDims
+
+type Axis = Literal["tp", "etp"]
+
+
+class Operation(Protocol):
+    """Turns whole Hugging Face tensors into whole megatron tensors and back, bit for bit."""
+
+    @property
+    def axis(self) -> Axis | None:
+        """The parallel axis that the megatron tensors are cut along; None: every rank holds them whole."""
+        ...
+
+    def to_megatron(self, hf: list[torch.Tensor]) -> list[torch.Tensor]: ...
+    def to_hf(self, megatron: list[torch.Tensor]) -> list[torch.Tensor]: ...
+
+    def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+        """Rank `rank` of `size`'s part of one whole megatron tensor."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """`hf` tensors are `megatron` tensors under `op`; a tuple on either side when they are merged or stacked."""
+
+    hf: tuple[str, ...]
+    megatron: tuple[str, ...]
+    op: Operation
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The same tensor on both sides, cut along `dim` over `axis`."""
+
+    axis: Axis | None = None
+    dim: int = 0
+
+    def to_megatron(self, hf: list[torch.Tensor]) -> list[torch.Tensor]:
+        return hf
+
+    def to_hf(self, megatron: list[torch.Tensor]) -> list[torch.Tensor]:
+        return megatron
+
+    def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+        return whole if self.axis is None else _part(whole, self.dim, size, rank)
+
+
+@dataclass(frozen=True)
+class VocabPad:
+    """Rows of zeros appended up to `padded`; they are never looked up and their logits are cut off."""
+
+    vocab: int
+    padded: int
+    axis: Axis | None = "tp"
+
+    def to_megatron(self, hf: list[torch.Tensor]) -> list[torch.Tensor]:
+        (weight_VD,) = hf
+        padding = weight_VD.new_zeros(self.padded - self.vocab, weight_VD.shape[1])
+        return [torch.cat([weight_VD, padding]) if len(padding) else weight_VD]
+
+    def to_hf(self, megatron: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [megatron[0][: self.vocab]]
+
+    def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+        return _part(whole, 0, size, rank)
+
+
+@dataclass(frozen=True)
+class MergeQkv:
+    """q, k, v (weights or biases) <-> one tensor laid out group by group: [its queries, its key, its value]."""
+
+    num_groups: int
+    head_dim: int
+    axis: Axis | None = "tp"
+
+    def to_megatron(self, hf: list[torch.Tensor]) -> list[torch.Tensor]:
+        inner = hf[0].shape[1:]
+        grouped = [t.reshape(self.num_groups, -1, *inner) for t in hf]
+        return [torch.cat(grouped, dim=1).reshape(-1, *inner)]
+
+    def to_hf(self, megatron: list[torch.Tensor]) -> list[torch.Tensor]:
+        inner = megatron[0].shape[1:]
+        grouped = megatron[0].reshape(self.num_groups, -1, *inner)
+        queries = grouped.shape[1] - 2 * self.head_dim
+        parts = grouped.split([queries, self.head_dim, self.head_dim], dim=1)
+        return [part.reshape(-1, *inner) for part in parts]
+
+    def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+        return _part(whole, 0, size, rank)
+
+
+@dataclass(frozen=True)
+class MergeGateUp:
+    """gate [F, D] and up [F, D] <-> [2F, D], gate first; each rank holds its part of both."""
+
+    axis: Axis | None = "tp"
+
+    def to_megatron(self, hf: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.cat(hf)]
+
+    def to_hf(self, megatron: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list(megatron[0].chunk(2))
+
+    def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+        return torch.cat([_part(half, 0, size, rank) for half in whole.chunk(2)])
+
+
+@dataclass(frozen=True)
+class StackExperts:
+    """One [E, out, in] tensor <-> E tensors [out, in]; `gated`: out is gate and up, one after the other."""
+
+    gated: bool
+    axis: Axis | None = "etp"
+
+    def to_megatron(self, hf: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list(hf[0].unbind(0))
+
+    def to_hf(self, megatron: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.stack(megatron)]
+
+    def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+        if self.gated:
+            return MergeGateUp().shard(whole, size, rank)
+        return _part(whole, 1, size, rank)
+
+
+class Family(Protocol):
+    """One model family: how its Hugging Face config, weights and vision tower map onto megatron-core."""
+
+    model_types: tuple[str, ...]
+
+    def load_config(self, path: str) -> Any:
+        """The Hugging Face config of folder `path`. Raises ValueError for a variant that is not supported."""
+        ...
+
+    def dims(self, hf: Any) -> ModelDims: ...
+
+    def transformer_arguments(self, hf: Any) -> dict[str, Any]:
+        """Keyword arguments of megatron's TransformerConfig that the architecture decides."""
+        ...
+
+    def is_tied(self, hf: Any) -> bool:
+        """Whether the output layer is the embedding."""
+        ...
+
+    def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
+        """Every tensor of the model; `fused`: names of Transformer Engine's fused modules."""
+        ...
+
+    def expert_shapes(self, hf: Any) -> Mapping[str, tuple[int, int]]:
+        """[out, in] of the fused expert tensors by the last part of their name; empty for dense models."""
+        ...
+
+    def build_vision(self, hf: Any) -> torch.nn.Module: ...
+
+    def encode_images(
+        self, tower: torch.nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Features [image tokens, D] of all images in order, and those of each DeepStack level."""
+        ...
+
+    def tokens_per_image(self, hf: Any, grid_thw: torch.Tensor) -> list[int]: ...
+    def build_rotary(self, hf: Any) -> torch.nn.Module: ...
+
+    def part_of(self, name: str) -> str:
+        """Which part of `policy.freeze` the parameter `name` of the policy belongs to."""
+        ...
+
+
+def _part(whole: torch.Tensor, dim: int, size: int, rank: int) -> torch.Tensor:
+    return whole if size == 1 else whole.chunk(size, dim)[rank]

@@ -1,0 +1,212 @@
+"""Qwen3-VL, dense and mixture of experts (model_type qwen3_vl and qwen3_vl_moe).
+
+Source: transformers' modeling_qwen3_vl_moe.py and modeling_qwen3_vl.py, which the parity tests compare with. What
+is particular: DeepStack (features of some vision blocks are added after the first decoder layers), interleaved
+multi-axis rotary positions, RMSNorm on queries and keys, routing weights that sum to 1 over the chosen experts.
+
+Left out: videos (their tokens are refused by the model as text without features would be wrong), router losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gspo_mm.families.base import Copy, Entry, MergeGateUp, MergeQkv, StackExperts, VocabPad
+from gspo_mm.policy.parallel import ModelDims
+
+_HF_TEXT = "model.language_model"
+_HF_VISION = "model.visual"
+
+
+class Qwen3VL:
+    """The Family of both variants; which one is in the config."""
+
+    model_types = ("qwen3_vl", "qwen3_vl_moe")
+
+    def load_config(self, path: str) -> Any:
+        from transformers import AutoConfig
+
+        hf = AutoConfig.from_pretrained(path)
+        text = hf.text_config
+        if text.hidden_act != "silu":
+            raise ValueError(
+                f"{path}: text_config.hidden_act={text.hidden_act!r} is not supported; use 'silu'"
+            )
+        kind = text.rope_parameters.get("rope_type", "default")
+        if kind != "default":
+            raise ValueError(f"{path}: rope_type={kind!r} is not supported; use 'default'")
+        return hf
+
+    def dims(self, hf: Any) -> ModelDims:
+        text = hf.text_config
+        return ModelDims(
+            num_layers=text.num_hidden_layers,
+            num_heads=text.num_attention_heads,
+            num_kv_groups=text.num_key_value_heads,
+            num_experts=text.num_experts if any(moe_layers(text)) else 0,
+        )
+
+    def is_tied(self, hf: Any) -> bool:
+        return bool(hf.tie_word_embeddings)  # the top-level flag decides, text_config's is not read
+
+    def transformer_arguments(self, hf: Any) -> dict[str, Any]:
+        text = hf.text_config
+        arguments: dict[str, Any] = {
+            "num_layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size,
+            "ffn_hidden_size": text.intermediate_size,
+            "num_attention_heads": text.num_attention_heads,
+            "num_query_groups": text.num_key_value_heads,
+            "kv_channels": text.head_dim,
+            "layernorm_epsilon": text.rms_norm_eps,
+            "add_qkv_bias": bool(text.attention_bias),
+            "attention_dropout": text.attention_dropout,
+            "hidden_dropout": 0.0,
+            "normalization": "RMSNorm",
+            "qk_layernorm": True,
+            "gated_linear_unit": True,
+            "activation_func": torch.nn.functional.silu,
+            "add_bias_linear": False,
+            "mrope_section": list(text.rope_parameters["mrope_section"]),
+        }
+        pattern = moe_layers(text)
+        if any(pattern):
+            arguments |= {
+                "num_moe_experts": text.num_experts,
+                "moe_router_topk": text.num_experts_per_tok,
+                "moe_ffn_hidden_size": text.moe_intermediate_size,
+                "moe_layer_freq": [int(is_moe) for is_moe in pattern],
+                # softmax after top-k: equal to softmax over all, then renormalised over the chosen ones, which
+                # transformers does for this family whatever norm_topk_prob says
+                "moe_router_pre_softmax": False,
+                "moe_router_load_balancing_type": "none",
+                "moe_aux_loss_coeff": 0.0,
+            }
+        return arguments
+
+    def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
+        text = hf.text_config
+        vocab = VocabPad(text.vocab_size, padded_vocab)
+        entries = [
+            _entry(f"{_HF_TEXT}.embed_tokens.weight", "language.embedding.word_embeddings.weight", vocab),
+            _entry(f"{_HF_TEXT}.norm.weight", "language.decoder.final_layernorm.weight", Copy()),
+        ]
+        if not self.is_tied(hf):
+            entries.append(_entry("lm_head.weight", "language.output_layer.weight", vocab))
+        for number, is_moe in enumerate(moe_layers(text)):
+            entries += _layer(text, number, is_moe=is_moe, fused=fused)
+        with torch.device("meta"):
+            tower = self.build_vision(hf)
+        entries += [_entry(f"{_HF_VISION}.{name}", f"visual.{name}", Copy()) for name in tower.state_dict()]
+        return entries
+
+    def expert_shapes(self, hf: Any) -> Mapping[str, tuple[int, int]]:
+        text = hf.text_config
+        if not any(moe_layers(text)):
+            return {}
+        hidden, inner = text.hidden_size, text.moe_intermediate_size
+        return {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+
+    def build_vision(self, hf: Any) -> torch.nn.Module:
+        from transformers import AutoModel
+
+        return AutoModel.from_config(hf.vision_config)
+
+    def encode_images(
+        self, tower: torch.nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        output = tower(pixels, grid_thw=grid_thw)
+        return output.pooler_output, output.deepstack_features
+
+    def tokens_per_image(self, hf: Any, grid_thw: torch.Tensor) -> list[int]:
+        return (grid_thw.prod(-1) // hf.vision_config.spatial_merge_size**2).tolist()
+
+    def build_rotary(self, hf: Any) -> torch.nn.Module:
+        text = hf.text_config
+        return InterleavedRotary(
+            text.head_dim,
+            base=text.rope_parameters["rope_theta"],
+            section=text.rope_parameters["mrope_section"],
+        )
+
+    def part_of(self, name: str) -> str:
+        if name.startswith("visual."):
+            return "projector" if "merger" in name.split(".")[1] else "vision"
+        return "router" if ".mlp.router." in name else "language"
+
+
+class InterleavedRotary(torch.nn.Module):
+    """Angles of multi-axis rotary positions, frequencies dealt to time, height, width in turn: t h w t h w ... t t.
+
+    megatron-core's own multi-axis embedding splits them into three blocks, which is Qwen2-VL's way.
+    """
+
+    def __init__(self, head_dim: int, *, base: float, section: list[int]) -> None:
+        super().__init__()
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+        self.register_buffer("inv_freq", 1.0 / base**exponents, persistent=False)
+        axis = torch.zeros(head_dim // 2, dtype=torch.int64)  # of every frequency: 0 time, 1 height, 2 width
+        for number in (1, 2):
+            axis[number : section[number] * 3 : 3] = number
+        self.register_buffer("axis", axis, persistent=False)
+
+    def forward(self, position_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Positions [3, 1, N] -> angles [N, 1, 1, head_dim], as megatron applies them."""
+        positions_NF = position_ids[:, 0].float()[self.axis].T
+        angles_NF = positions_NF * self.inv_freq
+        return torch.cat([angles_NF, angles_NF], dim=-1)[:, None, None, :]
+
+
+def moe_layers(text: Any) -> list[bool]:
+    """Which decoder layers are mixtures of experts."""
+    if not getattr(text, "num_experts", 0):
+        return [False] * text.num_hidden_layers
+    return [
+        number not in text.mlp_only_layers and (number + 1) % text.decoder_sparse_step == 0
+        for number in range(text.num_hidden_layers)
+    ]
+
+
+def _entry(hf: str, megatron: str, op: Any) -> Entry:
+    return Entry(hf=(hf,), megatron=(megatron,), op=op)
+
+
+def _layer(text: Any, number: int, *, is_moe: bool, fused: bool) -> list[Entry]:
+    hf, mcore = f"{_HF_TEXT}.layers.{number}", f"language.decoder.layers.{number}"
+    # Transformer Engine fuses a norm into the linear layer that follows it
+    input_norm = "self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"
+    mlp_norm = "mlp.linear_fc1.layer_norm_weight" if fused and not is_moe else "pre_mlp_layernorm.weight"
+    qkv = MergeQkv(text.num_key_value_heads, text.head_dim)
+    entries = [
+        _entry(f"{hf}.input_layernorm.weight", f"{mcore}.{input_norm}", Copy()),
+        _entry(f"{hf}.post_attention_layernorm.weight", f"{mcore}.{mlp_norm}", Copy()),
+        _entry(f"{hf}.self_attn.q_norm.weight", f"{mcore}.self_attention.q_layernorm.weight", Copy()),
+        _entry(f"{hf}.self_attn.k_norm.weight", f"{mcore}.self_attention.k_layernorm.weight", Copy()),
+        _entry(f"{hf}.self_attn.o_proj.weight", f"{mcore}.self_attention.linear_proj.weight", Copy("tp", 1)),
+    ]
+    if text.attention_bias:
+        entries.append(
+            _entry(f"{hf}.self_attn.o_proj.bias", f"{mcore}.self_attention.linear_proj.bias", Copy())
+        )
+    for kind in ("weight", "bias") if text.attention_bias else ("weight",):
+        names = tuple(f"{hf}.self_attn.{x}_proj.{kind}" for x in "qkv")
+        entries.append(Entry(hf=names, megatron=(f"{mcore}.self_attention.linear_qkv.{kind}",), op=qkv))
+    if is_moe:
+        entries.append(_entry(f"{hf}.mlp.gate.weight", f"{mcore}.mlp.router.weight", Copy()))
+        for hf_name, linear in (("gate_up_proj", "linear_fc1"), ("down_proj", "linear_fc2")):
+            experts = tuple(
+                f"{mcore}.mlp.experts.{linear}.weight{e}"
+                if fused
+                else f"{mcore}.mlp.experts.local_experts.{e}.{linear}.weight"
+                for e in range(text.num_experts)
+            )
+            op = StackExperts(gated=linear == "linear_fc1")
+            entries.append(Entry(hf=(f"{hf}.mlp.experts.{hf_name}",), megatron=experts, op=op))
+    else:
+        gate_up = (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight")
+        entries.append(Entry(hf=gate_up, megatron=(f"{mcore}.mlp.linear_fc1.weight",), op=MergeGateUp()))
+        entries.append(_entry(f"{hf}.mlp.down_proj.weight", f"{mcore}.mlp.linear_fc2.weight", Copy("tp", 1)))
+    return entries

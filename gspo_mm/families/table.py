@@ -1,0 +1,34 @@
+"""The table of model families: one file each, one line each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gspo_mm.families.base import Family
+from gspo_mm.families.qwen3_vl import Qwen3VL
+from gspo_mm.types import GspoError
+
+FAMILIES: dict[str, Family] = {
+    "qwen3_vl": Qwen3VL(),
+    "qwen3_vl_moe": Qwen3VL(),
+}
+
+
+class UnknownFamilyError(GspoError, ValueError):
+    """A model folder of a family that is not in the table."""
+
+
+def family_of(path: str | Path) -> Family:
+    """The family of a Hugging Face folder, by `model_type` in its config.json."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise UnknownFamilyError(
+            f"model.path={path} has no config.json; name a Hugging Face folder (tools/make_tiny_model.py makes one)"
+        )
+    model_type = json.loads(file.read_text()).get("model_type")
+    if model_type not in FAMILIES:
+        raise UnknownFamilyError(
+            f"{file}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,246 @@
+"""Compare our policy with transformers' own model, in float32, for any Hugging Face folder of a supported family.
+
+Both compute log-probs and parameter gradients of the same random prompts: ragged, with several images of different
+sizes, with the same image twice, and text only. transformers runs each sequence by itself, we run them packed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from gspo_mm.policy.engine import Policy
+    from gspo_mm.types import MicroBatch
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far two implementations of one model are apart."""
+
+    max_abs_logprob: float  # nats, over all response tokens
+    max_rel_grad: (
+        float  # over parameters: largest difference by the largest reference gradient of that parameter
+    )
+    worst_grad: str  # the parameter that gave max_rel_grad
+    roundtrip_exact: bool  # Hugging Face -> policy -> Hugging Face changes no bit and misses no tensor
+
+
+def compare(
+    policy: Policy, reference: torch.nn.Module, batch: MicroBatch, *, temperature: float = 1.0
+) -> Parity:
+    """Run both on `batch`. `policy` must have been loaded from the weights of `reference`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    weights_R = torch.randn(
+        batch.num_response_tokens, generator=generator
+    )  # of each token in the common loss
+    expected_R = reference_logprobs(reference, batch, temperature)
+    reference.zero_grad()
+    (expected_R * weights_R.to(expected_R.device)).sum().backward()
+
+    ours: list[torch.Tensor] = []
+
+    def loss_fn(_: int, logprobs_R: torch.Tensor, __: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        ours.append(logprobs_R.detach())
+        return (logprobs_R * weights_R.to(logprobs_R.device)).sum(), {}
+
+    policy.backward([batch], loss_fn, temperature=temperature)
+    gradients = dict(policy.export_gradients())
+    errors = {
+        name: _relative(gradients[name], parameter.grad)
+        for name, parameter in reference.named_parameters()
+        if name in gradients
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    exported = dict(policy.export())
+    named = dict(reference.named_parameters())
+    return Parity(
+        max_abs_logprob=float((ours[0].cpu() - expected_R.detach().cpu()).abs().max()),
+        max_rel_grad=errors[worst],
+        worst_grad=worst,
+        roundtrip_exact=exported.keys() == named.keys()
+        and all(torch.equal(exported[name].to(named[name].device), named[name]) for name in named),
+    )
+
+
+def _relative(ours: torch.Tensor, reference: torch.Tensor | None) -> float:
+    if reference is None:  # not touched by this batch
+        return float(ours.abs().max())
+    scale = max(float(reference.abs().max()), 1e-30)
+    return float((ours.to(reference.device) - reference).abs().max()) / scale
+
+
+def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probs [R] by transformers, one sequence at a time, positions worked out by itself."""
+    import torch
+
+    parts: list[torch.Tensor] = []
+    offsets = batch.cu_seqlens.tolist()
+    patches = _patches_of_images(batch)
+    shown = iter(batch.image_index.tolist())
+    merge = model.config.vision_config.spatial_merge_size**2
+    for start, end in pairwise(offsets):
+        ids = batch.token_ids[start:end]
+        is_response = batch.response_mask[start:end]
+        left = int(((ids == model.config.image_token_id) & ~is_response).sum())
+        images: list[int] = []
+        while left > 0:
+            images.append(next(shown))
+            assert batch.image_grid_thw is not None
+            left -= int(batch.image_grid_thw[images[-1]].prod()) // merge
+        inputs: dict[str, Any] = {"input_ids": ids[None].to(model.device)}
+        if images:
+            inputs["pixel_values"] = torch.cat([patches[i] for i in images]).to(model.device)
+            inputs["image_grid_thw"] = batch.image_grid_thw[images].to(model.device)
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+        logits = model(**inputs, use_cache=False).logits[0].float() / temperature
+        rows = is_response.nonzero().squeeze(1)
+        logprobs = logits[(rows - 1).to(logits.device)].log_softmax(-1)
+        parts.append(logprobs.gather(1, ids[rows, None].to(logits.device)).squeeze(1))
+    return torch.cat(parts)
+
+
+def _patches_of_images(batch: MicroBatch) -> list[torch.Tensor]:
+    if batch.pixel_values is None or batch.image_grid_thw is None:
+        return []
+    return list(batch.pixel_values.split(batch.image_grid_thw.prod(-1).tolist()))
+
+
+def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
+    """One micro-batch of ragged sequences: image 0 alone, all images, image 0 twice, then two of text only."""
+    import torch
+
+    from gspo_mm.types import MicroBatch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    config = model.config
+    vision, merge = config.vision_config, config.vision_config.spatial_merge_size
+    grids = torch.tensor([[1, merge * integer(1, 5), merge * integer(1, 5)] for _ in range(images)]).reshape(
+        -1, 3
+    )
+    patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.randn(int(grids.prod(-1).sum()), patch_dim, generator=generator)
+    special = {
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_start_token_id,
+        config.vision_end_token_id,
+    }
+    plain = torch.tensor([i for i in range(config.text_config.vocab_size) if i not in special])
+
+    def text(low: int, high: int) -> list[int]:
+        return plain[torch.randint(len(plain), (integer(low, high),), generator=generator)].tolist()
+
+    shown: list[list[int]] = [[0], list(range(images)), [0, 0]] if images else []
+    ids: list[list[int]] = []
+    response_lengths: list[int] = []
+    for of_sequence in [*shown, [], []]:
+        prompt = text(2, 9)
+        for image in of_sequence:
+            count = int(grids[image].prod()) // merge**2
+            prompt += [
+                config.vision_start_token_id,
+                *[config.image_token_id] * count,
+                config.vision_end_token_id,
+            ]
+            prompt += text(0, 4)
+        response = text(1, 14)
+        ids.append(prompt + response)
+        response_lengths.append(len(response))
+    positions = [
+        _positions(model, sequence, grids[of_sequence] if of_sequence else None)
+        for sequence, of_sequence in zip(ids, [*shown, [], []], strict=True)
+    ]
+    mask = [i >= len(s) - n for s, n in zip(ids, response_lengths, strict=True) for i in range(len(s))]
+    return MicroBatch(
+        names=tuple(f"random {i}" for i in range(len(ids))),
+        token_ids=torch.tensor([t for s in ids for t in s]),
+        cu_seqlens=torch.tensor(list(accumulate(map(len, ids), initial=0)), dtype=torch.int32),
+        positions=torch.cat(positions, dim=1),
+        response_mask=torch.tensor(mask),
+        response_cu_seqlens=torch.tensor(list(accumulate(response_lengths, initial=0)), dtype=torch.int32),
+        advantages=torch.zeros(len(ids)),
+        rollout_logprobs=None,
+        pixel_values=pixels if images else None,
+        image_grid_thw=grids if images else None,
+        image_index=torch.tensor([i for of_sequence in shown for i in of_sequence], dtype=torch.int64),
+    )
+
+
+def _positions(model: Any, ids: list[int], grids: torch.Tensor | None) -> torch.Tensor:
+    import torch
+
+    if grids is None:
+        return torch.arange(len(ids)).expand(3, -1)
+    tokens = torch.tensor([ids])
+    types = (tokens == model.config.image_token_id).int()
+    return model.model.get_rope_index(tokens, types, image_grid_thw=grids)[0][:, 0]
+
+
+def load_reference(path: Path) -> Any:
+    """transformers' model in float32, without dropout, experts as a plain loop."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@app.command()
+def main(
+    hf: Annotated[Path, typer.Option(help="Hugging Face folder; no processor or tokenizer is needed.")],
+    images: Annotated[int, typer.Option(help="Distinct random images; 0: text only.", min=0)] = 4,
+    seed: Annotated[int, typer.Option(help="Decides prompts, images and the loss's weights.")] = 0,
+    experts_layout: Annotated[str, typer.Option(help="auto, published or transformers.")] = "auto",
+    tol_logprob: Annotated[float, typer.Option(help="Largest difference of a log-prob, nats.")] = 2e-5,
+    tol_grad: Annotated[float, typer.Option(help="Largest relative difference of a gradient.")] = 1e-4,
+) -> None:
+    """Compare the policy with transformers' own model and print **one line of JSON**.
+
+    Keys: `max_abs_logprob`, `max_rel_grad`, `worst_grad`, `roundtrip_exact`, `plan`. Exit status 0 only when both
+    differences are within tolerance and the weights survive the way there and back bit for bit; 1 when not, 2 when
+    the folder cannot be used. Both models are in memory at once, in float32, with gradients.
+
+    Example:
+
+        python tools/check_parity.py --hf data/tiny-model --images 4
+    """
+    from dataclasses import asdict
+
+    from gspo_mm.config import PolicyConfig
+    from gspo_mm.policy.engine import Policy
+
+    try:
+        policy = Policy.from_hf(
+            str(hf), PolicyConfig(dtype="float32"), seed=seed, total_steps=1, experts_layout=experts_layout
+        )
+    except ValueError as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from None
+    reference = load_reference(hf)
+    result = compare(policy, reference, random_batch(reference, images=images, seed=seed))
+    sys.stdout.write(json.dumps({**asdict(result), "plan": policy.plan.as_dict()}) + "\n")
+    within = result.max_abs_logprob <= tol_logprob and result.max_rel_grad <= tol_grad
+    raise typer.Exit(0 if within and result.roundtrip_exact else 1)
+
+
+if __name__ == "__main__":
+    app()
