@@ -115,12 +115,9 @@ def policy_loss(
     Raises NonFiniteError naming the sequence for NaN or Inf in an input or in the loss, and ValueError for
     shapes, counts or config values that do not fit together.
     """
-    S, R = cu_seqlens.numel() - 1, logprobs.numel()
-    lengths_S = _lengths(cu_seqlens, R, names)
-    _check_counts(config, S, num_sequences, num_tokens, ref_logprobs)
-    names = names or [f"sequence {i}" for i in range(S)]
-    if len(names) != S:
-        raise ValueError(f"names holds {len(names)} names for {S} sequences")
+    lengths_S = _lengths(cu_seqlens, logprobs.numel(), names)
+    names = names or [f"sequence {i}" for i in range(len(lengths_S))]
+    _check_counts(config, len(lengths_S), num_sequences, num_tokens, ref_logprobs)
     given = {
         "logprobs": logprobs,
         "old_logprobs": old_logprobs,
@@ -128,24 +125,10 @@ def policy_loss(
         "rollout_logprobs": rollout_logprobs,
         "entropy": entropy,
     }
-    for what, values in given.items():
-        if values is not None:
-            if values.shape != (R,):
-                raise ValueError(
-                    f"{what} has shape {list(values.shape)}; logprobs has [{R}] and both must be equal"
-                )
-            _require_finite(what, values, cu_seqlens, names)
-    per_token = config.level != "sequence"
-    if advantages.shape != (S,) and not (per_token and advantages.shape == (R,)):
-        allowed = f"[{S}] (sequences)" + (f" or [{R}] (tokens)" if per_token else "")
-        raise ValueError(
-            f"advantages has shape {list(advantages.shape)}; level={config.level} takes {allowed}"
-        )
-    _require_finite("advantages", advantages, cu_seqlens, names)
+    _check_tensors(given, advantages, cu_seqlens, names, config.level)
 
     owner_R = torch.repeat_interleave(lengths_S)  # the sequence that each token belongs to
-    logprobs_R = logprobs.double()
-    old_R = old_logprobs.detach().double()
+    logprobs_R, old_R = logprobs.double(), old_logprobs.detach().double()
     x_R = logprobs_R - old_R
     log_s_S = _segment_sum(x_R, lengths_S) / lengths_S
     match config.level:
@@ -155,24 +138,13 @@ def policy_loss(
             log_ratio_U = x_R
         case "sequence_token":
             log_ratio_U = log_s_S.detach()[owner_R] + (logprobs_R - logprobs_R.detach())
-
+    per_token = config.level != "sequence"
     advantage_U = advantages.detach().double()
-    if per_token and advantages.shape == (S,):
+    if per_token and advantages.numel() == len(lengths_S):
         advantage_U = advantage_U[owner_R]
     surrogate_U, clipped = _surrogate(log_ratio_U, advantage_U, config)
 
-    # Denominators are those of the whole batch: one count for all micro-batches and ranks, so the split
-    # cannot matter.
-    match config.aggregation:
-        case "sequence_mean":
-            weight_S = 1.0 / (num_sequences * lengths_S.double())
-        case "token_mean":
-            assert num_tokens is not None
-            weight_S = torch.full_like(log_s_S, 1.0 / num_tokens)
-        case "dr_grpo":
-            assert config.dr_grpo_length is not None
-            weight_S = torch.full_like(log_s_S, 1.0 / (num_sequences * config.dr_grpo_length))
-    weight_S = weight_S.detach()
+    weight_S = _token_weights(lengths_S, config, num_sequences, num_tokens)
     weight_R = weight_S[owner_R]
     loss_U = -surrogate_U * (weight_R if per_token else weight_S * lengths_S)
     loss = _total("loss", loss_U, cu_seqlens, names, logprobs.dtype)
@@ -181,31 +153,64 @@ def policy_loss(
         d_R = ref_logprobs.detach().double() - logprobs_R
         kl_R = torch.expm1(d_R) - d_R
         if config.kl_coef > 0:
-            loss = loss + config.kl_coef * _total(
-                "KL to the reference", weight_R * kl_R, cu_seqlens, names, logprobs.dtype
-            )
+            kl = _total("KL to the reference", weight_R * kl_R, cu_seqlens, names, logprobs.dtype)
+            loss = loss + config.kl_coef * kl
 
-    with torch.no_grad():
-        in_sequence_R = (1.0 / (num_sequences * lengths_S.double()))[owner_R]
-        share_U = in_sequence_R if per_token else torch.full_like(log_s_S, 1.0 / num_sequences)
-        ratio_U = torch.exp(log_ratio_U)
-        sums = {"ratio_mean": ratio_U @ share_U, "ratio_min": ratio_U.min(), "ratio_max": ratio_U.max()}
-        for name, mask_U in clipped.items():
-            sums[f"clip_{name}_fraction"] = mask_U.double() @ share_U
-        if num_tokens is not None:
-            any_U = torch.stack(list(clipped.values())).any(0).double()
-            sums["clip_token_fraction"] = (any_U if per_token else any_U * lengths_S).sum() / num_tokens
-        sums["approx_kl"] = (torch.expm1(x_R) - x_R) @ in_sequence_R
-        if entropy is not None:
-            sums["entropy"] = entropy.double() @ in_sequence_R
-        if kl_R is not None:
-            sums["kl_ref"] = kl_R @ in_sequence_R
-        if rollout_logprobs is not None:
-            gap_R = (old_R - rollout_logprobs.double()).abs()
-            sums["logprob_gap_mean"] = gap_R @ in_sequence_R
-            sums["logprob_gap_max"] = gap_R.max()
-        values = torch.stack(list(sums.values())).tolist()  # one transfer from the device
-    return LossOutput(loss=loss, metrics=dict(zip(sums, values, strict=True)))
+    token_means = {"approx_kl": torch.expm1(x_R) - x_R, "entropy": entropy, "kl_ref": kl_R}
+    if rollout_logprobs is not None:
+        token_means["logprob_gap_mean"] = (old_R - rollout_logprobs.double()).abs()
+    metrics = _metrics(log_ratio_U, clipped, token_means, lengths_S, num_sequences, num_tokens)
+    return LossOutput(loss=loss, metrics=metrics)
+
+
+@torch.no_grad()
+def _metrics(
+    log_ratio_U: Tensor,
+    clipped: Mapping[str, Tensor],
+    token_means: Mapping[str, Tensor | None],
+    lengths_S: Tensor,
+    num_sequences: int,
+    num_tokens: int | None,
+) -> dict[str, float]:
+    """See `policy_loss`; `token_means` [R] are averaged within their sequence, then over sequences."""
+    per_token = len(log_ratio_U) != len(lengths_S) or bool((lengths_S == 1).all())
+    owner_R = torch.repeat_interleave(lengths_S)
+    in_sequence_R = (1.0 / (num_sequences * lengths_S.double()))[owner_R]
+    share_U = in_sequence_R if per_token else torch.full_like(log_ratio_U, 1.0 / num_sequences)
+    ratio_U = torch.exp(log_ratio_U)
+    sums = {"ratio_mean": ratio_U @ share_U, "ratio_min": ratio_U.min(), "ratio_max": ratio_U.max()}
+    for name, mask_U in clipped.items():
+        sums[f"clip_{name}_fraction"] = mask_U.double() @ share_U
+    if num_tokens is not None:
+        any_U = torch.stack(list(clipped.values())).any(0).double()
+        sums["clip_token_fraction"] = (any_U if per_token else any_U * lengths_S).sum() / num_tokens
+    for name, values_R in token_means.items():
+        if values_R is not None:
+            sums[name] = values_R.double() @ in_sequence_R
+    if (gap_R := token_means.get("logprob_gap_mean")) is not None:
+        sums["logprob_gap_max"] = gap_R.max()
+    values = torch.stack(list(sums.values())).tolist()  # one transfer from the device
+    return dict(zip(sums, values, strict=True))
+
+
+def _token_weights(
+    lengths_S: Tensor, config: LossConfig, num_sequences: int, num_tokens: int | None
+) -> Tensor:
+    """a_i [S] of the equations.
+
+    Denominators are those of the whole batch: one count for all micro-batches and ranks, so the split cannot
+    matter.
+    """
+    match config.aggregation:
+        case "sequence_mean":
+            return 1.0 / (num_sequences * lengths_S.double())
+        case "token_mean":
+            assert num_tokens is not None
+            weight = 1.0 / num_tokens
+        case "dr_grpo":
+            assert config.dr_grpo_length is not None
+            weight = 1.0 / (num_sequences * config.dr_grpo_length)
+    return torch.full_like(lengths_S, weight, dtype=torch.float64)
 
 
 def reduce_metrics(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -300,6 +305,33 @@ def _check_counts(
         raise ValueError(
             f"loss.kl_coef={config.kl_coef:g} needs log-probs of a reference model; pass them, or set it to 0"
         )
+
+
+def _check_tensors(
+    given: Mapping[str, Tensor | None],
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    names: Sequence[str],
+    level: str,
+) -> None:
+    """Shapes and finiteness of the inputs; `given["logprobs"]` sets R."""
+    assert given["logprobs"] is not None
+    S, R = cu_seqlens.numel() - 1, given["logprobs"].numel()
+    if len(names) != S:
+        raise ValueError(f"names holds {len(names)} names for {S} sequences")
+    for what, values in given.items():
+        if values is None:
+            continue
+        if values.shape != (R,):
+            raise ValueError(
+                f"{what} has shape {list(values.shape)}; logprobs has [{R}] and both must be equal"
+            )
+        _require_finite(what, values, cu_seqlens, names)
+    per_token = level != "sequence"
+    if advantages.shape != (S,) and not (per_token and advantages.shape == (R,)):
+        allowed = f"[{S}] (sequences)" + (f" or [{R}] (tokens)" if per_token else "")
+        raise ValueError(f"advantages has shape {list(advantages.shape)}; level={level} takes {allowed}")
+    _require_finite("advantages", advantages, cu_seqlens, names)
 
 
 def _total(what: str, values: Tensor, cu_seqlens: Tensor, names: Sequence[str], dtype: torch.dtype) -> Tensor:
