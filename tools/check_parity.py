@@ -90,6 +90,7 @@ def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) 
     offsets = batch.cu_seqlens.tolist()
     patches = _patches_of_images(batch)
     shown = iter(batch.image_index.tolist())
+    grids = torch.empty(0, 3, dtype=torch.int64) if batch.image_grid_thw is None else batch.image_grid_thw
     merge = model.config.vision_config.spatial_merge_size**2
     for start, end in pairwise(offsets):
         ids = batch.token_ids[start:end]
@@ -98,12 +99,11 @@ def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) 
         images: list[int] = []
         while left > 0:
             images.append(next(shown))
-            assert batch.image_grid_thw is not None
-            left -= int(batch.image_grid_thw[images[-1]].prod()) // merge
+            left -= int(grids[images[-1]].prod()) // merge
         inputs: dict[str, Any] = {"input_ids": ids[None].to(model.device)}
         if images:
             inputs["pixel_values"] = torch.cat([patches[i] for i in images]).to(model.device)
-            inputs["image_grid_thw"] = batch.image_grid_thw[images].to(model.device)
+            inputs["image_grid_thw"] = grids[images].to(model.device)
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
         logits = model(**inputs, use_cache=False).logits[0].float() / temperature
         rows = is_response.nonzero().squeeze(1)
@@ -197,8 +197,10 @@ def load_reference(path: Path) -> Any:
     """transformers' model in float32, without dropout, experts as a plain loop."""
     import torch
     from transformers import AutoModelForImageTextToText
+    from transformers.utils.logging import disable_progress_bar
 
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    disable_progress_bar()
+    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,6 +6,7 @@ Reading is in families/folder.py, whose docstring tells of the two layouts of fu
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ from gspo_mm.families.folder import INDEX, HfFolder, HfFolderError, expert_kind,
 
 __all__ = ["HfFolder", "HfFolderError", "read_hf", "write_hf"]
 
+logger = logging.getLogger(__name__)
+
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
@@ -27,16 +30,19 @@ def write_hf(
     source: str | Path,
     tensors: Iterable[tuple[str, torch.Tensor]],
     *,
+    experts_layout: str = "auto",
     shard_bytes: int = 5 * 10**9,
 ) -> Path:
     """Write `tensors` (HF names, transformers' in-memory layout) as a folder like `source` with new weights.
 
     Fused experts go out in the published layout, each tensor in the dtype it has in `source`; configuration,
-    tokenizer, processor and chat template are copied. The folder appears under its name only when it is whole.
+    tokenizer, processor and chat template are copied. The folder appears under its name only when it is whole, and
+    replaces one that was there. `experts_layout` is that of `source`, as in `read_hf`.
     Raises HfFolderError when the names are not those of `source`.
     """
-    path, origin = Path(path), read_hf_any_layout(source)
+    path, origin = Path(path), read_hf(source, experts_layout)
     temporary = path.with_name(f".tmp-{path.name}")
+    _warn_of_square_experts(origin)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     shards, written = _write_shards(temporary, origin, tensors, shard_bytes)
@@ -53,9 +59,15 @@ def write_hf(
     return path
 
 
-def read_hf_any_layout(source: str | Path) -> HfFolder:
-    """Open a folder for its names and dtypes only, whatever its experts look like."""
-    return HfFolder(Path(source), "published" if _is_ambiguous(Path(source)) else "auto")
+def _warn_of_square_experts(origin: HfFolder) -> None:
+    square = [name for name, (rows, columns) in origin.expert_shapes.items() if rows == columns]
+    if square:
+        logger.warning(
+            "%s experts of %s are square: transformers decides their layout by dims alone and will not transpose the "
+            "published one that is written; SGLang and this program read it rightly",
+            square[0],
+            origin.path,
+        )
 
 
 type _Shard = tuple[str, int, list[str]]  # file name, bytes, tensor names
@@ -116,12 +128,6 @@ def _publish(temporary: Path, path: Path) -> None:
     temporary.rename(path)
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_ambiguous(path: Path) -> bool:
-    family = family_of(path)
-    shapes = family.expert_shapes(family.load_config(str(path)))
-    return bool(shapes) and all(a == b for a, b in shapes.values())
 
 
 def _tied_names(path: Path) -> set[str]:

@@ -145,8 +145,6 @@ class StackExperts:
 class Family(Protocol):
     """One model family: how its Hugging Face config, weights and vision tower map onto megatron-core."""
 
-    model_types: tuple[str, ...]
-
     def load_config(self, path: str) -> Any:
         """The Hugging Face config of folder `path`. Raises ValueError for a variant that is not supported."""
         ...

@@ -43,8 +43,8 @@ class HfFolder:
 
     def __init__(self, path: Path, experts_layout: str = "auto") -> None:
         self.path = path
-        self._files = _locate(path)
         family = family_of(path)
+        self._files = _locate(path)
         self.expert_shapes = family.expert_shapes(family.load_config(str(path)))
         self._handles: dict[Path, Any] = {}
         self.experts_layout: Layout | None = (
@@ -106,8 +106,8 @@ class HfFolder:
             return "published" if wanted == "published" else "transformers"
         if not found:
             raise HfFolderError(
-                f"{self.path}: the dims of the fused experts are equal in both layouts, so model.experts_layout=auto "
-                "cannot tell; set it to published (checkpoints from the hub) or transformers (save_pretrained)"
+                f"{self.path} has no fused experts ({' or '.join(self.expert_shapes)}) whose dims tell their layout; "
+                "set model.experts_layout to published (checkpoints from the hub) or transformers (save_pretrained)"
             )
         return found.pop()
 

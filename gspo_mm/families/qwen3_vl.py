@@ -24,8 +24,6 @@ _HF_VISION = "model.visual"
 class Qwen3VL:
     """The Family of both variants; which one is in the config."""
 
-    model_types = ("qwen3_vl", "qwen3_vl_moe")
-
     def load_config(self, path: str) -> Any:
         from transformers import AutoConfig
 
@@ -144,11 +142,14 @@ class InterleavedRotary(torch.nn.Module):
     megatron-core's own multi-axis embedding splits them into three blocks, which is Qwen2-VL's way.
     """
 
+    inv_freq: torch.Tensor  # [head_dim / 2] float32
+    axis: torch.Tensor  # [head_dim / 2] int64, of every frequency: 0 time, 1 height, 2 width
+
     def __init__(self, head_dim: int, *, base: float, section: list[int]) -> None:
         super().__init__()
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
         self.register_buffer("inv_freq", 1.0 / base**exponents, persistent=False)
-        axis = torch.zeros(head_dim // 2, dtype=torch.int64)  # of every frequency: 0 time, 1 height, 2 width
+        axis = torch.zeros(head_dim // 2, dtype=torch.int64)
         for number in (1, 2):
             axis[number : section[number] * 3 : 3] = number
         self.register_buffer("axis", axis, persistent=False)

@@ -9,7 +9,7 @@ Policy.from_hf(...)   a Hugging Face folder through the family's weight map
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -196,17 +196,17 @@ class Policy:
         if entry.op.axis == "tp":
             return self.plan.tp, state.get_tensor_model_parallel_rank()
         if entry.op.axis == "etp":
-            return self.plan.etp, state.get_expert_tensor_parallel_rank()
+            return self.plan.etp, state.get_expert_tensor_parallel_rank() or 0
         return 1, 0
 
 
-def freeze(module: PolicyModel, parts: list[str]) -> None:
+def freeze(module: PolicyModel, parts: Sequence[str]) -> None:
     """Switch off gradients of parts: vision (tower), projector (mergers), router, language (router included)."""
     frozen = {*parts, "router"} if "language" in parts else set(parts)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(module.family.part_of(name) not in frozen)
     if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError(f"policy.freeze={parts} leaves nothing to train; take a part off the list")
+        raise ValueError(f"policy.freeze={list(parts)} leaves nothing to train; take a part off the list")
 
 
 def on(batch: MicroBatch, target: torch.device) -> MicroBatch:

@@ -127,10 +127,11 @@ def build_decoder(family: Family, hf: Any, config: TransformerConfig, plan: Para
     computing log-probs of chosen rows; and it splits a layer into attention and MLP blocks, which breaks
     layer-indexed DeepStack. To look at again with megatron-core 0.20 (the bound in pyproject.toml).
     """
+    spec: Any = block_spec(config, attention_bias=config.add_qkv_bias)
     with quiet_megatron():
-        decoder = GPTModel(
+        decoder: Any = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(config, attention_bias=config.add_qkv_bias),
+            transformer_layer_spec=spec,
             vocab_size=padded_vocab(hf.text_config.vocab_size, plan),
             max_sequence_length=hf.text_config.max_position_embeddings,
             position_embedding_type="mrope",

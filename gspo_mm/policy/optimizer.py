@@ -65,6 +65,8 @@ class Optimizer:
         rate = learning_rate(self.step_count, self._config, self._total_steps)
         for group in self._inner.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
+            # megatron leaves both multipliers to its scheduler; wd_mult is 0 for norms and biases
+            group["weight_decay"] = self._config.weight_decay * group.get("wd_mult", 1.0)
         self._inner.prepare_grads()
         norm = float(self._inner.get_grad_norm())
         if not math.isfinite(norm):

@@ -134,7 +134,7 @@ def _current_plan() -> ParallelPlan:
     return ParallelPlan(
         tp=state.get_tensor_model_parallel_world_size(),
         ep=state.get_expert_model_parallel_world_size(),
-        etp=state.get_expert_tensor_parallel_world_size(),
+        etp=state.get_expert_tensor_parallel_world_size() or 1,
         pp=state.get_pipeline_model_parallel_world_size(),
         cp=state.get_context_parallel_world_size(),
         dp=state.get_data_parallel_world_size(),

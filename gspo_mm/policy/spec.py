@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,8 @@ def block_spec(config: TransformerConfig, *, attention_bias: bool) -> Transforme
     )
     if not fused:
         block.layer_norm = RMSNorm
-    for layer in block.layer_specs or []:
+    layers: list[Any] = block.layer_specs or []
+    for layer in layers:
         layer.module = DeepStackLayer
         attention = layer.submodules.self_attention.submodules
         if not fused:
@@ -82,10 +83,11 @@ class DeepStackLayer(TransformerLayer):
     """A decoder layer after which image tokens receive the features of its DeepStack level, if it has one."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden_N1D, context = super().forward(*args, **kwargs)
+        hidden_N1D, context = cast(tuple[torch.Tensor, torch.Tensor | None], super().forward(*args, **kwargs))
         packed = kwargs.get("packed_seq_params")
         level = self.layer_number - 1  # counts from 1 over the whole model
         if isinstance(packed, PackedSequences) and level < len(packed.deepstack):
+            assert packed.visual_index is not None
             features_1D = packed.deepstack[level].to(hidden_N1D.dtype).unsqueeze(1)
             hidden_N1D = hidden_N1D.index_add(0, packed.visual_index, features_1D)
         return hidden_N1D, context

@@ -1,0 +1,201 @@
+"""Optimizer steps of the policy: equal to torch's AdamW on transformers' model, exact on resume, and safe."""
+
+import copy
+import io
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_mm.config import OptimizerConfig, PolicyConfig
+from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.optimizer import learning_rate
+from gspo_mm.types import NonFiniteError
+from tests.tiny_vl import save, tiny_vl
+from tools.check_parity import random_batch, reference_logprobs
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_vl()
+
+
+@pytest.fixture(scope="module")
+def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(model, tmp_path_factory.mktemp("hf"))
+
+
+def policy(folder: Path, *, freeze: Any = (), dtype: str = "float32", **optimizer: Any) -> Policy:
+    config = PolicyConfig.model_validate(
+        {"dtype": dtype, "freeze": list(freeze), "optimizer": {"lr": 1e-3, **optimizer}}
+    )
+    return Policy.from_hf(str(folder), config, seed=0, total_steps=6)
+
+
+def mean_logprob(
+    _: int, logprobs_R: torch.Tensor, entropy_R: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    return -logprobs_R.mean(), {"entropy": entropy_R.mean()}
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.export()}
+
+
+def test_steps_equal_those_of_torchs_adamw_on_transformers_model(model: Any, folder: Path) -> None:
+    settings = {"eps": 1e-4, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.9, "grad_clip": 0.5}
+    ours = policy(folder, **settings, warmup_steps=2, min_lr_ratio=0.1)
+    theirs = copy.deepcopy(model)
+    decayed = [p for p in theirs.parameters() if p.dim() > 1]
+    others = [p for p in theirs.parameters() if p.dim() == 1]
+    adamw = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.8, 0.9),
+        eps=1e-4,
+    )
+    for step in range(4):
+        batches = [
+            random_batch(model, seed=2 * step),
+            random_batch(model, seed=2 * step + 1, images=step % 2),
+        ]
+        stats = ours.update(batches, mean_logprob)
+        adamw.zero_grad()
+        losses = [-reference_logprobs(theirs, batch).mean() for batch in batches]
+        sum(losses).backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(step, ours.config.optimizer, 6)
+        adamw.step()
+        assert stats.loss == pytest.approx(sum(losses).item(), rel=1e-5)
+        assert stats.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+        assert stats.lr == adamw.param_groups[0]["lr"]
+    trained = dict(theirs.named_parameters())
+    start = dict(model.named_parameters())
+    for name, tensor in ours.export():
+        moved = (trained[name] - start[name]).abs().max()
+        assert moved > 0
+        assert (tensor - trained[name]).abs().max() < 1e-3 * moved + 1e-7, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_policy_continues_bit_for_bit(model: Any, folder: Path, dtype: str) -> None:
+    batches = [random_batch(model, seed=s) for s in range(5)]
+    settings: dict[str, Any] = {"dtype": dtype, "warmup_steps": 2, "min_lr_ratio": 0.1}
+    straight = policy(folder, **settings)
+    whole = [straight.update([b], mean_logprob) for b in batches]
+    first = policy(folder, **settings)
+    for batch in batches[:2]:
+        first.update([batch], mean_logprob)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    del first
+    file.seek(0)
+    resumed = policy(folder, **settings)
+    resumed.update([batches[4]], mean_logprob)  # whatever it held before must be gone
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    rest = [resumed.update([b], mean_logprob) for b in batches[2:]]
+    assert rest == whole[2:]
+    expected = weights(straight)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.export())
+
+
+def test_the_state_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = policy(
+        save(tiny_vl(num_hidden_layers=2, vision={"deepstack_visual_indexes": [0]}), tmp_path / "hf")
+    )
+    with pytest.raises(ValueError, match="another model"):
+        policy(folder).load_state_dict(other.state_dict())
+
+
+def test_equal_inputs_give_equal_bits(model: Any, folder: Path) -> None:
+    once, again = policy(folder), policy(folder)
+    for seed in range(3):
+        batches = [random_batch(model, seed=seed)]
+        assert once.update(batches, mean_logprob) == again.update(batches, mean_logprob)
+    expected = weights(once)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.export())
+
+
+def test_losses_of_micro_batches_add_up(model: Any, folder: Path) -> None:
+    one, two = policy(folder), policy(folder)
+    batches = [random_batch(model, seed=1), random_batch(model, seed=2)]
+    one.backward([batches[0]], mean_logprob)
+    single = {name: g.clone() for name, g in one.export_gradients()}
+    one.backward([batches[1]], mean_logprob)
+    second = dict(one.export_gradients())
+    two.backward(batches, mean_logprob)
+    for name, gradient in two.export_gradients():
+        scale = gradient.abs().max() + 1e-12
+        assert (gradient - single[name] - second[name]).abs().max() / scale < 1e-4, name
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(model: Any, folder: Path) -> None:
+    trained = policy(folder)
+    before = weights(trained)
+    with pytest.raises(NonFiniteError, match="gradient norm of update 1 is nan"):
+        trained.update([random_batch(model)], lambda i, lp, e: (lp.sum() * float("nan"), {}))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.export())
+    assert trained.update([random_batch(model)], mean_logprob).grad_norm > 0
+
+
+PARTS = {
+    "vision": "model.visual.blocks.0.mlp.linear_fc1.weight",
+    "projector": "model.visual.merger.linear_fc1.weight",
+    "router": "model.language_model.layers.0.mlp.gate.weight",
+    "language": "model.language_model.layers.0.self_attn.q_proj.weight",
+}
+
+
+@pytest.mark.parametrize(
+    ("freeze", "still"),
+    [
+        (["vision"], {"vision"}),
+        (["projector"], {"projector"}),
+        (["router"], {"router"}),
+        (["language"], {"language", "router"}),
+        (["vision", "projector", "router"], {"vision", "projector", "router"}),
+        ([], set()),
+    ],
+)
+def test_frozen_parts_stay_and_the_rest_is_trained(
+    model: Any, folder: Path, freeze: list[str], still: set[str]
+) -> None:
+    trained = policy(folder, freeze=freeze)
+    before = weights(trained)
+    text_and_image = [random_batch(model, images=0), random_batch(model)]
+    trained.update(text_and_image, mean_logprob)
+    after = weights(trained)
+    assert {part for part, name in PARTS.items() if torch.equal(before[name], after[name])} == still
+
+
+def test_freezing_everything_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        policy(folder, freeze=["vision", "projector", "language"])
+
+
+def test_bfloat16_keeps_float32_copies_of_the_weights(model: Any, folder: Path) -> None:
+    """A step far below bfloat16's resolution adds up over updates instead of being rounded away each time."""
+    trained = policy(folder, dtype="bfloat16", lr=2e-5)
+    before = weights(trained)
+    for _ in range(6):
+        trained.update([random_batch(model)], mean_logprob)
+    name = "model.language_model.norm.weight"  # about 1, where bfloat16 steps are 2^-8
+    (main,) = [
+        p.main_param for n, p in trained.module.named_parameters() if n.endswith("final_layernorm.weight")
+    ]
+    assert main.dtype is torch.float32
+    moved = (main - before[name].float()).abs().max()
+    assert 1e-5 < moved < 2**-8
+    assert trained.logprobs([random_batch(model)])[0].dtype is torch.float32
+
+
+def test_the_learning_rate_warms_up_then_falls_along_a_cosine_to_its_floor() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=4, min_lr_ratio=0.2)
+    rates = [learning_rate(step, config, 20) for step in range(25)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert all(a > b for a, b in pairwise(rates[4:20]))
+    assert rates[19:] == pytest.approx([0.2] * 6)
+    assert learning_rate(7, OptimizerConfig(lr=3e-6), 20) == 3e-6
