@@ -38,25 +38,38 @@ def write_hf(
     Fused experts go out in the published layout, each tensor in the dtype it has in `source`; configuration,
     tokenizer, processor and chat template are copied. The folder appears under its name only when it is whole, and
     replaces one that was there. `experts_layout` is that of `source`, as in `read_hf`.
-    Raises HfFolderError when the names are not those of `source`.
+    Raises HfFolderError when the names are not those of `source`, or when the disk refuses.
     """
     path, origin = Path(path), read_hf(source, experts_layout)
     temporary = path.with_name(f".tmp-{path.name}")
     _warn_of_square_experts(origin)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    shards, written = _write_shards(temporary, origin, tensors, shard_bytes)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _fill(temporary, origin, tensors, shard_bytes)
+        _publish(temporary, path)
+    except OSError as error:
+        raise HfFolderError(
+            f"{path} cannot be written ({error.strerror or error}); free some space or choose another folder"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _fill(
+    folder: Path, origin: HfFolder, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
+) -> None:
+    shards, written = _write_shards(folder, origin, tensors, shard_bytes)
     missing = set(origin.names()) - written - _tied_names(origin.path)
     if missing:
         raise HfFolderError(
-            f"{path}: {len(missing)} tensors of {source} were not given, first {min(missing)}"
+            f"{len(missing)} tensors of {origin.path} were not given, first {min(missing)}; export the whole model"
         )
-    _name_shards(temporary, shards)
+    _name_shards(folder, shards)
     for file in sorted(origin.path.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(file, temporary / file.name)
-    _publish(temporary, path)
-    return path
+            shutil.copyfile(file, folder / file.name)
 
 
 def _warn_of_square_experts(origin: HfFolder) -> None:

@@ -155,12 +155,18 @@ def test_a_folder_appears_whole_or_not_at_all(model: Any, folder: Path, tmp_path
     assert not (tmp_path / "new").exists()
     changed = {name: tensor + 1 for name, tensor in tensors.items()}
     assert_equal(dict(read_hf(write_hf(out, folder, changed.items()))), changed)
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".tmp")) == ["out", "source"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_a_disk_that_refuses_is_told_in_one_sentence(model: Any, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HfFolderError, match=r"file/out cannot be written \(Not a directory\)"):
+        write_hf(tmp_path / "file" / "out", folder, parameters(model).items())
 
 
 def test_tensors_that_are_missing_or_unknown_are_refused(model: Any, folder: Path, tmp_path: Path) -> None:
     some = list(parameters(model).items())
-    with pytest.raises(HfFolderError, match=rf"1 tensors of .* were not given, first {some[3][0]}"):
+    with pytest.raises(HfFolderError, match=rf"1 tensors of .* were not given, first {some[3][0]};"):
         write_hf(tmp_path / "out", folder, some[:3] + some[4:])
     with pytest.raises(HfFolderError, match=r"model\.extra is not in"):
         write_hf(tmp_path / "out", folder, [*some, ("model.extra", torch.zeros(1))])
