@@ -1,0 +1,1 @@
+"""WebDataset shards -> prompts, encoded by one processor call."""

@@ -1,0 +1,159 @@
+"""The one place that turns chat and images into token ids and pixels, by the model's own Hugging Face processor.
+
+Rollout and training use the ids that one call of `encode` gave; nothing tokenizes a prompt a second time. An image is
+decoded once, and its pixels are kept in a cache of bounded size, keyed by content, for the answers of its group.
+
+A text that spells one of the tokenizer's special tokens is refused: it would close the user's turn or stand for an
+image that is not there.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gspo_mm.config import DataConfig
+from gspo_mm.data.samples import BadSample
+from gspo_mm.types import EncodedImage, EncodedPrompt, Prompt
+
+# legend: P prompt tokens with image tokens expanded, I images
+
+
+class Processor:
+    """Chat template, tokenizer and image processor of a Hugging Face folder."""
+
+    def __init__(self, model_path: str, config: DataConfig) -> None:
+        from transformers import AutoConfig, AutoProcessor, GenerationConfig
+
+        self._processor: Any = AutoProcessor.from_pretrained(model_path)
+        self._tokenizer: Any = self._processor.tokenizer
+        self._image_processor: Any = self._processor.image_processor
+        hf = AutoConfig.from_pretrained(model_path)
+        self.image_token_id: int = hf.image_token_id
+        self._merge: int = hf.vision_config.spatial_merge_size
+        self._max_prompt_tokens = config.max_prompt_tokens
+        self._special = tuple(sorted(set(self._tokenizer.all_special_tokens)))
+        size = dict(self._image_processor.size)
+        size |= {"shortest_edge": config.min_pixels} if config.min_pixels else {}
+        size |= {"longest_edge": config.max_pixels} if config.max_pixels else {}
+        self._image_processor.size = size
+        stops = self._tokenizer.eos_token_id
+        if (Path(model_path) / "generation_config.json").exists():
+            stops = GenerationConfig.from_pretrained(model_path).eos_token_id or stops
+        self.stop_token_ids: tuple[int, ...] = tuple(stops) if isinstance(stops, list) else (stops,)
+        pad = self._tokenizer.pad_token_id
+        self.pad_token_id: int = self.stop_token_ids[0] if pad is None else pad
+        self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._cache_bytes = 0
+        self._cache_limit = config.image_cache_mb * 2**20
+
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """Token ids and pixels of a prompt. Raises BadSample: special token in text, corrupt image, too long."""
+        self._refuse_special_tokens(prompt)
+        text = self._processor.apply_chat_template(
+            list(prompt.messages), add_generation_prompt=True, tokenize=False
+        )
+        images = [decode_image(image.data) for image in prompt.images]
+        try:
+            inputs = self._processor(text=[text], images=images or None, return_tensors="pt")
+        except ValueError as error:  # an aspect ratio that cannot be patched
+            raise BadSample("image refused", str(error)) from None
+        token_ids = tuple(inputs["input_ids"][0].tolist())
+        if len(token_ids) > self._max_prompt_tokens:
+            raise BadSample(
+                "too long", f"{len(token_ids)} tokens, data.max_prompt_tokens={self._max_prompt_tokens}"
+            )
+        pixels, grids = inputs.get("pixel_values"), inputs.get("image_grid_thw")
+        if grids is not None:
+            expected = int((grids.prod(-1) // self._merge**2).sum())
+            assert token_ids.count(self.image_token_id) == expected, (
+                f"{prompt.key}: image tokens and grids disagree"
+            )
+            for image, own, grid in zip(
+                prompt.images, pixels.split(grids.prod(-1).tolist()), grids, strict=True
+            ):
+                self._remember(image.key, own, grid[None])
+        return EncodedPrompt(
+            prompt=prompt, text=text, token_ids=token_ids, pixel_values=pixels, image_grid_thw=grids
+        )
+
+    def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded anew."""
+        if image.key not in self._cache:
+            inputs = self._image_processor(images=[decode_image(image.data)], return_tensors="pt")
+            self._remember(image.key, inputs["pixel_values"], inputs["image_grid_thw"])
+            return inputs["pixel_values"], inputs["image_grid_thw"]
+        self._cache.move_to_end(image.key)
+        return self._cache[image.key]
+
+    def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
+        """Rotary positions [3, P] int64 (time, height, width) of one prompt [P].
+
+        Text counts on, equal on all axes. An image starts where the text before it ended; its tokens share that
+        time and count rows and columns from there; the text behind it starts after the larger of the two.
+        Source: Qwen3VLMoeModel.get_rope_index in transformers.
+        """
+        is_image = token_ids == self.image_token_id
+        pieces: list[torch.Tensor] = []
+        position, begin = 0, 0
+        for t, h, w in [] if image_grid_thw is None else image_grid_thw.tolist():
+            rows, columns = h // self._merge, w // self._merge
+            start = begin + int(is_image[begin:].int().argmax())
+            pieces.append(torch.arange(position, position + start - begin).expand(3, -1))
+            position += start - begin
+            axes = torch.meshgrid(torch.arange(t), torch.arange(rows), torch.arange(columns), indexing="ij")
+            pieces.append(torch.stack(axes).reshape(3, -1) + position)
+            position += max(rows, columns)
+            begin = start + t * rows * columns
+        pieces.append(torch.arange(position, position + len(token_ids) - begin).expand(3, -1))
+        return torch.cat(pieces, dim=1)
+
+    def encode_response(self, text: str) -> list[int]:
+        """Token ids of a reference response, the stop token included."""
+        return [*self._tokenizer(text, add_special_tokens=False)["input_ids"], self.stop_token_ids[0]]
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text of sampled tokens, special tokens left out."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def _refuse_special_tokens(self, prompt: Prompt) -> None:
+        for message in prompt.messages:
+            content = message["content"]
+            texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+            for token in self._special:
+                if any(token in text for text in texts):
+                    raise BadSample("special token in text", token)
+
+    def _remember(self, key: str, pixels: torch.Tensor, grid: torch.Tensor) -> None:
+        if key in self._cache or pixels.nbytes > self._cache_limit:
+            return
+        self._cache[key] = (pixels, grid)
+        self._cache_bytes += pixels.nbytes
+        while self._cache_bytes > self._cache_limit:
+            _, (oldest, _) = self._cache.popitem(last=False)
+            self._cache_bytes -= oldest.nbytes
+
+
+def decode_image(data: bytes) -> Any:
+    """An upright RGB image of 8 bits: EXIF rotation applied, transparency on white, the first frame of several.
+
+    Raises BadSample when the bytes are no whole image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut them off at 255
+                image = image.convert("I").point(lambda value: value / 257).convert("L")
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise whatever their format's library does
+        raise BadSample("corrupt image", str(error)) from None

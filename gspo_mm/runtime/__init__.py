@@ -1,0 +1,1 @@
+"""What every stage may use: seeds, logging, phase times, signals."""
