@@ -119,13 +119,13 @@ def ask_digit(rng: np.random.Generator) -> Question:
 
 
 def ask_sum(rng: np.random.Generator) -> Question:
-    digits = rng.integers(10, size=rng.integers(2, 4)).tolist()
+    digits = rng.integers(10, size=2).tolist()
     return Question(text="What is the sum of the digits?", answer=sum(digits), digits=digits)
 
 
 def ask_count(rng: np.random.Generator) -> Question:
-    wanted, count = int(rng.integers(10)), int(rng.integers(0, 4))
-    shown = int(rng.integers(max(2, count), 5))
+    wanted, count = int(rng.integers(10)), int(rng.integers(0, 3))
+    shown = int(rng.integers(2, 4))
     others = [d for d in range(10) if d != wanted]
     digits = [wanted] * count + rng.choice(others, size=shown - count).tolist()
     rng.shuffle(digits)
@@ -133,12 +133,12 @@ def ask_count(rng: np.random.Generator) -> Question:
 
 
 def ask_largest(rng: np.random.Generator) -> Question:
-    digits = rng.integers(10, size=rng.integers(2, 5)).tolist()
+    digits = rng.integers(10, size=rng.integers(2, 4)).tolist()
     return Question(text="Which digit is the largest?", answer=max(digits), digits=digits)
 
 
 def ask_where(rng: np.random.Generator) -> Question:
-    digits = rng.choice(10, size=int(rng.integers(2, 5)), replace=False).tolist()
+    digits = rng.choice(10, size=int(rng.integers(2, 4)), replace=False).tolist()
     target = int(rng.integers(len(digits)))
     return Question(
         text=f"Where is the {digits[target]}? Give its box in pixels.",
@@ -148,6 +148,8 @@ def ask_where(rng: np.random.Generator) -> Question:
     )
 
 
+# Reading one digit comes as often as the four questions that build on it together.
+DEFAULT_TASKS = ("digit", "sum", "digit", "count", "digit", "largest", "digit", "where")
 TASKS: dict[str, Callable[[np.random.Generator], Question]] = {
     "digit": ask_digit,
     "sum": ask_sum,
@@ -169,20 +171,16 @@ def load_scans(split: str) -> Scans:
 
 
 def draw_scene(scans: Scans, digits: list[int], rng: np.random.Generator) -> tuple[np.ndarray, list[Placed]]:
-    """Grey canvas [64, 64] uint8 with the digits on it: one large, or up to four in quarters of their own."""
+    """Grey canvas [64, 64] uint8 with up to four digits on it, each in a quarter of its own."""
     ink = np.zeros((CANVAS, CANVAS))
     placed = []
     quarters = rng.permutation(4)
     half = CANVAS // 2
     for digit, quarter in zip(digits, quarters, strict=False):
         scan = scans.draw(rng, digit)
-        if len(digits) == 1:
-            size = int(rng.integers(40, 57))
-            x, y = (int(v) for v in rng.integers(0, CANVAS - size + 1, size=2))
-        else:
-            size = int(rng.integers(22, 29))
-            x, y = (int(v) for v in rng.integers(0, half - size + 1, size=2))
-            x, y = x + half * int(quarter % 2), y + half * int(quarter // 2)
+        size = int(rng.integers(29, half + 1))
+        x, y = (int(v) for v in rng.integers(0, half - size + 1, size=2))
+        x, y = x + half * int(quarter % 2), y + half * int(quarter // 2)
         scaled = _scale(scans.images[scan] / 16.0, size)
         ink[y : y + size, x : x + size] = scaled
         rows, columns = np.nonzero(scaled.max(axis=1) > 0.25)[0], np.nonzero(scaled.max(axis=0) > 0.25)[0]
@@ -233,7 +231,7 @@ def make_digits(
     on_sample: Callable[[str], None] = lambda split: None,
 ) -> list[Path]:
     """Write both splits; returns the shards. Raises FileExistsError unless `force`, ValueError for an unknown task."""
-    tasks = tasks or list(TASKS)
+    tasks = tasks or list(DEFAULT_TASKS)
     if unknown := [t for t in tasks if t not in TASKS]:
         raise ValueError(f"--tasks names {unknown[0]!r}, which is not one of {', '.join(TASKS)}")
     old = sorted(p for split in SPLITS for p in out.glob(f"{split}-*.tar"))
@@ -270,7 +268,9 @@ def digits(
         int, typer.Option(help="Decides scenes and questions; the split of the scans is fixed.")
     ] = 0,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in one tar file.")] = 1000,
-    tasks: Annotated[str, typer.Option(help="Comma-separated; they take turns.")] = ",".join(TASKS),
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated; they take turns, so one named twice comes twice as often.")
+    ] = ",".join(DEFAULT_TASKS),
     force: Annotated[bool, typer.Option(help="Replace shards that exist.")] = False,
 ) -> None:
     """Visual questions on **real handwritten digits** (scikit-learn's 1,797 scans), 64x64 pixels.
@@ -278,9 +278,9 @@ def digits(
     | task | question | answer |
     |---|---|---|
     | digit | Which digit is this? | `<answer>7</answer>` |
-    | sum | What is the sum of the digits? (2-3 shown) | `<answer>15</answer>` |
-    | count | How many 3s are there? (2-4 shown, 0-3 wanted) | `<answer>2</answer>` |
-    | largest | Which digit is the largest? (2-4 shown) | `<answer>9</answer>` |
+    | sum | What is the sum of the digits? (2 shown) | `<answer>15</answer>` |
+    | count | How many 3s are there? (2-3 shown, 0-2 wanted) | `<answer>2</answer>` |
+    | largest | Which digit is the largest? (2-3 shown) | `<answer>9</answer>` |
     | where | Where is the 7? Give its box in pixels. | `<answer>[36,4,58,29]</answer>` (x1,y1,x2,y2) |
 
     Train and validation share no scan, whatever the seed.

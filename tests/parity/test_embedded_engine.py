@@ -80,12 +80,12 @@ def test_greedy_tokens_equal_those_of_transformers_generate(
 ) -> None:
     for prompt, (completion,) in zip(prompts, generate(engine, prompts, GREEDY, 1), strict=True):
         ids = torch.tensor([prompt.token_ids])
+        seen = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
         out = reference.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             mm_token_type_ids=(ids == reference.config.image_token_id).int(),
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.image_grid_thw,
+            **(seen if prompt.prompt.images else {}),
             do_sample=False,
             max_new_tokens=8,
             eos_token_id=list(processor.stop_token_ids),

@@ -1,0 +1,139 @@
+"""One line of numbers per step: metrics.jsonl, TensorBoard and, if wanted, Weights & Biases.
+
+metrics.jsonl is the record that everything else is drawn from. Each line is flushed to disk before the next step, a
+half-written last line (the process was killed) is ignored, and a resumed run first drops the lines that are newer
+than its checkpoint, so that every step stands there once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from gspo_mm.config import ObserveConfig
+from gspo_mm.types import GspoError
+
+FILE = "metrics.jsonl"
+
+# every name that a run may write; a trailing * stands for any ending
+METRICS = {
+    "reward/mean": "mean reward of the step's completions",
+    "reward/std": "standard deviation of the rewards of the step's completions",
+    "reward/part/*": "mean unweighted value of one part of the reward file, where it applied",
+    "accuracy": "fraction of the sampled completions that the reward file calls correct",
+    "eval/accuracy": "fraction of held-out prompts answered correctly, greedily",
+    "eval/accuracy/*": "the same for one task",
+    "eval/reward": "mean reward of the held-out answers",
+    "loss": "GSPO loss, averaged over the step's updates",
+    "grad_norm": "global gradient norm before clipping",
+    "lr": "learning rate",
+    "ratio_mean": "importance ratio (sequence or token, by loss.level), mean",
+    "ratio_min": "smallest importance ratio",
+    "ratio_max": "largest importance ratio",
+    "clip_low_fraction": "sequences clipped at the lower bound (their gradient is 0)",
+    "clip_high_fraction": "sequences clipped at the upper bound (their gradient is 0)",
+    "clip_dual_fraction": "sequences bounded by loss.dual_clip",
+    "clip_token_fraction": "tokens in clipped sequences",
+    "approx_kl": "k3 estimate of KL(old policy, policy), nats per token",
+    "entropy": "entropy of the policy's next-token distribution, nats per token",
+    "kl_ref": "k3 estimate of KL(policy, reference), nats per token",
+    "first_update_ratio_error": "|mean ratio - 1| on the first update after a rollout; must be 0 up to rounding",
+    "logprob_gap_mean": "mean |log-prob of the rollout engine - log-prob of the policy|, nats",
+    "logprob_gap_max": "largest such difference",
+    "length/mean": "response tokens per completion, mean",
+    "length/max": "response tokens of the longest completion",
+    "length/truncated_fraction": "completions cut off at rollout.sampling.max_new_tokens",
+    "groups/live": "groups that were trained on",
+    "groups/dead": "groups dropped because all their rewards are equal",
+    "groups/failed": "groups dropped because their rewards failed",
+    "data/epoch": "passes over the training shards, counted from 0",
+    "data/skipped": "unusable samples skipped so far",
+    "weight_version": "steps that made the weights now in the rollout engine",
+    "tokens_per_second": "prompt and response tokens of the step, per second of it",
+    "time/*": "seconds of the step spent in one phase; time/step is all of it",
+    "sft/loss": "cross-entropy of the reference responses, nats per token",
+}
+
+
+class MetricsWriter:
+    """Appends a run's metrics. Use as a context manager."""
+
+    def __init__(self, run_dir: Path, config: ObserveConfig, run_config: Mapping[str, Any]) -> None:
+        """Raises GspoError when W&B is asked for and not installed."""
+        self._path = run_dir / FILE
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        if config.wandb:
+            self._wandb = _start_wandb(config.wandb, run_dir, run_config)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record a step. Raises ValueError for a name that METRICS does not explain."""
+        for name in values:
+            if not is_documented(name):
+                raise ValueError(f"metric {name} is not explained in observe/metrics.py: add it to METRICS")
+        line = {"step": step, "time": round(time.time(), 3), **values}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after `step`; -1 forgets everything."""
+        kept = [line for line in read_metrics(self._path.parent) if line["step"] <= step]
+        temporary = self._path.with_name(f".tmp-{FILE}")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self._path)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All whole lines of a run, oldest first; empty when there are none."""
+    path = Path(run_dir) / FILE
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]  # what follows the last line end was cut off by a crash
+    return [json.loads(line) for line in lines]
+
+
+def is_documented(name: str) -> bool:
+    family, slash, _ = name.rpartition("/")
+    return name in METRICS or (bool(slash) and f"{family}/*" in METRICS)
+
+
+def finite(value: Any) -> float | None:
+    """The value for JSON and plots: None for NaN, infinity and what is no number."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _start_wandb(project: str, run_dir: Path, run_config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise GspoError(
+            f"observe.wandb={project} needs the wandb package; pip install 'gspo-mm[wandb]', or set it to null"
+        ) from None
+    return wandb.init(
+        project=project, name=run_dir.name, id=run_dir.name, resume="allow", config=dict(run_config)
+    )

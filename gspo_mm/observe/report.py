@@ -1,0 +1,254 @@
+"""RUN/report.html: the run on one page that works offline. Also the README's picture of several runs.
+
+Everything a model or a data set wrote is escaped (jinja2's autoescape); curves are plotly's, whose script is put
+into the page once; images are data: URLs, each distinct one once per group.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from gspo_mm.observe.metrics import finite, read_metrics
+from gspo_mm.observe.rollouts import list_steps, load_rollouts
+from gspo_mm.types import GspoError, RolloutGroup
+
+MAX_SAVES = 8  # saved steps shown, spread over the run
+MAX_GROUPS = 6  # groups of a step shown
+MAX_COMPLETIONS = 8  # completions of a group shown
+
+# title, unit of the vertical axis, {legend: metric}
+CHARTS: list[tuple[str, str, dict[str, str]]] = [
+    ("Accuracy", "fraction", {"sampled": "accuracy", "held-out, greedy": "eval/accuracy"}),
+    (
+        "Reward",
+        "reward",
+        {"mean": "reward/mean", "standard deviation": "reward/std", "held-out": "eval/reward"},
+    ),
+    ("Importance ratio", "ratio", {"mean": "ratio_mean", "min": "ratio_min", "max": "ratio_max"}),
+    (
+        "Clipped",
+        "fraction",
+        {"low": "clip_low_fraction", "high": "clip_high_fraction", "tokens": "clip_token_fraction"},
+    ),
+    ("Response length", "tokens", {"mean": "length/mean", "max": "length/max"}),
+    (
+        "Entropy and KL",
+        "nats per token",
+        {"entropy": "entropy", "KL to old": "approx_kl", "KL to reference": "kl_ref"},
+    ),
+    ("Groups", "groups", {"live": "groups/live", "dead": "groups/dead", "failed": "groups/failed"}),
+    ("Supervised loss", "nats per token", {"loss": "sft/loss"}),
+    ("Gradient norm", "norm", {"before clipping": "grad_norm"}),
+    ("Engine against policy", "nats", {"mean": "logprob_gap_mean", "max": "logprob_gap_max"}),
+]
+# name in summary.json -> (label, how to show it)
+HEADLINES = {
+    "accuracy_before": ("held-out accuracy before", "{:.1%}"),
+    "accuracy_after": ("held-out accuracy after", "{:.1%}"),
+    "reward_first": ("reward, first steps", "{:.3f}"),
+    "reward_last": ("reward, last steps", "{:.3f}"),
+    "steps": ("steps", "{:,}"),
+    "seconds": ("seconds", "{:,.0f}"),
+    "seconds_per_step_median": ("seconds per step", "{:.2f}"),
+    "max_ratio_error_first_update": ("ratio error, first updates", "{:.1e}"),
+    "max_abs_logprob_gap": ("engine against policy, nats", "{:.1e}"),
+    "skipped_samples": ("skipped samples", "{:,}"),
+}
+COLORS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#64748b"]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Draw the page from metrics.jsonl, summary.json (where there is one yet) and the saved rollouts."""
+    run_dir = Path(run_dir)
+    lines = read_metrics(run_dir)
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    ).get_template("report.html.j2")
+    page = template.render(
+        name=run_dir.name,
+        headlines=_headlines(run_dir),
+        charts=[c for c in (_chart(lines, *chart) for chart in CHARTS) if c] + _time_chart(lines),
+        tasks=_tasks(lines),
+        saves=[_save(run_dir, step) for step in spread(list_steps(run_dir), MAX_SAVES)],
+        plotly_js=_plotly_js(),
+    )
+    path = run_dir / "report.html"
+    temporary = run_dir / ".tmp-report.html"
+    temporary.write_text(page, encoding="utf-8")
+    return temporary.replace(path)
+
+
+def write_curves_png(run_dirs: Sequence[Path], out: Path) -> None:
+    """Overlay held-out accuracy and reward of several runs (seeds, say). Needs matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise GspoError("--png needs matplotlib; pip install matplotlib") from None
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for run, color in zip(run_dirs, COLORS, strict=False):
+        lines = read_metrics(Path(run))
+        evaluated = [line for line in lines if "eval/accuracy" in line]
+        steps = [line["step"] for line in evaluated]
+        left.plot(
+            steps,
+            [100 * line["eval/accuracy"] for line in evaluated],
+            "o-",
+            ms=3.5,
+            color=color,
+            label=Path(run).name,
+        )
+        rewarded = [line for line in lines if "reward/mean" in line]
+        rewards = [line["reward/mean"] for line in rewarded]
+        right.plot(
+            [line["step"] for line in rewarded], smooth(rewards, 10), color=color, label=Path(run).name
+        )
+    left.set(title="Held-out accuracy, greedy", xlabel="GSPO step", ylabel="%")
+    left.set_ylim(bottom=0)
+    right.set(title="Reward of sampled answers (mean of 10 steps)", xlabel="GSPO step", ylabel="reward")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def smooth(values: list[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place."""
+    return [
+        sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - window + 1) : i + 1])
+    ]
+
+
+def spread(items: list[int], count: int) -> list[int]:
+    """At most `count` of the items, evenly spaced, first and last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _headlines(run_dir: Path) -> list[tuple[str, str]]:
+    path = run_dir / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    return [
+        (label, form.format(summary[name]))
+        for name, (label, form) in HEADLINES.items()
+        if summary.get(name) is not None
+    ]
+
+
+def _chart(
+    lines: list[dict[str, Any]], title: str, unit: str, series: dict[str, str]
+) -> dict[str, Any] | None:
+    traces = []
+    for (legend, metric), color in zip(series.items(), COLORS, strict=False):
+        points = [(line["step"], finite(line[metric])) for line in lines if metric in line]
+        if points:
+            mode = "lines+markers" if metric.startswith("eval/") else "lines"
+            traces.append(_trace([p[0] for p in points], [p[1] for p in points], legend, color, mode=mode))
+    return {"title": title, "unit": unit, "traces": json.dumps(traces)} if traces else None
+
+
+def _time_chart(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    phases = sorted({name for line in lines for name in line if name.startswith("time/")} - {"time/step"})
+    steps = [line["step"] for line in lines if line["step"] > 0]
+    traces = [
+        _trace(
+            steps,
+            [finite(line.get(phase, 0.0)) for line in lines if line["step"] > 0],
+            phase.removeprefix("time/"),
+            COLORS[i % len(COLORS)],
+            stackgroup="time",
+        )
+        for i, phase in enumerate(phases)
+    ]
+    return [{"title": "Time per phase", "unit": "seconds", "traces": json.dumps(traces)}] if traces else []
+
+
+def _trace(x: list[int], y: list[float | None], name: str, color: str, **extra: Any) -> dict[str, Any]:
+    line = {"color": color, "width": 0 if "stackgroup" in extra else 1.8}
+    return {"x": x, "y": y, "name": name, "type": "scatter", "line": line, **extra}
+
+
+def _tasks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """First and last held-out accuracy of each task."""
+    prefix = "eval/accuracy/"
+    evaluated = [line for line in lines if "eval/accuracy" in line]
+    names = sorted({name for line in evaluated for name in line if name.startswith(prefix)})
+    return [
+        {
+            "name": name.removeprefix(prefix),
+            "before": evaluated[0].get(name, 0.0),
+            "after": evaluated[-1].get(name, 0.0),
+        }
+        for name in names
+    ]
+
+
+def _save(run_dir: Path, step: int) -> dict[str, Any]:
+    groups = load_rollouts(run_dir, step)[:MAX_GROUPS]
+    return {"step": step, "groups": [_group(group) for group in groups]}
+
+
+def _group(group: RolloutGroup) -> dict[str, Any]:
+    return {
+        "key": group.prompt.key,
+        "task": group.prompt.task,
+        "answer": json.dumps(group.prompt.answer, ensure_ascii=False),
+        "question": "\n".join(_text(message) for message in group.prompt.messages),
+        "images": [_data_url(image.data) for image in group.prompt.images],
+        "left_out": max(0, len(group.completions) - MAX_COMPLETIONS),
+        "completions": [
+            {
+                "text": completion.text,
+                "finish": str(completion.finish),
+                "value": "failed" if score is None or math.isnan(score.value) else f"{score.value:.2f}",
+                "right": bool(score and score.accuracy),
+                "parts": {}
+                if score is None
+                else {name: f"{value:.2f}" for name, value in score.parts.items()},
+                "error": score.error if score else None,
+                "advantage": f"{group.advantages[i]:+.2f}" if group.advantages else "dead",
+            }
+            for i, completion in enumerate(group.completions[:MAX_COMPLETIONS])
+            for score in [group.scores[i] if group.scores else None]
+        ],
+    }
+
+
+def _text(message: Any) -> str:
+    content = message["content"]
+    return (
+        content
+        if isinstance(content, str)
+        else " ".join(p["text"] for p in content if p.get("type") == "text")
+    )
+
+
+def _data_url(data: bytes) -> str:
+    kind = (
+        "image/png"
+        if data.startswith(b"\x89PNG")
+        else "image/webp"
+        if data[8:12] == b"WEBP"
+        else "image/jpeg"
+    )
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _plotly_js() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()

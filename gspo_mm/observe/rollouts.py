@@ -1,0 +1,89 @@
+"""Save scored groups with their images, to look at them and to train on them again (`rollout.replay`).
+
+RUN/rollouts/step-00000010.jsonl.gz   one group a line, exact numbers
+RUN/rollouts/images/<sha256>          encoded bytes, once per distinct image
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score
+
+
+def save_rollouts(run_dir: Path, step: int, groups: list[RolloutGroup]) -> Path:
+    """Write the groups of a step; the file appears when it is whole."""
+    folder = run_dir / "rollouts"
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for image in {i.key: i for g in groups for i in g.prompt.images}.values():
+        path = folder / "images" / image.key  # a SHA-256 in hexadecimal: no name from outside
+        if not path.exists():
+            temporary = path.with_name(f".tmp-{image.key}")
+            temporary.write_bytes(image.data)
+            temporary.replace(path)
+    final = folder / f"step-{step:08d}.jsonl.gz"
+    temporary = final.with_name(f".tmp-{final.name}")
+    with gzip.open(temporary, "wt", encoding="utf-8") as file:
+        for group in groups:
+            file.write(json.dumps(_encode(group)) + "\n")
+    temporary.replace(final)
+    return final
+
+
+def load_rollouts(run_dir: Path, step: int) -> list[RolloutGroup]:
+    """The groups as they were saved: equal token ids, log-probs, scores and images."""
+    folder = Path(run_dir) / "rollouts"
+    with gzip.open(folder / f"step-{step:08d}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [_decode(json.loads(line), folder / "images") for line in file]
+
+
+def list_steps(run_dir: Path) -> list[int]:
+    """Steps whose rollouts were saved, in order."""
+    files = (Path(run_dir) / "rollouts").glob("step-*.jsonl.gz")
+    return sorted(int(path.name.removesuffix(".jsonl.gz").removeprefix("step-")) for path in files)
+
+
+def _encode(group: RolloutGroup) -> dict[str, Any]:
+    images = [{"key": i.key, "width": i.width, "height": i.height} for i in group.prompt.images]
+    prompt = {f.name: getattr(group.prompt, f.name) for f in dataclasses.fields(Prompt)} | {"images": images}
+    scores = [
+        dataclasses.asdict(s) | {"value": None if math.isnan(s.value) else s.value} for s in group.scores
+    ]
+    return {
+        "id": group.id,
+        "prompt": prompt,
+        "prompt_ids": group.prompt_ids,
+        "completions": [dataclasses.asdict(c) for c in group.completions],
+        "scores": scores,
+        "advantages": group.advantages,
+    }
+
+
+def _decode(line: dict[str, Any], images: Path) -> RolloutGroup:
+    prompt = line["prompt"]
+    encoded = tuple(EncodedImage(data=(images / i["key"]).read_bytes(), **i) for i in prompt["images"])
+    prompt |= {"images": encoded, "messages": tuple(prompt["messages"])}
+    return RolloutGroup(
+        id=line["id"],
+        prompt=Prompt(**prompt),
+        prompt_ids=tuple(line["prompt_ids"]),
+        completions=tuple(
+            Completion(
+                token_ids=tuple(c["token_ids"]),
+                logprobs=tuple(c["logprobs"]),
+                versions=tuple(c["versions"]),
+                finish=Finish(c["finish"]),
+                text=c["text"],
+            )
+            for c in line["completions"]
+        ),
+        scores=tuple(
+            Score(**s | {"value": math.nan if s["value"] is None else s["value"]}) for s in line["scores"]
+        ),
+        advantages=tuple(line["advantages"]),
+    )

@@ -1,0 +1,37 @@
+"""One log format: on stderr for whoever watches, in RUN/log.txt for whoever comes later."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+_NOISY = ("megatron", "transformers", "PIL", "matplotlib", "urllib3", "httpx", "torch.distributed")
+
+
+def setup_logging(run_dir: Path | None = None) -> None:
+    """Configure the root logger; may be called again for another run. Python warnings are logged too."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(logging.INFO)
+    root.addHandler(_console())
+    if run_dir is not None:
+        file = logging.FileHandler(run_dir / "log.txt")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        root.addHandler(file)
+    logging.captureWarnings(True)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _console() -> logging.Handler:
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        return RichHandler(console=Console(stderr=True), show_path=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    return handler
