@@ -76,7 +76,12 @@ def sft(config: Config) -> dict[str, Any]:
         "skipped_samples": source.skipped,
     }
     run.write_json("summary.json", summary)
-    write_hf(run.path / "hf", source=config.model.path, tensors=policy.export())
+    write_hf(
+        run.path / "hf",
+        source=config.model.path,
+        tensors=policy.export(),
+        experts_layout=config.model.experts_layout,
+    )
     if config.observe.report:
         write_report(run.path)
     return summary

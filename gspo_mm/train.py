@@ -224,7 +224,12 @@ class Loop:
         summary = summarize(read_metrics(self.run.path))
         self.run.write_json("summary.json", summary)
         if self.config.checkpoint.export_hf:
-            write_hf(self.run.path / "hf", source=self.config.model.path, tensors=self.stages.policy.export())
+            write_hf(
+                self.run.path / "hf",
+                source=self.config.model.path,
+                tensors=self.stages.policy.export(),
+                experts_layout=self.config.model.experts_layout,
+            )
         if self.config.observe.report:
             write_report(self.run.path)
         return summary

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from gspo_mm.policy.engine import Policy
 
+from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
 
 

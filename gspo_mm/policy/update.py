@@ -6,12 +6,12 @@ from itertools import pairwise
 from statistics import fmean
 
 import torch
-from gspo_mm.policy.engine import Policy
 
 from gspo_mm.batch import make_micro_batches, sequences_of
 from gspo_mm.batch.packing import Pixels
 from gspo_mm.config import Config, LossConfig
 from gspo_mm.loss.gspo import policy_loss, reduce_metrics
+from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.types import MicroBatch, RolloutGroup

@@ -6,9 +6,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from gspo_mm.observe.metrics import read_metrics
 from PIL import Image
 
+from gspo_mm.observe.metrics import read_metrics
 from tests.e2e.conftest import gspo_mm
 
 

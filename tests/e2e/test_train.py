@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
-
 from tests.e2e.conftest import ROOT, gspo_mm
 
 SUMMARY_KEYS = {

@@ -126,8 +126,9 @@ class OurStep:
         """The first prompts of the shards as rows of TRL's conversational data set."""
         import io
 
-        from gspo_mm.data.source import PromptSource
         from PIL import Image
+
+        from gspo_mm.data.source import PromptSource
 
         source = PromptSource(self.config.data, self.stages.processor, seed=0, split="train")
         rows = []
