@@ -1,0 +1,75 @@
+"""The stages only look to their left, megatron stays in its rooms, and nothing records routed experts."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "gspo_mm"
+# a stage may import what stands at or before its own place
+ORDER = [
+    ["types", "config", "runtime"],
+    ["data"],
+    ["rollout"],
+    ["reward"],
+    ["advantage"],
+    ["batch"],
+    ["loss"],
+    ["families", "policy"],
+    ["sync"],
+    ["checkpoint"],
+    ["observe"],
+    ["evaluate", "stages", "preflight"],
+    ["sft", "train"],
+    ["cli"],
+]
+PLACE = {stage: place for place, stages in enumerate(ORDER) for stage in stages}
+MEGATRON_ROOMS = {"policy", "families", "sync", "checkpoint"}
+SGLANG_FILES = {"rollout/servers.py", "rollout/sglang_cpu.py"}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports anywhere in it, by their full names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def stage_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent != PACKAGE or p.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_stage_imports_only_stages_to_its_left(path: Path) -> None:
+    own = stage_of(path)
+    for module in imports(path):
+        parts = module.split(".")
+        if parts[0] == "gspo_mm" and len(parts) > 1 and parts[1] in PLACE:
+            assert PLACE[parts[1]] <= PLACE[own], f"{own} imports {module}, which stands to its right"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_megatron_and_sglang_stay_in_their_rooms(path: Path) -> None:
+    roots = {module.split(".")[0] for module in imports(path)}
+    if stage_of(path) not in MEGATRON_ROOMS:
+        assert not roots & {"megatron", "transformer_engine", "apex"}
+    if str(path.relative_to(PACKAGE)) not in SGLANG_FILES:
+        assert "sglang" not in roots
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    assert {stage_of(path) for path in FILES} == set(PLACE)
+
+
+@pytest.mark.parametrize("word", ["routed_experts", "router_replay", "routing_replay"])
+def test_no_routed_expert_is_recorded_anywhere(word: str) -> None:
+    """GSPO needs no routing replay: nothing asks for, sends or keeps the experts that a token was routed to."""
+    assert not [str(path) for path in FILES if word in path.read_text().lower()]

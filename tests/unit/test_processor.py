@@ -1,0 +1,165 @@
+"""One processor call is the source of ids and pixels; positions are transformers' own."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor, Qwen3VLMoeModel
+
+from gspo_mm.config import DataConfig
+from gspo_mm.data.processor import Processor, decode_image
+from gspo_mm.data.samples import BadSample
+from gspo_mm.types import EncodedImage, Prompt
+
+
+def encoded(width: int, height: int, seed: int = 0, kind: str = "PNG", mode: str = "RGB") -> EncodedImage:
+    buffer = io.BytesIO()
+    Image.effect_noise((width, height), 80 + seed).convert(mode).save(buffer, kind)
+    data = buffer.getvalue()
+    return EncodedImage(data=data, key=EncodedImage.key_of(data), width=width, height=height)
+
+
+def prompt(*content: str | EncodedImage) -> Prompt:
+    parts = [{"type": "text", "text": c} if isinstance(c, str) else {"type": "image"} for c in content]
+    images = tuple(c for c in content if isinstance(c, EncodedImage))
+    return Prompt(key="k", messages=({"role": "user", "content": parts},), images=images, answer=1, task="t")
+
+
+def make(model: Path, **settings: Any) -> Processor:
+    return Processor(str(model), DataConfig(train=["x"], **settings))
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model: Path) -> Processor:
+    return make(tiny_model)
+
+
+PROMPTS = [
+    ("Which digit is this?",),
+    (encoded(64, 64), "Which digit is this?"),
+    ("Compare", encoded(64, 32), "with", encoded(96, 64, 1), "please"),
+    (encoded(32, 96), encoded(64, 64, 2)),
+]
+
+
+@pytest.mark.parametrize("content", PROMPTS)
+def test_positions_equal_those_of_transformers(processor: Processor, tiny_model: Path, content: Any) -> None:
+    it = processor.encode(prompt(*content))
+    ids = torch.tensor(it.token_ids)
+    stub = SimpleNamespace(config=AutoConfig.from_pretrained(tiny_model))
+    stub.get_vision_position_ids = lambda *a, **k: Qwen3VLMoeModel.get_vision_position_ids(stub, *a, **k)  # type: ignore[arg-type]
+    types = (ids == processor.image_token_id).int()[None]
+    expected, _ = Qwen3VLMoeModel.get_rope_index(stub, ids[None], types, image_grid_thw=it.image_grid_thw)  # type: ignore[arg-type]
+    assert torch.equal(processor.positions(ids, it.image_grid_thw), expected[:, 0])
+
+
+@pytest.mark.parametrize("content", PROMPTS)
+def test_ids_are_those_of_the_hugging_face_processor(
+    processor: Processor, tiny_model: Path, content: Any
+) -> None:
+    it = processor.encode(prompt(*content))
+    theirs = AutoProcessor.from_pretrained(tiny_model)
+    images = [Image.open(io.BytesIO(c.data)).convert("RGB") for c in content if isinstance(c, EncodedImage)]
+    expected = theirs.apply_chat_template(
+        [{"role": "user", "content": [
+            {"type": "text", "text": c} if isinstance(c, str) else {"type": "image"} for c in content]}],
+        add_generation_prompt=True,
+    )  # fmt: skip
+    assert it.text == expected
+    inputs = theirs(text=[expected], images=images or None, return_tensors="pt")
+    assert it.token_ids == tuple(inputs["input_ids"][0].tolist())
+    assert it.pixel_values is None if not images else torch.equal(it.pixel_values, inputs["pixel_values"])
+
+
+def test_pixels_of_an_image_are_its_part_of_the_prompts(processor: Processor) -> None:
+    a, b = encoded(64, 32), encoded(96, 64, 1)
+    it = processor.encode(prompt("x", a, b))
+    assert it.pixel_values is not None
+    both = [processor.pixels(image) for image in (a, b)]
+    assert torch.equal(torch.cat([pixels for pixels, _ in both]), it.pixel_values)
+    assert torch.equal(torch.cat([grid for _, grid in both]), it.image_grid_thw)
+
+
+def test_an_image_is_decoded_once_for_its_group(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    monkeypatch.setattr(
+        "gspo_mm.data.processor.decode_image", lambda data: decoded.append(data) or decode_image(data)
+    )
+    processor, image = make(tiny_model), encoded(64, 64)
+    processor.encode(prompt(image, "?"))
+    for _ in range(8):
+        processor.pixels(image)
+    assert len(decoded) == 1
+
+
+def test_the_cache_forgets_the_oldest_and_decodes_it_anew(tiny_model: Path) -> None:
+    processor = make(tiny_model, image_cache_mb=1)  # a 64x64 image is 96 KiB of patches
+    images = [encoded(64, 64, seed) for seed in range(15)]
+    first, _ = processor.pixels(images[0])
+    for image in images:
+        processor.pixels(image)
+    assert len(processor._cache) <= 10
+    assert processor._cache_bytes == sum(p.nbytes for p, _ in processor._cache.values()) <= 2**20
+    assert torch.equal(processor.pixels(images[0])[0], first)
+
+
+@pytest.mark.parametrize("text", ["<|image_pad|>", "a<|im_end|>b", "<|vision_start|>"])
+def test_text_that_spells_a_special_token_is_refused(processor: Processor, text: str) -> None:
+    with pytest.raises(BadSample, match="special token"):
+        processor.encode(prompt(encoded(64, 64), text))
+
+
+def test_a_prompt_over_the_limit_is_refused_not_cut(tiny_model: Path) -> None:
+    with pytest.raises(BadSample, match="too long"):
+        make(tiny_model, max_prompt_tokens=20).encode(prompt(encoded(64, 64), "Which digit is this?"))
+
+
+def test_pixel_limits_reach_the_image_processor(tiny_model: Path) -> None:
+    it = make(tiny_model, max_pixels=32 * 32).encode(prompt(encoded(64, 64), "?"))
+    assert it.image_grid_thw is not None
+    assert it.image_grid_thw.tolist() == [[1, 4, 4]]
+
+
+def test_a_response_ends_with_the_stop_token_and_decodes_to_itself(processor: Processor) -> None:
+    for text in ("<answer>7</answer>", "<answer>[3,40,30,64]</answer>"):
+        ids = processor.encode_response(text)
+        assert ids[-1] == processor.stop_token_ids[0]
+        assert processor.decode(ids) == text
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x89PNG", None])
+def test_a_corrupt_image_is_a_bad_sample(damage: bytes | None) -> None:
+    data = encoded(64, 64).data
+    with pytest.raises(BadSample, match="corrupt image"):
+        decode_image(data[: len(data) // 2] if damage is None else damage)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("L", "PNG"), ("CMYK", "JPEG"), ("P", "PNG"), ("1", "PNG"), ("LA", "PNG")]
+)
+def test_every_mode_becomes_rgb(mode: str, kind: str) -> None:
+    assert decode_image(encoded(8, 8, kind=kind, mode=mode).data).mode == "RGB"
+
+
+def test_sixteen_bits_are_scaled_not_cut_off() -> None:
+    buffer = io.BytesIO()
+    Image.new("I;16", (2, 2), 128 * 257).save(buffer, "PNG")
+    assert decode_image(buffer.getvalue()).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_transparency_becomes_white() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(buffer, "PNG")
+    assert decode_image(buffer.getvalue()).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_rotated_photo_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(buffer, "JPEG", exif=exif)
+    assert decode_image(buffer.getvalue()).size == (6, 8)

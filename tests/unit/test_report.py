@@ -1,0 +1,105 @@
+"""The report is one page that works offline and shows model output as text, never as markup."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gspo_mm.config import ObserveConfig
+from gspo_mm.observe.metrics import MetricsWriter
+from gspo_mm.observe.report import smooth, spread, write_curves_png, write_report
+from gspo_mm.observe.rollouts import save_rollouts
+from gspo_mm.types import Completion, RolloutGroup
+from tests.unit.test_rollouts import group
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='alert(3)"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    with MetricsWriter(tmp_path, ObserveConfig(tensorboard=False), {}) as metrics:
+        metrics.write(0, {"eval/accuracy": 0.25, "eval/accuracy/sum": 0.125})
+        for step in range(1, 6):
+            metrics.write(
+                step, {"reward/mean": 0.1 * step, "ratio_mean": 1.0, "time/rollout": 1.0, "time/step": 2.0}
+            )
+        metrics.write(
+            6, {"eval/accuracy": 0.75, "eval/accuracy/sum": 0.625, "loss": float("nan"), "time/step": 1.0}
+        )
+    hostile = replace(group(1).completions[0], text=HOSTILE)
+    prompt = replace(group(1).prompt, key=HOSTILE, task=HOSTILE, answer=HOSTILE)
+    save_rollouts(tmp_path, 3, [replace(group(1), prompt=prompt, completions=(hostile, long_completion()))])
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"accuracy_before": 0.25, "accuracy_after": 0.75, "steps": 6})
+    )
+    return tmp_path
+
+
+def long_completion() -> Completion:
+    return replace(group(1).completions[0], text="word " * 2000)
+
+
+def page_without_library(run: Path) -> str:
+    """The page without plotly's own script."""
+    page = write_report(run).read_text()
+    return re.sub(r"<script>/\*\*.*?</script>", "", page, count=1, flags=re.DOTALL)
+
+
+def test_the_page_shows_numbers_tasks_and_rollouts(run: Path) -> None:
+    page = page_without_library(run)
+    assert "75.0%" in page
+    assert "+50.0" in page
+    assert "Importance ratio" in page
+    assert "data:image/png;base64," in page
+    assert "+0.71" in page
+
+
+def test_model_output_is_escaped_wherever_it_stands(run: Path) -> None:
+    page = page_without_library(run)
+    assert HOSTILE not in page
+    assert "<img src=x" not in page
+    assert page.count("&lt;script&gt;alert(1)") >= 3
+
+
+def test_the_page_needs_nothing_from_elsewhere(run: Path) -> None:
+    tags = re.findall(r"<[a-z][^>]*>", page_without_library(run))
+    assert any("src=" in tag for tag in tags)
+    assert not [tag for tag in tags if "href=" in tag or ("src=" in tag and 'src="data:' not in tag)]
+    assert not re.findall(r"(?:fetch|import|XMLHttpRequest)\(", page_without_library(run))
+
+
+def test_long_answers_are_folded(run: Path) -> None:
+    assert "<details><summary>word word" in page_without_library(run)
+
+
+def test_nan_leaves_a_gap_instead_of_breaking_the_curve(run: Path) -> None:
+    assert "NaN" not in page_without_library(run)
+
+
+def test_a_run_that_has_only_begun_has_a_report_too(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, ObserveConfig(tensorboard=False), {}) as metrics:
+        metrics.write(1, {"sft/loss": 3.0, "time/step": 1.0})
+    assert "no summary yet" in write_report(tmp_path).read_text()
+
+
+def test_the_picture_of_several_runs_is_drawn(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="an optional extra, which make test installs")
+    write_curves_png([run, run], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_spread_keeps_first_and_last() -> None:
+    assert spread(list(range(100)), 5) == [0, 25, 50, 74, 99]
+    assert spread([1, 2], 5) == [1, 2]
+
+
+def test_smoothing_is_a_mean_of_what_came_before() -> None:
+    assert smooth([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_a_group_without_scores_is_shown(tmp_path: Path, run: Path) -> None:
+    bare: RolloutGroup = replace(group(2), scores=(), advantages=())
+    save_rollouts(run, 4, [bare])
+    assert "dead" in page_without_library(run)

@@ -1,0 +1,92 @@
+"""Seeds, phase times, logging and signals."""
+
+import logging
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+
+from gspo_mm.observe.progress import Progress
+from gspo_mm.runtime.log import setup_logging
+from gspo_mm.runtime.phases import Phases
+from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.runtime.seeds import derive_seed
+
+
+def test_every_purpose_and_step_has_a_seed_of_its_own() -> None:
+    seeds = {
+        derive_seed(run, what, step)
+        for run in range(5)
+        for what in ("rollout", "epoch")
+        for step in range(50)
+    }
+    assert len(seeds) == 500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(1, "rollout", 2) == 7763091218668521687  # the same on every machine and version
+
+
+def test_phases_add_up_within_a_step_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 3.0, 4.0, 10.0, 11.0, 12.0, 20.0])
+    monkeypatch.setattr("gspo_mm.runtime.phases.time.perf_counter", lambda: next(clock))
+    entered: list[str] = []
+    phases = Phases(on_enter=entered.append)
+    with phases("a"):
+        pass
+    with phases("a"):
+        pass
+    assert phases.take() == {"time/a": 3.0, "time/step": 10.0}
+    with phases("b"):
+        pass
+    assert phases.take() == {"time/b": 1.0, "time/step": 10.0}
+    assert entered == ["a", "a", "b"]
+
+
+def test_a_signal_becomes_a_request_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_interrupt_stops_at_once() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_log_and_warnings_reach_the_runs_file(tmp_path: Path) -> None:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        for handler in handlers:
+            root.removeHandler(handler)
+        setup_logging(tmp_path)
+        logging.getLogger("gspo_mm.x").info("hello")
+        warnings.warn("careful", stacklevel=1)
+        text = (tmp_path / "log.txt").read_text()
+    finally:
+        logging.captureWarnings(False)
+        for handler in list(root.handlers):
+            root.removeHandler(handler)
+        for handler in handlers:
+            root.addHandler(handler)
+        root.setLevel(level)
+    assert "INFO    gspo_mm.x: hello" in text
+    assert "careful" in text
+
+
+def test_progress_prints_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(total=3, title="run") as progress:
+        progress.start_at(1)
+        progress.phase("rollout")
+        progress.step(2, {"reward/mean": 0.5, "accuracy": 0.25, "eval/accuracy": 0.125})
+        progress.step(3, {"reward/mean": 0.75, "accuracy": 0.5})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("run 2/3  reward 0.500  accuracy 25.0%  held-out 12.5%")
+    assert lines[1].startswith("run 3/3  reward 0.750  accuracy 50.0%  held-out 12.5%")
