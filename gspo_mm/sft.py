@@ -117,9 +117,7 @@ def supervised_step(policy: Policy, batches: list[MicroBatch]) -> dict[str, floa
     """One optimizer step on the mean cross-entropy (nats) of the response tokens of all micro-batches."""
     num_tokens = sum(b.num_response_tokens for b in batches)
 
-    def loss_fn(
-        _: int, logprobs_R: torch.Tensor, __: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss_fn(_: int, logprobs_R: torch.Tensor, __: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         return -logprobs_R.sum() / num_tokens, {}
 
     stats = policy.update(batches, loss_fn)

@@ -163,7 +163,7 @@ def load_scans(split: str) -> Scans:
     """scikit-learn's 1,797 handwritten digits; every fifth of a fixed permutation is validation."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(data.images))
     held_out = np.arange(len(order)) % VALIDATION_PART == 0
     indices = order[held_out] if split == "validation" else order[~held_out]
@@ -184,8 +184,9 @@ def draw_scene(scans: Scans, digits: list[int], rng: np.random.Generator) -> tup
         scaled = _scale(scans.images[scan] / 16.0, size)
         ink[y : y + size, x : x + size] = scaled
         rows, columns = np.nonzero(scaled.max(axis=1) > 0.25)[0], np.nonzero(scaled.max(axis=0) > 0.25)[0]
-        box = (x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1)
-        placed.append(Placed(scan=scan, digit=digit, box=tuple(int(v) for v in box)))
+        left, right, top, bottom = (int(v) for v in (columns[0], columns[-1], rows[0], rows[-1]))
+        box = (x + left, y + top, x + right + 1, y + bottom + 1)
+        placed.append(Placed(scan=scan, digit=digit, box=box))
     background, contrast = rng.uniform(0, 50), rng.uniform(150, 205)
     pixels = background + contrast * ink + rng.normal(0, 6, size=ink.shape)
     return np.clip(pixels.round(), 0, 255).astype(np.uint8), placed

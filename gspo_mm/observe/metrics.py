@@ -129,7 +129,7 @@ def finite(value: Any) -> float | None:
 
 def _start_wandb(project: str, run_dir: Path, run_config: Mapping[str, Any]) -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError:
         raise GspoError(
             f"observe.wandb={project} needs the wandb package; pip install 'gspo-mm[wandb]', or set it to null"

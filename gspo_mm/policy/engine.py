@@ -31,8 +31,8 @@ from gspo_mm.types import MicroBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# (micro-batch number, log-probs [R] float32, entropy [R] detached) -> (loss, detached metrics)
-type LossFn = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# (micro-batch number, log-probs [R] float32, entropy [R] detached) -> (loss, metrics)
+type LossFn = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class UpdateStats:
     loss: float  # sum over micro-batches
     grad_norm: float  # global, before clipping
     lr: float
-    metrics: list[dict[str, torch.Tensor]]  # one per micro-batch, as the loss function gave them
+    metrics: list[dict[str, float]]  # one per micro-batch, as the loss function gave them
 
 
 class Policy:
@@ -116,12 +116,12 @@ class Policy:
 
     def backward(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, *, temperature: float = 1.0
-    ) -> tuple[float, list[dict[str, torch.Tensor]]]:
+    ) -> tuple[float, list[dict[str, float]]]:
         """Gradients of the summed loss, left in each parameter's `main_grad`; returns the sum and the metrics."""
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
         losses: list[torch.Tensor] = []
-        metrics: list[dict[str, torch.Tensor]] = []
+        metrics: list[dict[str, float]] = []
         for index, batch in enumerate(micro_batches):
             logprobs_R, entropy_R = self._ddp(on(batch, self.device), temperature=temperature, entropy=True)
             loss, values = loss_fn(index, logprobs_R, entropy_R)

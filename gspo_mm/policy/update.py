@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
 
@@ -19,7 +20,7 @@ from gspo_mm.types import MicroBatch, RolloutGroup
 
 def update_policy(
     policy: Policy,
-    groups: list[RolloutGroup],
+    groups: Sequence[RolloutGroup],
     *,
     processor: Pixels,
     reference: Reference | None,
@@ -67,8 +68,9 @@ def loss_config(config: Config) -> LossConfig:
     return config.loss.model_copy(update={"dr_grpo_length": length})
 
 
-def split_evenly[T](items: list[T], parts: int) -> list[list[T]]:
+def split_evenly[T](items: Sequence[T], parts: int) -> list[Sequence[T]]:
     """At most `parts` runs of consecutive items whose sizes differ by at most one; none is empty."""
+    assert items
     parts = min(parts, len(items))
     edges = [len(items) * i // parts for i in range(parts + 1)]
     return [items[a:b] for a, b in pairwise(edges)]
@@ -88,7 +90,7 @@ def _step(
 
     def loss_fn(
         index: int, logprobs_R: torch.Tensor, entropy_R: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         batch, old_R = batches[index], olds[index]
         output = policy_loss(
             logprobs_R,

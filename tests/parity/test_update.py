@@ -1,0 +1,158 @@
+"""A step's update does not depend on how it is split, and skips the passes it does not need."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_mm.advantage import group_advantages
+from gspo_mm.config import Config, parse_config
+from gspo_mm.data.processor import Processor
+from gspo_mm.data.source import PromptSource
+from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.reference import Reference
+from gspo_mm.policy.update import split_evenly, update_policy
+from gspo_mm.runtime.phases import Phases
+from gspo_mm.types import Completion, Finish, RolloutGroup, Score
+
+
+def config(model: Path, shards: Path, **sections: Any) -> Config:
+    values = {
+        "run": {"name": "a"},
+        "model": {"path": str(model)},
+        "data": {"train": [f"{shards}/train-*.tar"]},
+        "reward": {"file": "unused"},
+        "policy": {"dtype": "float32", "optimizer": {"lr": 1e-3}},
+    }
+    return parse_config(values | sections)
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model: Path, digit_shards: Path) -> Processor:
+    return Processor(str(tiny_model), config(tiny_model, digit_shards).data)
+
+
+@pytest.fixture(scope="module")
+def groups(tiny_model: Path, digit_shards: Path, processor: Processor) -> tuple[RolloutGroup, ...]:
+    """Six groups of four made-up answers of different lengths and rewards."""
+    rng = random.Random(0)
+    source = PromptSource(config(tiny_model, digit_shards).data, processor, seed=0, split="train")
+    made = [
+        RolloutGroup(
+            id=i,
+            prompt=encoded.prompt,
+            prompt_ids=encoded.token_ids,
+            completions=tuple(completion(rng) for _ in range(4)),
+            scores=tuple(Score(value=rng.random(), parts={}) for _ in range(4)),
+        )
+        for i, encoded in enumerate(source.take(6))
+    ]
+    return group_advantages(made, config(tiny_model, digit_shards).advantage).live
+
+
+def completion(rng: random.Random) -> Completion:
+    tokens = tuple(rng.randrange(400) for _ in range(rng.randint(1, 9)))
+    return Completion(
+        token_ids=tokens,
+        logprobs=(-6.0,) * len(tokens),
+        versions=(0,) * len(tokens),
+        finish=Finish.STOP,
+        text="",
+    )
+
+
+def run(
+    config: Config, groups: Any, processor: Processor, *, steps: int = 1
+) -> tuple[Policy, list[dict[str, float]]]:
+    policy = Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=100)
+    reference = Reference(policy) if config.loss.kl_coef else None
+    metrics = [
+        update_policy(
+            policy, groups, processor=processor, reference=reference, config=config, phases=Phases()
+        )
+        for _ in range(steps)
+    ]
+    return policy, metrics
+
+
+def weights(policy: Policy) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for _, tensor in policy.export()])
+
+
+@pytest.mark.parametrize(
+    "loss", [{}, {"aggregation": "token_mean"}, {"aggregation": "dr_grpo"}, {"level": "token"}]
+)
+def test_the_split_into_micro_batches_changes_nothing(
+    tiny_model: Path, digit_shards: Path, groups: Any, processor: Processor, loss: dict[str, Any]
+) -> None:
+    results = []
+    for tokens in (1, 100, 100_000):
+        policy = {"dtype": "float32", "optimizer": {"lr": 1e-3}, "micro_batch_tokens": tokens}
+        results.append(run(config(tiny_model, digit_shards, policy=policy, loss=loss), groups, processor))
+    (policy, (metrics,)), *others = results
+    for other, (other_metrics,) in others:
+        assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+        torch.testing.assert_close(weights(other), weights(policy), atol=1e-4, rtol=1e-4)
+
+
+def test_the_first_ratio_is_one_and_later_ones_are_not(
+    tiny_model: Path, digit_shards: Path, groups: Any, processor: Processor
+) -> None:
+    two = config(tiny_model, digit_shards, train={"updates_per_batch": 2})
+    _, (metrics,) = run(two, groups, processor)
+    assert metrics["first_update_ratio_error"] < 1e-6
+    assert metrics["ratio_max"] > 1.001
+
+
+def test_one_update_skips_the_old_pass_and_gives_what_the_pass_would(
+    tiny_model: Path, digit_shards: Path, groups: Any, processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    whole = Policy.logprobs
+    monkeypatch.setattr(Policy, "logprobs", lambda self, b, **k: passes.append(len(b)) or whole(self, b, **k))
+    single = config(tiny_model, digit_shards, train={"updates_per_batch": 1})
+    _, (metrics,) = run(single, groups, processor)
+    assert not passes
+    assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-12)
+    # the same groups with old log-probs of their own pass: shown by asking for the pass without a second update
+    double = config(tiny_model, digit_shards, train={"updates_per_batch": 2})
+    first_half = run(double, groups, processor)[1][0]
+    assert passes == [len(groups[:1]) * 2]  # one pass over both shares' micro-batches
+    assert first_half["first_update_ratio_error"] < 1e-6
+
+
+def test_kl_to_the_reference_starts_at_zero_and_grows(
+    tiny_model: Path, digit_shards: Path, groups: Any, processor: Processor
+) -> None:
+    with_kl = config(tiny_model, digit_shards, loss={"kl_coef": 0.1}, train={"updates_per_batch": 1})
+    _, (first, second) = run(with_kl, groups, processor, steps=2)
+    assert first["kl_ref"] == pytest.approx(0.0, abs=1e-9)
+    assert second["kl_ref"] > 1e-6
+
+
+def test_looking_at_the_reference_leaves_the_policy_as_it_was(
+    tiny_model: Path, digit_shards: Path, groups: Any, processor: Processor
+) -> None:
+    settings = config(tiny_model, digit_shards)
+    policy, _ = run(settings, groups, processor)
+    reference = Reference(policy)
+    trained = weights(policy).clone()
+    update_policy(policy, groups, processor=processor, reference=None, config=settings, phases=Phases())
+    moved = weights(policy).clone()
+    reference.logprobs([], 1.0)
+    assert torch.equal(weights(policy), moved)
+    assert not torch.equal(trained, moved)
+
+
+def test_without_a_kl_coefficient_nothing_of_a_reference_is_computed(
+    tiny_model: Path, digit_shards: Path, groups: Any, processor: Processor
+) -> None:
+    _, (metrics,) = run(config(tiny_model, digit_shards), groups, processor)
+    assert "kl_ref" not in metrics
+
+
+def test_shares_are_even_ordered_and_never_empty() -> None:
+    assert split_evenly(list(range(7)), 3) == [[0, 1], [2, 3], [4, 5, 6]]
+    assert split_evenly([1, 2], 4) == [[1], [2]]
