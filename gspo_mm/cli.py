@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,9 @@ app = typer.Typer(
     "Usual order: [bold]sft[/] (warm start) -> [bold]train[/] (GSPO) -> [bold]report[/]. "
     "Any config key can be set on the command line: train.steps=10 policy.optimizer.lr=1.0e-5",
 )
+
+# what a full or write-protected disk answers: the user's to mend, not ours
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML config, for example configs/quickstart.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=value, stronger than the file")]
@@ -89,16 +92,18 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point: a GspoError ends with its one sentence and status 2, anything else with a traceback."""
-    _exit_with_sentence(lambda: app(standalone_mode=True))
-
-
-def _exit_with_sentence(command: Callable[[], Any]) -> None:
+    """Entry point: a user's mistake or a disk that refuses ends with one sentence and status 2."""
     try:
-        command()
+        app()
     except GspoError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = error.filename or "a file of the run"
+        message = f"{where} cannot be written ({error.strerror}); free some space, or choose another run.dir"
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    sys.exit(2)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:

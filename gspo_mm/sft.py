@@ -40,7 +40,7 @@ def sft(config: Config) -> dict[str, Any]:
     stages = build_stages(config, total_updates=config.sft.steps)
     policy, source = stages.policy, stages.source
     step = resume(run, stages)
-    check_sight(policy, stages.processor, stages.held_out[: config.train.canary_prompts])
+    check_sight(policy, stages.processor, stages.canary)
     with ExitStack() as stack:
         metrics = stack.enter_context(MetricsWriter(run.path, config.observe, config.model_dump(mode="json")))
         progress = stack.enter_context(Progress(total=config.sft.steps, title=config.run.name))

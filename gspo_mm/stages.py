@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,8 +22,7 @@ from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.replay import Replay
 from gspo_mm.types import EncodedPrompt, SamplingParams
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,6 +34,7 @@ class Stages:
     processor: Processor
     source: PromptSource
     held_out: list[EncodedPrompt]
+    canary: list[EncodedPrompt]  # prompts with images, to check that the model sees
     engine: RolloutEngine | None
     replay: Replay | None
     reward: RewardFunction
@@ -57,10 +57,12 @@ def build_stages(config: Config, *, total_updates: int) -> Stages:
         total_steps=total_updates,
         experts_layout=config.model.experts_layout,
     )
+    held_out = held_out_prompts(config, processor)
     return Stages(
         processor=processor,
         source=source,
-        held_out=held_out_prompts(config, processor),
+        held_out=held_out,
+        canary=canary_prompts(config, processor, held_out),
         engine=None if config.rollout.replay else build_engine(config, processor),
         replay=open_replay(config.rollout.replay) if config.rollout.replay else None,
         reward=reward,
@@ -84,6 +86,19 @@ def held_out_prompts(config: Config, processor: Processor) -> list[EncodedPrompt
     return source.all(config.train.eval_prompts)
 
 
+def canary_prompts(
+    config: Config, processor: Processor, held_out: list[EncodedPrompt]
+) -> list[EncodedPrompt]:
+    """A few prompts with images: held-out ones, or training ones (read apart) where nothing is held out."""
+    candidates = held_out or PromptSource(config.data, processor, seed=config.run.seed, split="train").take(
+        64
+    )
+    found = [p for p in candidates if p.prompt.images][: config.train.canary_prompts]
+    if not found:
+        logger.warning("no prompt with an image was found: whether the model sees is not checked")
+    return found
+
+
 def open_replay(run: str) -> Replay:
     path = Path(run)
     return Replay(list_steps(path), partial(load_rollouts, path), source=run)
@@ -94,7 +109,3 @@ def set_threads() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-
-
-def with_images(prompts: list[EncodedPrompt]) -> Iterator[EncodedPrompt]:
-    return (p for p in prompts if p.prompt.images)

@@ -54,12 +54,12 @@ def train(config: Config) -> dict[str, Any]:
     with ExitStack() as stack:
         loop = Loop(config, run, stages, stack)
         loop.resume()
-        check_sight(stages.policy, stages.processor, loop.canary_prompts())
+        check_sight(stages.policy, stages.processor, stages.canary)
         loop.evaluate_before_training()
         stop = stack.enter_context(StopRequest())
         while loop.step < config.train.steps and not stop.requested:
             loop.train_step()
-        if stop.requested:
+        if loop.step < config.train.steps:
             loop.save()
             raise GspoError(
                 f"stopped by a signal at step {loop.step}; start again with run.resume=auto to continue"
@@ -167,10 +167,6 @@ class Loop:
         if self.step == 0 and not read_metrics(self.run.path) and (metrics := self.evaluate()):
             self.metrics.write(0, {**metrics, **self.phases.take()})
         self.phases.take()
-
-    def canary_prompts(self) -> list[Any]:
-        with_images = [p for p in self.stages.held_out if p.prompt.images and p.prompt.response]
-        return with_images[: self.config.train.canary_prompts]
 
     def record(self, metrics: dict[str, float]) -> None:
         """Write the step's line of metrics.jsonl and show it."""

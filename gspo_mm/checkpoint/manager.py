@@ -69,7 +69,19 @@ class RunDir:
         return found[-1].parent if found else None
 
     def save(self, step: int, model_state: dict[str, Any], state: dict[str, Any]) -> Path:
-        """Publish checkpoint `step`: `model_state` by torch.save, `state` as JSON; then drop the oldest ones."""
+        """Publish checkpoint `step`: `model_state` by torch.save, `state` as JSON; then drop the oldest ones.
+
+        Raises ResumeError when the disk refuses; the checkpoints that were there are intact.
+        """
+        try:
+            return self._save(step, model_state, state)
+        except (OSError, RuntimeError) as error:  # torch's writer wraps what the disk said in a RuntimeError
+            raise ResumeError(
+                f"checkpoint {step} cannot be written to {self.path} ({' '.join(str(error).split())[:200]}); free "
+                "some space there, or choose another run.dir, and start again with run.resume=auto"
+            ) from None
+
+    def _save(self, step: int, model_state: dict[str, Any], state: dict[str, Any]) -> Path:
         final = self.path / "checkpoints" / f"step-{step:08d}"
         temporary = final.with_name(f".tmp-{final.name}")
         shutil.rmtree(temporary, ignore_errors=True)

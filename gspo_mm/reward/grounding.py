@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from gspo_mm.reward.text import Args
 from gspo_mm.types import Json
@@ -17,16 +19,21 @@ _LARGEST = 1e6  # coordinates beyond are babble (and some integers that JSON rea
 
 
 class BoxArgs(Args):
-    """box_iou has no settings; the threshold of accuracy is the part's `accuracy`."""
+    at_least: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # a smaller overlap counts as none
 
 
 def box_iou(text: str, answer: Json, args: BoxArgs) -> float:
-    """Intersection over union of the text's one box and the answer; 0 where the text is no valid box."""
+    """Intersection over union of the text's one box and the answer; 0 where the text is no valid box.
+
+    Without `at_least` a box around the whole picture earns a safe little in every answer, and a policy that is still
+    unsure learns to give just that.
+    """
     wanted = _box(answer)
     if wanted is None:
         raise ValueError(f"answer {answer!r} is no box [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
     given = parse_box(text)
-    return 0.0 if given is None else iou(given, wanted)
+    overlap = 0.0 if given is None else iou(given, wanted)
+    return overlap if overlap >= args.at_least else 0.0
 
 
 def parse_box(text: str) -> Box | None:

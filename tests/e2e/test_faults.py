@@ -2,14 +2,20 @@
 
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from gspo_mm.observe.metrics import read_metrics
-from tests.e2e.conftest import gspo_mm
+from tests.e2e.conftest import ROOT, gspo_mm
 
 
 def failure(*arguments: str) -> str:
@@ -44,6 +50,34 @@ def test_an_empty_reward_file_is_named(short_config: Path, tmp_path: Path) -> No
 def test_a_folder_that_cannot_be_written_is_named(short_config: Path) -> None:
     message = failure("train", str(short_config), "run.dir=/proc/runs")
     assert "run.dir=/proc/runs" in message
+
+
+def test_a_disk_that_takes_no_checkpoint_is_told(short_config: Path, tmp_path: Path) -> None:
+    """Under a limit of 500 KiB a file the logs still fit, the checkpoint does not."""
+    command = f"ulimit -f 500; exec {sys.executable} -m gspo_mm.cli train {short_config} run.dir={tmp_path}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "checkpoint 1 cannot be written" in " ".join(result.stderr.split())
+    assert read_metrics(tmp_path / "short")[-1]["step"] == 1
+
+
+def test_a_model_that_does_not_see_is_stopped_before_the_first_step(
+    short_config: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Mergers of zeros: image tokens are there, but carry nothing of the image."""
+    shutil.copytree(tiny_model, tmp_path / "blind")
+    weights = load_file(tiny_model / "model.safetensors")
+    for name in weights:
+        if "visual" in name and "merger" in name and "linear_fc2" in name:
+            weights[name] = torch.zeros_like(weights[name])
+    save_file(weights, tmp_path / "blind" / "model.safetensors", metadata={"format": "pt"})
+    message = failure("train", str(short_config), f"run.dir={tmp_path}", f"model.path={tmp_path / 'blind'}")
+    assert "the model does not see" in message
+    assert read_metrics(tmp_path / "short") == []
 
 
 def test_validation_shards_among_the_training_shards_are_refused(

@@ -201,6 +201,13 @@ box = st.tuples(coordinate, coordinate, st.floats(0.01, 1e4), st.floats(0.01, 1e
 )
 
 
+def test_a_box_around_everything_earns_nothing_where_an_overlap_is_asked_for():
+    answer, everything = [32, 0, 64, 32], "[0, 0, 64, 64]"
+    assert box_iou(everything, answer, BoxArgs()) == 0.25
+    assert box_iou(everything, answer, BoxArgs(at_least=0.4)) == 0.0
+    assert box_iou("[32, 0, 64, 16]", answer, BoxArgs(at_least=0.5)) == 0.5  # the bound itself is enough
+
+
 @given(a=box, b=box, near=st.booleans())
 def test_iou_equals_torchvision(a, b, near):
     if near:  # else most boxes are apart

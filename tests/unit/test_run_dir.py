@@ -1,6 +1,7 @@
 """A run folder is published whole, continued exactly, and refuses what would silently be another experiment."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     whole = save(run, 1)
     with pytest.raises(TypeError):
         run.save(2, {"w": torch.ones(1)}, {"not json": object()})
+    assert run.latest() == whole
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    run = RunDir.open(config(tmp_path))
+    whole = save(run, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # no file may grow beyond: EFBIG
+    try:
+        with pytest.raises(ResumeError, match="checkpoint 2 cannot be written"):
+            run.save(2, {"w": torch.ones(100_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert run.latest() == whole
 
 
