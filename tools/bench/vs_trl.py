@@ -1,12 +1,13 @@
 """One GSPO step here against one in TRL's GRPOTrainer, taking turns in one process.
 
-    python tools/bench/vs_trl.py --model data/tiny-model --shards 'data/digits/train-*.tar'
+    python tools/bench/vs_trl.py --model data/tiny-model
 
 Both sides start from the same folder and do the same work in a step: prompts with a 64x64 image, G answers each
 of exactly --tokens tokens (the stop token is switched off), the same made-up reward, sequence-level loss, one
 AdamW update, float32. Ours includes the shards, the packing and the weight sync to its separate rollout engine;
 TRL samples from the very module it trains. Steps alternate, so that a busy machine slows both; the first
---warmup steps of each are not counted.
+--warmup steps of each are not counted. All prompts ask for a single digit and so are equally long: TRL 1.16 pads
+mm_token_type_ids on the other side than the ids and fails when the prompts of a batch differ in length.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -27,7 +30,6 @@ import typer
 
 def main(
     model: Annotated[Path, typer.Option(help="Hugging Face folder")] = Path("data/tiny-model"),
-    shards: Annotated[str, typer.Option(help="training shards")] = "data/digits/train-*.tar",
     prompts: Annotated[int, typer.Option(help="prompts per step")] = 4,
     group_size: Annotated[int, typer.Option(help="answers per prompt")] = 8,
     tokens: Annotated[int, typer.Option(help="tokens per answer")] = 64,
@@ -35,7 +37,10 @@ def main(
     warmup: Annotated[int, typer.Option(help="steps not counted")] = 3,
 ) -> None:
     """Print median seconds per step of both sides, their ratio, and where our time goes, as JSON."""
-    ours = OurStep(model, shards, prompts=prompts, group_size=group_size, tokens=tokens)
+    folder = tempfile.mkdtemp()
+    make_shards = [sys.executable, str(Path(__file__).parents[1] / "make_shards.py"), "digits", folder]
+    subprocess.run([*make_shards, "--tasks", "digit", "--train", "500"], check=True, capture_output=True)
+    ours = OurStep(model, f"{folder}/train-*.tar", prompts=prompts, group_size=group_size, tokens=tokens)
     theirs = trl_trainer(model, ours.sample_rows(64), prompts=prompts, group_size=group_size, tokens=tokens)
     times: dict[str, list[float]] = defaultdict(list)
     phases: dict[str, list[float]] = defaultdict(list)
@@ -154,6 +159,9 @@ def trl_trainer(
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import GRPOConfig, GRPOTrainer
 
+    processor = AutoProcessor.from_pretrained(model)
+    # a random model samples image tokens too, and transformers then looks for images that are not there
+    visual = [processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|video_pad|>")]
     arguments = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=prompts * group_size,
@@ -165,7 +173,7 @@ def trl_trainer(
         epsilon_high=4e-4,
         beta=0.0,
         learning_rate=1e-5,
-        generation_kwargs={"min_new_tokens": tokens},
+        generation_kwargs={"min_new_tokens": tokens, "suppress_tokens": visual},
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         gradient_checkpointing=False,
@@ -177,7 +185,7 @@ def trl_trainer(
     )
     return GRPOTrainer(
         model=AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32),
-        processing_class=AutoProcessor.from_pretrained(model),
+        processing_class=processor,
         reward_funcs=lambda completions, **_: [made_up_reward(c[0]["content"]) for c in completions],
         args=arguments,
         train_dataset=Dataset.from_list(rows),
