@@ -251,14 +251,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        check_world(self.policy.parallel, world_size=world_size)
+        dp = data_parallel_size(self.policy.parallel, world_size)
         updates, prompts = self.train.updates_per_batch, self.rollout.prompts_per_step
-        if prompts % updates:
-            raise ValueError(
-                f"rollout.prompts_per_step={prompts} is not divisible by train.updates_per_batch={updates}; "
-                f"use a multiple of {updates}"
-            )
-        check_world(self.policy.parallel, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        dp = data_parallel_size(self.policy.parallel, int(os.environ.get("WORLD_SIZE", "1")))
         if prompts % (updates * dp):
             raise ValueError(
                 f"rollout.prompts_per_step={prompts} cannot be split into train.updates_per_batch={updates} updates "

@@ -3,6 +3,8 @@
 import io
 import json
 import pickle
+import struct
+import zlib
 from typing import Any
 
 import pytest
@@ -17,6 +19,12 @@ def png(width: int = 8, height: int = 6) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), "red").save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of a PNG that claims a size; its pixels are never there."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
 
 
 def raw(record: Any = None, **members: bytes) -> dict[str, Any]:
@@ -77,7 +85,11 @@ def test_a_rotated_photo_has_its_upright_size() -> None:
         (raw(**{"0.png": png(), "1.png": png()}), "image count"),
         (raw(png=b""), "corrupt image"),
         (raw(png=b"not a picture"), "corrupt image"),
-        (raw(png=png(20_000, 20_000)[:100]), "image too large"),
+        (raw(png=png_header(20_000, 20_000)), "image too large"),
+        (
+            raw(png=png_header(9_000, 8_000)),
+            "image too large",
+        ),  # below the limit at which Pillow itself refuses
         ({"__key__": "7", "__url__": "a.tar", FAULT: "cut off"}, "damaged shard"),
     ],
 )
