@@ -24,7 +24,8 @@ def png(width: int = 8, height: int = 6) -> bytes:
 def png_header(width: int, height: int) -> bytes:
     """The beginning of a PNG that claims a size; its pixels are never there."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    checksum = struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + checksum + struct.pack(">I", 9) + b"IDAT"
 
 
 def raw(record: Any = None, **members: bytes) -> dict[str, Any]:
