@@ -161,12 +161,15 @@ def _image(suffix: str, data: bytes) -> EncodedImage:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            rotated = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that swap the axes
+            # for a PNG without EXIF in its header, Pillow's getexif would decode the whole image to look for one
+            has_exif = image.format != "PNG" or "exif" in image.info
+            too_large = width * height > MAX_PIXELS
+            rotated = has_exif and not too_large and image.getexif().get(0x0112) in (5, 6, 7, 8)  # axes swapped
     except Image.DecompressionBombError:
         raise BadSample("image too large", suffix) from None
     except Exception as error:  # decoders raise whatever their format's library does
         raise BadSample("corrupt image", f"{suffix}: {error}") from None
-    if width * height > MAX_PIXELS:
+    if too_large:
         raise BadSample("image too large", f"{suffix} has {width}x{height} pixels, more than {MAX_PIXELS}")
     if rotated:
         width, height = height, width
