@@ -296,14 +296,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; try configs/quickstart.yaml")
-    for item in overrides or []:
-        if "=" not in item or item.startswith("-"):
-            raise ConfigError(f"override {item!r} is not of the form key=value, as in train.steps=10")
+    changes = [_parse_override(item) for item in overrides or []]
     try:
         loaded = OmegaConf.load(path)
         if not OmegaConf.is_dict(loaded) or not loaded:
             raise ConfigError(f"{path} holds no mapping of sections; start from configs/quickstart.yaml")
-        raw = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides or [])))
+        raw = OmegaConf.merge(loaded, *changes)
         values = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
@@ -312,6 +310,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         raise
     return parse_config(values, source=str(path))
+
+
+def _parse_override(item: str) -> Any:
+    if "=" not in item or item.startswith("-"):
+        raise ConfigError(f"override {item!r} is not of the form key=value, as in train.steps=10")
+    try:
+        return OmegaConf.from_dotlist([item])
+    except Exception as error:
+        if type(error).__module__.startswith(("yaml", "omegaconf")):
+            key, _, value = item.partition("=")
+            raise ConfigError(
+                f"override {key}={value} has a value that YAML cannot read; put text with braces or colons in "
+                f"quotes of its own, as in '{key}=[\"{value.strip('[]')}\"]'"
+            ) from None
+        raise
 
 
 def parse_config(values: Any, *, source: str = "config") -> Config:

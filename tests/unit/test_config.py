@@ -105,6 +105,14 @@ def test_an_override_without_equals_is_refused(config_file: Path) -> None:
         load(config_file, "train.steps")
 
 
+def test_an_override_that_yaml_cannot_read_is_named(config_file: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"override data\.train=\[x-\{0\.\.3\}\.tar\] has a value that YAML cannot"
+    ):
+        load(config_file, "data.train=[x-{0..3}.tar]")
+    assert load(config_file, 'data.train=["x-{0..3}.tar"]').data.train == ["x-{0..3}.tar"]
+
+
 def test_interpolation_and_overrides_combine(config_file: Path) -> None:
     config_file.write_text(MINIMAL + "train: {steps: 7}\nsft: {steps: '${train.steps}'}\n")
     assert load(config_file).sft.steps == 7
