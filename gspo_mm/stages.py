@@ -45,6 +45,7 @@ class Stages:
 
 def build_stages(config: Config, *, total_updates: int) -> Stages:
     """Load model, processor, shards and reward file. Raises a GspoError naming what is missing."""
+    logger.info("loading %s", config.model.path)
     set_threads()
     torch.manual_seed(config.run.seed)
     reward = load_reward(config.reward.file)

@@ -7,9 +7,10 @@ import time
 from collections.abc import Mapping
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from gspo_mm.runtime.log import CONSOLE
 
 _SHOWN = {
     "reward/mean": "reward {:.3f}",
@@ -40,7 +41,7 @@ class Progress:
             TextColumn("[dim]{task.fields[phase]}"),
             TimeRemainingColumn(),
         )
-        self._bar = Bar(*columns, console=Console(stderr=True)) if sys.stderr.isatty() else None
+        self._bar = Bar(*columns, console=CONSOLE) if sys.stderr.isatty() else None
         self._task = self._bar.add_task(title, total=total, numbers="", phase="") if self._bar else None
 
     def __enter__(self) -> Self:

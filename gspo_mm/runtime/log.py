@@ -6,6 +6,12 @@ import logging
 import sys
 from pathlib import Path
 
+from rich.console import Console
+from rich.logging import RichHandler
+
+# one console for log lines and the progress bar, so that a line is printed above the bar and not across it
+CONSOLE = Console(stderr=True)
+
 _NOISY = ("megatron", "transformers", "PIL", "matplotlib", "urllib3", "httpx", "torch.distributed")
 
 
@@ -28,10 +34,7 @@ def setup_logging(run_dir: Path | None = None) -> None:
 
 def _console() -> logging.Handler:
     if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.logging import RichHandler
-
-        return RichHandler(console=Console(stderr=True), show_path=False)
+        return RichHandler(console=CONSOLE, show_path=False)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
     return handler
