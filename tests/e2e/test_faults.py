@@ -87,6 +87,54 @@ def test_validation_shards_among_the_training_shards_are_refused(
     assert "held-out" in message
 
 
+def reward_file(path: Path, part: dict[str, object]) -> Path:
+    path.write_text(
+        json.dumps({"name": "r", "parts": [{"name": "only", "accuracy": True} | part]})
+    )  # JSON is YAML
+    return path
+
+
+def test_steps_without_a_live_group_are_skipped_and_then_stop_the_run(
+    short_config: Path, tmp_path: Path
+) -> None:
+    same_for_all = reward_file(tmp_path / "r.yaml", {"type": "format", "args": {"pattern": ".*"}})
+    message = failure(
+        "train",
+        str(short_config),
+        f"run.dir={tmp_path}",
+        f"reward.file={same_for_all}",
+        "advantage.max_dead_steps=3",
+    )
+    assert "3 steps in a row (advantage.max_dead_steps=3) had no group whose rewards differ" in message
+    lines = [line for line in read_metrics(tmp_path / "short") if line["step"] > 0]
+    assert [(line["step"], line["groups/live"], line["groups/dead"]) for line in lines] == [
+        (1, 0, 8),
+        (2, 0, 8),
+    ]
+    assert all("loss" not in line for line in lines)
+
+
+def test_rewards_that_fail_too_often_stop_the_run_with_the_first_reason(
+    short_config: Path, tmp_path: Path
+) -> None:
+    no_number = reward_file(tmp_path / "r.yaml", {"type": "number"})  # the answers of task `where` are boxes
+    message = failure(
+        "train",
+        str(short_config),
+        f"run.dir={tmp_path}",
+        f"reward.file={no_number}",
+        "rollout.prompts_per_step=32",
+        "train.eval_prompts=1",
+    )
+    assert "reward.max_failed_fraction=0.05" in message
+    assert "is no number" in message
+
+
+def test_wandb_without_its_package_is_told(short_config: Path, tmp_path: Path) -> None:
+    message = failure("sft", str(short_config), f"run.dir={tmp_path}", "observe.wandb=project")
+    assert "observe.wandb=project needs the wandb package" in message
+
+
 def test_a_report_of_no_run_is_refused(tmp_path: Path) -> None:
     assert "is no run folder" in failure("report", str(tmp_path))
 
