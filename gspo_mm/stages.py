@@ -14,7 +14,7 @@ from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
-from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.engine import DTYPES, Policy
 from gspo_mm.policy.reference import Reference
 from gspo_mm.reward.spec import RewardFunction, load_reward
 from gspo_mm.rollout.embedded import EmbeddedEngine
@@ -23,8 +23,6 @@ from gspo_mm.rollout.replay import Replay
 from gspo_mm.types import EncodedPrompt, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
