@@ -6,8 +6,9 @@ Both sides start from the same folder and do the same work in a step: prompts wi
 of exactly --tokens tokens (the stop token is switched off), the same made-up reward, sequence-level loss, one
 AdamW update, float32. Ours includes the shards, the packing and the weight sync to its separate rollout engine;
 TRL samples from the very module it trains. Steps alternate, so that a busy machine slows both; the first
---warmup steps of each are not counted. All prompts ask for a single digit and so are equally long: TRL 1.16 pads
-mm_token_type_ids on the other side than the ids and fails when the prompts of a batch differ in length.
+--warmup steps of each are not counted. All prompts ask for a single digit and so are equally long: with
+prompts of different lengths TRL 1.16 on transformers 5.23 failed here in get_rope_index (98 positions for 95 tokens), it
+seems because mm_token_type_ids are padded on the other side than the ids. TRL also computes the router's auxiliary loss.
 """
 
 from __future__ import annotations
