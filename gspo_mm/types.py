@@ -28,6 +28,8 @@ type Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 class GspoError(Exception):
     """A fault that a user can act on; its message is one sentence naming the cause and the fix."""
 
+    told_elsewhere = False  # another rank of the job had it and says so
+
 
 class DataError(GspoError):
     """The data cannot be used: shards missing, or more samples unusable than `data.max_bad_fraction` allows."""
@@ -170,6 +172,7 @@ class MicroBatch:
     rollout_logprobs: torch.Tensor | None  # [R] float32 nats
     pixel_values: torch.Tensor | None  # [patches, patch dim] float32, distinct images only
     image_grid_thw: torch.Tensor | None  # [I, 3] int64, distinct images only
+    image_keys: tuple[str, ...]  # [I] content hash of each distinct image
     image_index: (
         torch.Tensor
     )  # [occurrences] int64: distinct image shown by each image occurrence, in token order
@@ -185,3 +188,12 @@ class MicroBatch:
     @property
     def num_response_tokens(self) -> int:
         return int(self.response_cu_seqlens[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One data-parallel rank's part of one optimizer step, with the denominators of the whole step."""
+
+    micro_batches: tuple[tuple[Sequence, ...], ...]  # equally many on every rank; some may hold no sequence
+    num_sequences: int  # on all ranks together
+    num_tokens: int  # trained response tokens on all ranks together

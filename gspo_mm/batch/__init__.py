@@ -1,5 +1,18 @@
-"""Scored groups -> packed micro-batches."""
+"""Scored groups -> packed micro-batches, dealt over data-parallel ranks by what they cost."""
 
-from gspo_mm.batch.packing import make_micro_batches, sequences_of
+from gspo_mm.batch.balance import Balance, deal, measure
+from gspo_mm.batch.cost import FlopModel
+from gspo_mm.batch.packing import Pixels, pack, sequences_of
+from gspo_mm.batch.shares import deal_updates, split_evenly
 
-__all__ = ["make_micro_batches", "sequences_of"]
+__all__ = [
+    "Balance",
+    "FlopModel",
+    "Pixels",
+    "deal",
+    "deal_updates",
+    "measure",
+    "pack",
+    "sequences_of",
+    "split_evenly",
+]

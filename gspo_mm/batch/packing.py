@@ -1,7 +1,7 @@
-"""Lay sequences end to end into micro-batches of at most `max_tokens`, every distinct image once.
+"""Lay the sequences of a micro-batch end to end, every distinct image once.
 
-Nothing is padded: sequences of any length stand side by side in N, told apart by `cu_seqlens`. Sequences keep
-their order, so the G answers of a group stay together and share their image's pixels and vision features.
+Nothing is padded: sequences of any length stand side by side in N, told apart by `cu_seqlens`. Which sequences share
+a micro-batch is decided in balance.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ class Pixels(Protocol):
 
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image."""
+        ...
+
+    def num_patches(self, image: EncodedImage) -> int:
+        """t*h*w of one image, without decoding it."""
         ...
 
     def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
@@ -44,21 +48,8 @@ def sequences_of(groups: Iterable[RolloutGroup]) -> list[Sequence]:
     ]
 
 
-def make_micro_batches(sequences: list[Sequence], processor: Pixels, max_tokens: int) -> list[MicroBatch]:
-    """Fill micro-batches in order; a sequence longer than `max_tokens` gets one of its own."""
-    bins: list[list[Sequence]] = []
-    room = 0
-    for sequence in sequences:
-        length = len(sequence.token_ids)
-        if not bins or length > room:
-            bins.append([])
-            room = max_tokens
-        bins[-1].append(sequence)
-        room -= length
-    return [_pack(members, processor) for members in bins]
-
-
-def _pack(sequences: list[Sequence], processor: Pixels) -> MicroBatch:
+def pack(sequences: list[Sequence], processor: Pixels) -> MicroBatch:
+    """One micro-batch; of no sequences an empty one, with which a rank takes part in what the others compute."""
     images: dict[str, int] = {}  # content hash -> index among the distinct images
     pixels: list[torch.Tensor] = []
     grids: list[torch.Tensor] = []
@@ -84,17 +75,20 @@ def _pack(sequences: list[Sequence], processor: Pixels) -> MicroBatch:
     has_logprobs = all(s.rollout_logprobs is not None for s in sequences)
     return MicroBatch(
         names=tuple(s.name for s in sequences),
-        token_ids=torch.tensor([t for s in sequences for t in s.token_ids]),
+        token_ids=torch.tensor([t for s in sequences for t in s.token_ids], dtype=torch.int64),
         cu_seqlens=_offsets(len(s.token_ids) for s in sequences),
-        positions=torch.cat(positions, dim=1),
-        response_mask=torch.cat(masks),
+        positions=torch.cat([torch.empty(3, 0, dtype=torch.int64), *positions], dim=1),
+        response_mask=torch.cat([torch.empty(0, dtype=torch.bool), *masks]),
         response_cu_seqlens=_offsets(len(s.token_ids) - s.prompt_length for s in sequences),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
-        rollout_logprobs=torch.tensor([x for s in sequences for x in s.rollout_logprobs or ()])
+        rollout_logprobs=torch.tensor(
+            [x for s in sequences for x in s.rollout_logprobs or ()], dtype=torch.float32
+        )
         if has_logprobs
         else None,
         pixel_values=torch.cat(pixels) if pixels else None,
         image_grid_thw=torch.cat(grids) if grids else None,
+        image_keys=tuple(images),
         image_index=torch.tensor(image_index, dtype=torch.int64),
     )
 

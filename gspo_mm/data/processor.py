@@ -91,6 +91,10 @@ class Processor:
         self._cache.move_to_end(image.key)
         return self._cache[image.key]
 
+    def num_patches(self, image: EncodedImage) -> int:
+        """Patches t*h*w that `pixels` will make of the image, from its size alone."""
+        return self._image_processor.get_number_of_image_patches(image.height, image.width, {})
+
     def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
         """Rotary positions [3, P] int64 (time, height, width) of one prompt [P].
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from gspo_mm.batch.cost import FlopModel
     from gspo_mm.policy.parallel import ModelDims
 
 type Axis = Literal["tp", "etp"]
@@ -34,6 +35,10 @@ class Operation(Protocol):
 
     def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
         """Rank `rank` of `size`'s part of one whole megatron tensor."""
+        ...
+
+    def unshard(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """One whole megatron tensor from the parts of all ranks, in rank order: the inverse of `shard`."""
         ...
 
 
@@ -62,6 +67,9 @@ class Copy:
     def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
         return whole if self.axis is None else _part(whole, self.dim, size, rank)
 
+    def unshard(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return parts[0] if self.axis is None else torch.cat(parts, self.dim)
+
 
 @dataclass(frozen=True)
 class VocabPad:
@@ -81,6 +89,9 @@ class VocabPad:
 
     def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
         return _part(whole, 0, size, rank)
+
+    def unshard(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,9 @@ class MergeQkv:
     def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
         return _part(whole, 0, size, rank)
 
+    def unshard(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts)
+
 
 @dataclass(frozen=True)
 class MergeGateUp:
@@ -121,6 +135,10 @@ class MergeGateUp:
 
     def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
         return torch.cat([_part(half, 0, size, rank) for half in whole.chunk(2)])
+
+    def unshard(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        gates, ups = zip(*(part.chunk(2) for part in parts), strict=True)
+        return torch.cat([*gates, *ups])
 
 
 @dataclass(frozen=True)
@@ -141,6 +159,9 @@ class StackExperts:
             return MergeGateUp().shard(whole, size, rank)
         return _part(whole, 1, size, rank)
 
+    def unshard(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return MergeGateUp().unshard(parts) if self.gated else torch.cat(parts, 1)
+
 
 class Family(Protocol):
     """One model family: how its Hugging Face config, weights and vision tower map onto megatron-core."""
@@ -150,6 +171,10 @@ class Family(Protocol):
         ...
 
     def dims(self, hf: Any) -> ModelDims: ...
+
+    def flops(self, hf: Any) -> FlopModel:
+        """FLOPs of a forward pass of the whole model, vision tower and output layer included."""
+        ...
 
     def transformer_arguments(self, hf: Any) -> dict[str, Any]:
         """Keyword arguments of megatron's TransformerConfig that the architecture decides."""
@@ -176,6 +201,11 @@ class Family(Protocol):
         ...
 
     def tokens_per_image(self, hf: Any, grid_thw: torch.Tensor) -> list[int]: ...
+
+    def blank_image(self, hf: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches and grid [1, 3] of the smallest image the tower takes, all zeros."""
+        ...
+
     def build_rotary(self, hf: Any) -> torch.nn.Module: ...
 
     def part_of(self, name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gspo_mm.batch.cost import FlopModel
 from gspo_mm.families.base import Copy, Entry, MergeGateUp, MergeQkv, StackExperts, VocabPad
 from gspo_mm.policy.parallel import ModelDims
 
@@ -45,6 +46,35 @@ class Qwen3VL:
             num_heads=text.num_attention_heads,
             num_kv_groups=text.num_key_value_heads,
             num_experts=text.num_experts if any(moe_layers(text)) else 0,
+            expert_ffn=text.moe_intermediate_size if any(moe_layers(text)) else 0,
+            deepstack_levels=len(hf.vision_config.deepstack_visual_indexes),
+        )
+
+    def flops(self, hf: Any) -> FlopModel:
+        text, vision, mixtures = hf.text_config, hf.vision_config, sum(moe_layers(hf.text_config))
+        hidden, tower = text.hidden_size, vision.hidden_size
+        queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+        attention = _matmul(hidden, queries) + 2 * _matmul(hidden, keys) + _matmul(queries, hidden)
+        experts = (
+            text.num_experts_per_tok * 3 * _matmul(hidden, text.moe_intermediate_size) if mixtures else 0
+        )
+        dense = 3 * _matmul(hidden, text.intermediate_size)  # gate, up, down
+        block = 4 * _matmul(tower, tower) + 2 * _matmul(tower, vision.intermediate_size)
+        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        merged = tower * vision.spatial_merge_size**2
+        merger = _matmul(merged, merged) + _matmul(merged, vision.out_hidden_size)
+        return FlopModel(
+            token=text.num_hidden_layers * attention
+            + mixtures * experts
+            + (text.num_hidden_layers - mixtures) * dense,
+            router=mixtures * _matmul(hidden, text.num_experts) if mixtures else 0,
+            pair=text.num_hidden_layers * 2 * _matmul(1, queries),
+            row=_matmul(hidden, text.vocab_size),
+            patch_embedding=_matmul(pixels, tower),
+            patch=vision.depth * block,
+            patch_pair=vision.depth * 2 * _matmul(1, tower),
+            merged=merger * (1 + len(vision.deepstack_visual_indexes)),
+            patches_per_token=vision.spatial_merge_size**2,
         )
 
     def is_tied(self, hf: Any) -> bool:
@@ -68,7 +98,6 @@ class Qwen3VL:
             "gated_linear_unit": True,
             "activation_func": torch.nn.functional.silu,
             "add_bias_linear": False,
-            "mrope_section": list(text.rope_parameters["mrope_section"]),
         }
         pattern = moe_layers(text)
         if any(pattern):
@@ -122,6 +151,11 @@ class Qwen3VL:
     def tokens_per_image(self, hf: Any, grid_thw: torch.Tensor) -> list[int]:
         return (grid_thw.prod(-1) // hf.vision_config.spatial_merge_size**2).tolist()
 
+    def blank_image(self, hf: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        vision, merge = hf.vision_config, hf.vision_config.spatial_merge_size
+        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return torch.zeros(merge**2, patch_dim), torch.tensor([[1, merge, merge]])
+
     def build_rotary(self, hf: Any) -> torch.nn.Module:
         text = hf.text_config
         return InterleavedRotary(
@@ -154,11 +188,11 @@ class InterleavedRotary(torch.nn.Module):
             axis[number : section[number] * 3 : 3] = number
         self.register_buffer("axis", axis, persistent=False)
 
-    def forward(self, position_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Positions [3, 1, N] -> angles [N, 1, 1, head_dim], as megatron applies them."""
-        positions_NF = position_ids[:, 0].float()[self.axis].T
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Positions [3, N] -> angles [N, head_dim] float32; the second half repeats the first."""
+        positions_NF = position_ids.float()[self.axis].T
         angles_NF = positions_NF * self.inv_freq
-        return torch.cat([angles_NF, angles_NF], dim=-1)[:, None, None, :]
+        return torch.cat([angles_NF, angles_NF], dim=-1)
 
 
 def moe_layers(text: Any) -> list[bool]:
@@ -169,6 +203,11 @@ def moe_layers(text: Any) -> list[bool]:
         number not in text.mlp_only_layers and (number + 1) % text.decoder_sparse_step == 0
         for number in range(text.num_hidden_layers)
     ]
+
+
+def _matmul(inner: int, outer: int) -> int:
+    """FLOPs of one row [inner] times a matrix [inner, outer]."""
+    return 2 * inner * outer
 
 
 def _entry(hf: str, megatron: str, op: Any) -> Entry:

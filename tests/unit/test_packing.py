@@ -1,9 +1,8 @@
 """Packing lays sequences end to end and changes nothing about them."""
 
-import pytest
 import torch
 
-from gspo_mm.batch import make_micro_batches, sequences_of
+from gspo_mm.batch import pack, sequences_of
 from gspo_mm.batch.packing import extend_positions
 from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score, Sequence
 
@@ -17,6 +16,9 @@ class FakePixels:
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
         self.asked.append(image.key)
         return torch.full((4, 3), float(image.width)), torch.tensor([[1, 2, 2]])
+
+    def num_patches(self, image: EncodedImage) -> int:
+        return 4
 
     def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
         images = 0 if image_grid_thw is None else len(image_grid_thw)
@@ -45,8 +47,8 @@ def sequence(
 
 
 def test_tokens_masks_and_offsets_follow_the_sequences() -> None:
-    (batch,) = make_micro_batches(
-        [sequence([1, 2, 3], 1, advantage=0.5), sequence([4, 5, 6, 7], 3, advantage=-2.0)], FakePixels(), 100
+    batch = pack(
+        [sequence([1, 2, 3], 1, advantage=0.5), sequence([4, 5, 6, 7], 3, advantage=-2.0)], FakePixels()
     )
     assert batch.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert batch.cu_seqlens.tolist() == [0, 3, 7]
@@ -63,10 +65,9 @@ def test_tokens_masks_and_offsets_follow_the_sequences() -> None:
 def test_equal_images_are_packed_once_and_indexed_in_token_order() -> None:
     pixels = FakePixels()
     a, b = image(1), image(2)
-    (batch,) = make_micro_batches(
+    batch = pack(
         [sequence([1, 2], 1, a), sequence([3, 4], 1, b, a), sequence([5, 6], 1), sequence([7, 8], 1, b)],
         pixels,
-        100,
     )
     assert pixels.asked == [a.key, b.key]
     assert batch.image_index.tolist() == [0, 1, 0, 1]
@@ -82,13 +83,12 @@ def test_a_response_counts_on_from_the_largest_prompt_position() -> None:
     assert positions.tolist() == [[0, 1, 1, 5, 6], [0, 1, 1, 5, 6], [0, 1, 4, 5, 6]]
 
 
-@pytest.mark.parametrize("limit", [1, 3, 5, 8, 100])
-def test_micro_batches_hold_every_sequence_once_in_order_within_the_budget(limit: int) -> None:
-    sequences = [sequence([i * 10 + j for j in range(2 + i % 4)], 1) for i in range(11)]
-    batches = make_micro_batches(sequences, FakePixels(), limit)
-    assert [name for batch in batches for name in batch.names] == [s.name for s in sequences]
-    for batch in batches:
-        assert batch.num_tokens <= limit or batch.num_sequences == 1
+def test_no_sequences_make_an_empty_micro_batch() -> None:
+    batch = pack([], FakePixels())
+    assert batch.num_sequences == batch.num_tokens == batch.num_response_tokens == 0
+    assert batch.cu_seqlens.tolist() == batch.response_cu_seqlens.tolist() == [0]
+    assert batch.positions.shape == (3, 0)
+    assert batch.token_ids.dtype is torch.int64
 
 
 def test_completions_without_a_score_or_without_tokens_are_not_trained_on() -> None:

@@ -1,5 +1,6 @@
 """One processor call is the source of ids and pixels; positions are transformers' own."""
 
+import dataclasses
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +123,17 @@ def test_pixel_limits_reach_the_image_processor(tiny_model: Path) -> None:
     it = make(tiny_model, max_pixels=32 * 32).encode(prompt(encoded(64, 64), "?"))
     assert it.image_grid_thw is not None
     assert it.image_grid_thw.tolist() == [[1, 4, 4]]
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_pixels": 40 * 40}, {"min_pixels": 100 * 100}])
+@pytest.mark.parametrize("size", [(64, 64), (8, 120), (37, 91), (200, 15), (130, 130), (1, 1), (24, 40)])
+def test_the_number_of_patches_is_known_without_decoding(
+    tiny_model: Path, size: tuple[int, int], limits: dict[str, int]
+) -> None:
+    processor, image = make(tiny_model, **limits), encoded(*size)
+    unreadable = dataclasses.replace(image, data=b"")
+    patches, grid = processor.pixels(image)
+    assert processor.num_patches(unreadable) == len(patches) == int(grid.prod())
 
 
 def test_a_response_ends_with_the_stop_token_and_decodes_to_itself(processor: Processor) -> None:

@@ -1,0 +1,62 @@
+"""The sequences of a step's updates -> every data-parallel rank's shares. Runs on rank 0, which has the groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean
+
+from gspo_mm.batch.balance import NumPatches, deal, measure
+from gspo_mm.batch.cost import FlopModel
+from gspo_mm.types import Sequence as TrainedSequence
+from gspo_mm.types import Share
+
+
+def deal_updates(
+    updates: Sequence[Sequence[TrainedSequence]],
+    *,
+    ranks: int,
+    max_tokens: int,
+    cost: FlopModel,
+    num_patches: NumPatches,
+    multiple_of: int = 1,
+    micro_batches_multiple_of: int = 1,
+) -> tuple[list[list[Share]], dict[str, float]]:
+    """([rank][update] shares, metrics) of the sequences of each optimizer step; see `deal` for the sizes."""
+    shares: list[list[Share]] = [[] for _ in range(ranks)]
+    balances = []
+    for sequences in updates:
+        dealt = deal(
+            list(sequences),
+            ranks=ranks,
+            max_tokens=max_tokens,
+            cost=cost,
+            num_patches=num_patches,
+            multiple_of=multiple_of,
+            micro_batches_multiple_of=micro_batches_multiple_of,
+        )
+        balances.append(measure(dealt, cost=cost, num_patches=num_patches, multiple_of=multiple_of))
+        for of_rank, micro_batches in zip(shares, dealt, strict=True):
+            of_rank.append(
+                Share(
+                    micro_batches=tuple(map(tuple, micro_batches)),
+                    num_sequences=len(sequences),
+                    num_tokens=sum(len(s.token_ids) - s.prompt_length for s in sequences),
+                )
+            )
+    if not balances:
+        return shares, {}
+    return shares, {
+        "batch/imbalance": fmean(b.imbalance for b in balances),
+        "batch/slot_imbalance": fmean(b.slot_imbalance for b in balances),
+        "batch/padding": fmean(b.padding for b in balances),
+        "batch/micro_batches": float(sum(len(share.micro_batches) for share in shares[0])),
+    }
+
+
+def split_evenly[T](items: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """At most `parts` runs of consecutive items whose sizes differ by at most one; none is empty."""
+    assert items
+    parts = min(parts, len(items))
+    edges = [len(items) * i // parts for i in range(parts + 1)]
+    return [items[a:b] for a, b in pairwise(edges)]

@@ -1,0 +1,155 @@
+"""The FLOP polynomial equals what torch counts on transformers' own models, operation by operation."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gspo_mm.batch.cost import FlopModel
+from gspo_mm.families.qwen3_vl import Qwen3VL
+from tests.tiny_vl import tiny_vl
+from tools.check_parity import random_batch
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mixture": {},
+    "dense": {"moe": False},
+    "mixed": {"mlp_only_layers": [1], "num_hidden_layers": 5, "num_experts_per_tok": 3},
+    "every second": {"decoder_sparse_step": 2, "num_key_value_heads": 1, "moe_intermediate_size": 40},
+    "wide": {
+        "moe": False,
+        "hidden_size": 80,
+        "num_attention_heads": 8,
+        "intermediate_size": 112,
+        "vocab_size": 300,
+        "vision": {"depth": 4, "hidden_size": 48, "intermediate_size": 72, "deepstack_visual_indexes": [2]},
+    },
+}
+GRIDS = [[], [(4, 6)], [(2, 2), (8, 4), (2, 10)]]
+
+
+def model_of(name: str, attention: str) -> Any:
+    model = tiny_vl(**MODELS[name])
+    model.set_attn_implementation(attention)
+    return model
+
+
+def inputs_of(model: Any, grids: list[tuple[int, int]], text: int) -> dict[str, Any]:
+    """One sequence: every image with its placeholder tokens, then `text` tokens."""
+    config = model.config
+    vision = config.vision_config
+    ids: list[int] = []
+    for h, w in grids:
+        ids += [
+            config.vision_start_token_id,
+            *[config.image_token_id] * (h * w // 4),
+            config.vision_end_token_id,
+        ]
+    ids += [i % 50 for i in range(text)]
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
+    if grids:
+        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        inputs["pixel_values"] = torch.randn(sum(h * w for h, w in grids), patch_dim)
+        inputs["image_grid_thw"] = torch.tensor([(1, h, w) for h, w in grids])
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
+    return inputs
+
+
+def masked(flops: FlopModel, length: int) -> int:
+    """What a kernel that does not skip masked pairs counts on top: the square less the causal half."""
+    return flops.pair * (length**2 - length * (length + 1) // 2)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("grids", "text", "rows"), [(GRIDS[0], 19, 19), (GRIDS[1], 7, 3), (GRIDS[2], 30, 1)])
+def test_forward_flops_are_those_that_torch_counts(
+    name: str, attention: str, grids: list[tuple[int, int]], text: int, rows: int
+) -> None:
+    model = model_of(name, attention)
+    flops = Qwen3VL().flops(model.config)
+    inputs = inputs_of(model, grids, text)
+    length = inputs["input_ids"].shape[1]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs, use_cache=False, logits_to_keep=rows)
+    expected = flops.count([length], rows, [h * w for h, w in grids]) + masked(flops, length)
+    assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        (),
+        ("router",),
+        ("vision",),
+        ("projector",),
+        ("vision", "projector"),
+        ("language",),
+        ("language", "vision"),
+        ("language", "projector"),
+    ],
+)
+@pytest.mark.parametrize("name", ["mixed", "wide"])
+def test_forward_and_backward_flops_are_those_that_torch_counts(name: str, frozen: tuple[str, ...]) -> None:
+    model = model_of(name, "eager")  # torch counts a fused kernel's recomputed scores as well
+    flops = Qwen3VL().flops(model.config).training(frozen)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(parameter_name) not in frozen_parts(frozen))
+    inputs = inputs_of(model, GRIDS[2], 11)
+    length = inputs["input_ids"].shape[1]
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs, use_cache=False, logits_to_keep=6).logits.sum().backward()
+    expected = flops.count([length], 6, [h * w for h, w in GRIDS[2]]) + masked(flops, length)
+    assert counter.get_total_flops() == expected
+
+
+def frozen_parts(frozen: tuple[str, ...]) -> set[str]:
+    return {*frozen, "router"} if "language" in frozen else set(frozen)
+
+
+def part_of(name: str) -> str:
+    if ".visual." in name:
+        return "projector" if "merger" in name else "vision"
+    return "router" if name.endswith("mlp.gate.weight") else "language"
+
+
+def test_a_micro_batch_is_the_sum_of_its_sequences_and_its_distinct_images() -> None:
+    model = model_of("mixture", "sdpa")
+    flops = Qwen3VL().flops(model.config)
+    batch = random_batch(model, images=3, seed=5)
+    lengths = batch.cu_seqlens.diff().tolist()
+    rows = batch.response_cu_seqlens.diff().tolist()
+    assert batch.image_grid_thw is not None
+    images = sum(flops.image(h * w) for _, h, w in batch.image_grid_thw.tolist())
+    assert flops.of_batch(batch) == sum(map(flops.sequence, lengths, rows)) + images
+    two_frames = dataclasses.replace(batch, image_grid_thw=batch.image_grid_thw * torch.tensor([2, 1, 1]))
+    assert flops.of_batch(two_frames) == flops.of_batch(batch) + images  # frames do not see each other
+    text_only = random_batch(model, images=0, seed=5)
+    assert flops.of_batch(text_only) == sum(
+        map(
+            flops.sequence,
+            text_only.cu_seqlens.diff().tolist(),
+            text_only.response_cu_seqlens.diff().tolist(),
+        )
+    )
+
+
+def test_a_causal_sequence_has_one_pair_per_query_and_visible_key() -> None:
+    flops = FlopModel(
+        token=0, router=0, pair=1, row=0, patch_embedding=0, patch=0, patch_pair=0, merged=0, patches_per_token=4
+    )  # fmt: skip
+    assert [flops.sequence(length, 0) for length in (1, 2, 3, 10)] == [1, 3, 6, 55]
+
+
+def test_training_everything_costs_three_forwards_less_the_gradient_of_the_pixels() -> None:
+    flops = Qwen3VL().flops(tiny_vl().config)
+    sizes = ([40, 60], 25, [16, 24])
+    forward, update = flops.count(*sizes), flops.training().count(*sizes)
+    assert update == 3 * forward - flops.patch_embedding * (16 + 24)
+
+
+def test_a_frozen_tower_has_no_backward_pass() -> None:
+    flops = Qwen3VL().flops(tiny_vl().config)
+    assert flops.training(["vision", "projector"]).image(36) == flops.image(36)
+    assert flops.training(["vision", "projector"]).sequence(9, 4) == 3 * flops.sequence(9, 4)
