@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,11 +94,22 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point: a user's mistake or a disk that refuses ends with one sentence and status 2."""
+    """Entry point of `gspo-mm`."""
+    run_reporting_faults(app)
+
+
+def run_reporting_faults(command: Callable[[], Any]) -> None:
+    """Run `command`; a user's mistake or a disk that refuses ends it with one sentence and status 2.
+
+    Of many ranks with the same fault one per node tells it, or the one that had it.
+    """
     try:
-        app()
+        command()
+        return
     except GspoError as error:
         message = str(error)
+        if error.told_elsewhere or os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(2)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -116,6 +129,8 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _print_summary(summary: dict[str, Any], run: Path) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     for name, value in summary.items():
         typer.echo(f"{name:>30}  {value:.4g}" if isinstance(value, float) else f"{name:>30}  {value}")
     typer.echo(f"{'report':>30}  {run / 'report.html'}")

@@ -11,18 +11,33 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 
+from gspo_mm.config import ModelConfig
 from gspo_mm.families import family_of
 from gspo_mm.families.folder import INDEX, HfFolder, HfFolderError, expert_kind, read_hf
 
-__all__ = ["HfFolder", "HfFolderError", "read_hf", "write_hf"]
+if TYPE_CHECKING:
+    from gspo_mm.policy.engine import Policy
+
+__all__ = ["HfFolder", "HfFolderError", "export_hf", "read_hf", "write_hf"]
 
 logger = logging.getLogger(__name__)
 
+TEMPLATE = "tensors.json"
+
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+
+
+def export_hf(policy: Policy, path: Path, model: ModelConfig) -> None:
+    """Write the policy as a Hugging Face folder like the one it started from. A collective; rank 0 writes."""
+    policy.ranks.stream_to_main(
+        policy.export(),
+        lambda tensors: write_hf(path, model.path, tensors, experts_layout=model.experts_layout),
+    )
 
 
 def write_hf(
@@ -35,12 +50,14 @@ def write_hf(
 ) -> Path:
     """Write `tensors` (HF names, transformers' in-memory layout) as a folder like `source` with new weights.
 
+    `source` is a Hugging Face folder, or the files of one without its weights (`copy_template`).
+
     Fused experts go out in the published layout, each tensor in the dtype it has in `source`; configuration,
     tokenizer, processor and chat template are copied. The folder appears under its name only when it is whole, and
     replaces one that was there. `experts_layout` is that of `source`, as in `read_hf`.
     Raises HfFolderError when the names are not those of `source`, or when the disk refuses.
     """
-    path, origin = Path(path), read_hf(source, experts_layout)
+    path, origin = Path(path), template_of(source, experts_layout)
     temporary = path.with_name(f".tmp-{path.name}")
     _warn_of_square_experts(origin)
     try:
@@ -57,8 +74,48 @@ def write_hf(
     return path
 
 
+class Template:
+    """What a folder without weights must hold when they are written again: names and dtypes of all tensors."""
+
+    def __init__(self, path: Path) -> None:
+        family = family_of(path)
+        self.path = path
+        self.expert_shapes = family.expert_shapes(family.load_config(str(path)))
+        self._dtypes: dict[str, str] = json.loads((path / TEMPLATE).read_text())
+
+    def names(self) -> list[str]:
+        return list(self._dtypes)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return getattr(torch, self._dtypes[name])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._dtypes
+
+
+def template_of(source: str | Path, experts_layout: str = "auto") -> HfFolder | Template:
+    """`source` as something that new weights can be written like."""
+    path = Path(source)
+    return Template(path) if (path / TEMPLATE).is_file() else read_hf(path, experts_layout)
+
+
+def copy_template(origin: HfFolder, folder: Path) -> None:
+    """Everything of a Hugging Face folder but the weights, whose names and dtypes are noted."""
+    folder.mkdir(parents=True)
+    _copy_files(origin.path, folder)
+    dtypes = {name: str(origin.dtype(name)).removeprefix("torch.") for name in origin.names()}
+    (folder / TEMPLATE).write_text(json.dumps(dtypes, indent=1) + "\n")
+
+
+def _copy_files(origin: Path, folder: Path) -> None:
+    for file in sorted(origin.iterdir()):
+        weights = file.name.endswith(_WEIGHT_SUFFIXES) or file.name == TEMPLATE
+        if file.is_file() and not file.name.startswith(".") and not weights:
+            shutil.copyfile(file, folder / file.name)
+
+
 def _fill(
-    folder: Path, origin: HfFolder, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
+    folder: Path, origin: HfFolder | Template, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
 ) -> None:
     shards, written = _write_shards(folder, origin, tensors, shard_bytes)
     missing = set(origin.names()) - written - _tied_names(origin.path)
@@ -67,12 +124,10 @@ def _fill(
             f"{len(missing)} tensors of {origin.path} were not given, first {min(missing)}; export the whole model"
         )
     _name_shards(folder, shards)
-    for file in sorted(origin.path.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(file, folder / file.name)
+    _copy_files(origin.path, folder)
 
 
-def _warn_of_square_experts(origin: HfFolder) -> None:
+def _warn_of_square_experts(origin: HfFolder | Template) -> None:
     square = [name for name, (rows, columns) in origin.expert_shapes.items() if rows == columns]
     if square:
         logger.warning(
@@ -87,7 +142,7 @@ type _Shard = tuple[str, int, list[str]]  # file name, bytes, tensor names
 
 
 def _write_shards(
-    folder: Path, origin: HfFolder, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
+    folder: Path, origin: HfFolder | Template, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
 ) -> tuple[list[_Shard], set[str]]:
     shards: list[_Shard] = []
     pending: dict[str, torch.Tensor] = {}

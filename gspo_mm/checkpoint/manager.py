@@ -1,12 +1,12 @@
 """The run directory: everything a run needs to continue, published whole or not at all.
 
     RUN/config.yaml                      resolved configuration
-    RUN/checkpoints/step-00000050/       rank-00000.pt (parameters, optimizer, schedule), state.json (the rest)
+    RUN/checkpoints/step-00000050/       policy/ (distributed.py: weights, optimizer), state.json (the rest)
     RUN/metrics.jsonl, rollouts/, log.txt, tensorboard/, summary.json, report.html, hf/
 
 A checkpoint is written under a temporary name, synced to disk and renamed; a reader never sees a half-written
 one, and a crash at any instant leaves the previous one in place. Random state is not saved because there is
-none: every draw is seeded by (run.seed, purpose, step).
+none: every draw is seeded by (run.seed, purpose, step). All ranks see one run folder (a shared file system).
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_mm.config import Config, load_config, save_config
+from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import GspoError
 
 logger = logging.getLogger(__name__)
@@ -36,18 +39,25 @@ class ResumeError(GspoError, ValueError):
 class RunDir:
     """One run's folder. Open with `RunDir.open`, which decides between a new run and a resumed one."""
 
-    def __init__(self, path: Path, *, keep: int, rank: int = 0) -> None:
+    def __init__(self, path: Path, *, keep: int, ranks: Ranks) -> None:
         self.path = path
         self._keep = keep
-        self._rank = rank
+        self._ranks = ranks
 
     @classmethod
-    def open(cls, config: Config, *, rank: int = 0) -> RunDir:
-        """Create the folder or check that it may be continued; writes the resolved config.
+    def open(cls, config: Config, ranks: Ranks) -> RunDir:
+        """Create the folder or check that it may be continued; writes the resolved config. A collective.
 
         Raises ResumeError when `run.resume` forbids or misses a run, or when its settings clash.
         """
-        run = cls(config.run.path, keep=config.checkpoint.keep, rank=rank)
+        run = cls(config.run.path, keep=config.checkpoint.keep, ranks=ranks)
+        with ranks.together():
+            if ranks.main:
+                run._open(config)
+        return run
+
+    def _open(self, config: Config) -> None:
+        run = self
         exists = (run.path / "config.yaml").exists()
         if exists and config.run.resume == "never":
             raise ResumeError(
@@ -59,56 +69,61 @@ class RunDir:
             )
         if exists:
             run._check_same_experiment(config)
-        if rank == 0:
-            run._create(config)
-        return run
+        run._create(config)
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""
         found = sorted((self.path / "checkpoints").glob("step-*/state.json"))
         return found[-1].parent if found else None
 
-    def save(self, step: int, model_state: dict[str, Any], state: dict[str, Any]) -> Path:
-        """Publish checkpoint `step`: `model_state` by torch.save, `state` as JSON; then drop the oldest ones.
+    def save(self, step: int, write_policy: Callable[[Path], None], state: dict[str, Any]) -> Path:
+        """Publish checkpoint `step`; then drop the oldest ones. A collective.
 
-        Raises ResumeError when the disk refuses; the checkpoints that were there are intact.
+        `write_policy(folder)` is called on all ranks, `state` of rank 0 is written as JSON. Raises ResumeError on
+        every rank when the disk refuses; the checkpoints that were there are intact.
         """
+        final = self.path / "checkpoints" / f"step-{step:08d}"
+        temporary = final.with_name(f".tmp-{final.name}")
+        with self._ranks.together(), self._disk_may_refuse(step):
+            if self._ranks.main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with self._ranks.together(), self._disk_may_refuse(step):
+            write_policy(temporary / "policy")
+        with self._ranks.together(), self._disk_may_refuse(step):
+            if self._ranks.main:
+                self._publish(temporary, final, {"step": step, **state})
+        return final
+
+    def _publish(self, temporary: Path, final: Path, state: dict[str, Any]) -> None:
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync_path(file)
+        with (temporary / "state.json").open("w") as file:  # last: its presence marks the folder as whole
+            json.dump(state, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync_path(final.parent)
+        for old in sorted(final.parent.glob("step-*"))[: -self._keep]:
+            shutil.rmtree(old)
+
+    @contextmanager
+    def _disk_may_refuse(self, step: int) -> Iterator[None]:
         try:
-            return self._save(step, model_state, state)
-        except (OSError, RuntimeError) as error:  # torch's writer wraps what the disk said in a RuntimeError
+            yield
+        # the writers wrap what the disk said in errors of their own
+        except (OSError, RuntimeError, CheckpointException) as error:
             raise ResumeError(
-                f"checkpoint {step} cannot be written to {self.path} ({' '.join(str(error).split())[:200]}); free "
+                f"checkpoint {step} cannot be written to {self.path} ({_reason(error)}); free "
                 "some space there, or choose another run.dir, and start again with run.resume=auto"
             ) from None
 
-    def _save(self, step: int, model_state: dict[str, Any], state: dict[str, Any]) -> Path:
-        final = self.path / "checkpoints" / f"step-{step:08d}"
-        temporary = final.with_name(f".tmp-{final.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        with (temporary / f"rank-{self._rank:05d}.pt").open("wb") as file:
-            torch.save(model_state, file)
-            _sync(file)
-        with (temporary / "state.json").open("w") as file:  # last: its presence marks the folder as whole
-            json.dump({"step": step, **state}, file, indent=1)
-            _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync_folder(final.parent)
-        for old in sorted(final.parent.glob("step-*"))[: -self._keep]:
-            shutil.rmtree(old)
-        return final
-
-    def load(self, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(model_state, state) as given to `save`, `state["step"]` included. Nothing is unpickled."""
-        file = checkpoint / f"rank-{self._rank:05d}.pt"
-        if not file.exists():
-            raise ResumeError(
-                f"{checkpoint} has no {file.name}: it was written by fewer ranks; resume with the same parallel layout"
-            )
-        return torch.load(file, weights_only=True, map_location="cpu"), json.loads(
-            (checkpoint / "state.json").read_text()
-        )
+    def load(self, checkpoint: Path, read_policy: Callable[[Path], None]) -> dict[str, Any]:
+        """Hand the policy's folder to `read_policy` on all ranks; returns `state` as given to `save`, with "step"."""
+        read_policy(checkpoint / "policy")
+        return json.loads((checkpoint / "state.json").read_text())
 
     def write_json(self, name: str, value: Any) -> None:
         """Atomically replace RUN/name."""
@@ -116,7 +131,8 @@ class RunDir:
         with temporary.open("w") as file:
             json.dump(value, file, indent=1)
             file.write("\n")
-            _sync(file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(self.path / name)
 
     def _create(self, config: Config) -> None:
@@ -131,7 +147,7 @@ class RunDir:
             ) from None
 
     def _check_same_experiment(self, config: Config) -> None:
-        before = load_config(self.path / "config.yaml")
+        before = load_config(self.path / "config.yaml", any_world=True)
         for key in _FIXED:
             old, new = _lookup(before, key), _lookup(config, key)
             if old != new:
@@ -142,6 +158,13 @@ class RunDir:
         changed = sorted(_differences(before.model_dump(), config.model_dump()))
         if changed:
             logger.warning("resuming %s with changed settings: %s", self.path, ", ".join(changed))
+
+
+def _reason(error: BaseException) -> str:
+    """What the disk said, out of the traceback that torch's checkpoint code makes of it."""
+    while isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[-200:]
 
 
 def _lookup(config: Config, key: str) -> Any:
@@ -157,12 +180,7 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix}={new!r} (was {old!r})"]
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
+def _sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -15,16 +15,21 @@ CONSOLE = Console(stderr=True)
 _NOISY = ("megatron", "transformers", "PIL", "matplotlib", "urllib3", "httpx", "torch.distributed")
 
 
-def setup_logging(run_dir: Path | None = None) -> None:
-    """Configure the root logger; may be called again for another run. Python warnings are logged too."""
+def setup_logging(run_dir: Path | None = None, *, rank: int = 0) -> None:
+    """Configure the root logger; may be called again for another run. Python warnings are logged too.
+
+    Ranks other than 0 show warnings only, and write to a file of their own.
+    """
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()
     root.setLevel(logging.INFO)
-    root.addHandler(_console())
+    console = _console(f"[rank {rank}] " if rank else "")
+    console.setLevel(logging.WARNING if rank else logging.INFO)
+    root.addHandler(console)
     if run_dir is not None:
-        file = logging.FileHandler(run_dir / "log.txt")
+        file = logging.FileHandler(run_dir / (f"log-rank-{rank:05d}.txt" if rank else "log.txt"))
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         root.addHandler(file)
     logging.captureWarnings(True)
@@ -32,9 +37,11 @@ def setup_logging(run_dir: Path | None = None) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _console() -> logging.Handler:
-    if sys.stderr.isatty():
+def _console(prefix: str) -> logging.Handler:
+    if sys.stderr.isatty() and not prefix:
         return RichHandler(console=CONSOLE, show_path=False)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s %(levelname)-7s {prefix}%(message)s", datefmt="%H:%M:%S")
+    )
     return handler

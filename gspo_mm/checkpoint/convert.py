@@ -1,0 +1,118 @@
+"""Hugging Face folder <-> distributed checkpoint, tensor by tensor, on the ranks of any layout.
+
+A converted folder holds `policy/` (weights, as in a run's checkpoint: any layout can read it) and `hf/` (configuration,
+tokenizer, processor, chat template, generation config, and the names and dtypes of the tensors).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gspo_mm.checkpoint.distributed import CheckpointError, load_weights, save_weights
+from gspo_mm.checkpoint.hf import Template, copy_template, template_of, write_hf
+from gspo_mm.config import ParallelConfig, PolicyConfig
+from gspo_mm.families import HfFolder, read_hf
+from gspo_mm.policy.engine import build_chunks, prepare
+from gspo_mm.policy.model import PolicyModel, padded_vocab
+from gspo_mm.policy.precision import DTYPES
+from gspo_mm.policy.spec import has_fused_modules
+from gspo_mm.policy.weights import Weights
+from gspo_mm.runtime.dist import Ranks
+
+
+def hf_to_megatron(
+    hf: Path, out: Path, parallel: ParallelConfig, *, experts_layout: str = "auto", check: bool = False
+) -> int:
+    """Write `out` from a Hugging Face folder; returns the number of tensors. A collective.
+
+    Weights keep their dtype, or become float32 where the folder mixes them. `out` appears when it is whole, and
+    replaces one that was there. `check`: read it back and compare every bit; raises CheckpointError when one differs.
+    """
+    source = read_hf(hf, experts_layout)
+    ranks, chunks, weights = _build(hf, source, parallel)
+    weights.load(source)
+    temporary = out.with_name(f".tmp-{out.name}")
+    with ranks.together():
+        if ranks.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            copy_template(source, temporary / "hf")
+    save_weights(ranks, chunks, temporary / "policy")
+    if check:
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data.fill_(torch.nan)
+        load_weights(chunks, temporary / "policy")
+        _compare(ranks, weights, source)
+    with ranks.together():
+        if ranks.main:
+            shutil.rmtree(out, ignore_errors=True)
+            temporary.rename(out)
+    return len(source.names())
+
+
+def megatron_to_hf(
+    checkpoint: Path,
+    out: Path,
+    parallel: ParallelConfig,
+    *,
+    hf: Path | None = None,
+    experts_layout: str = "auto",
+    check: bool = False,
+) -> int:
+    """Write a Hugging Face folder from a converted folder or a run's checkpoint; returns the number of tensors.
+
+    `hf`: the folder the run started from (its tokenizer and dtypes are taken over); a converted folder has its own.
+    The layout is that of the ranks at work, whatever wrote the checkpoint. A collective. Raises CheckpointError.
+    """
+    origin = hf or checkpoint / "hf"
+    if not (origin / "config.json").is_file():
+        raise CheckpointError(
+            f"{origin} has no config.json: give --hf, the Hugging Face folder that the run started from"
+        )
+    template = template_of(origin, experts_layout)
+    ranks, chunks, weights = _build(origin, template, parallel)
+    load_weights(chunks, checkpoint / "policy")
+    ranks.stream_to_main(
+        weights.export(), lambda tensors: write_hf(out, origin, tensors, experts_layout=experts_layout)
+    )
+    if check:
+        _compare(ranks, weights, read_hf(out, "published" if template.expert_shapes else "auto"))
+    return len(template.names())
+
+
+def _build(
+    hf: Path, source: HfFolder | Template, parallel: ParallelConfig
+) -> tuple[Ranks, list[PolicyModel], Weights]:
+    """The model's parts of this rank, without optimizer or gradients."""
+    dtypes = {source.dtype(name) for name in source.names()}
+    dtype = next((name for name, dtype in DTYPES.items() if dtypes == {dtype}), "float32")
+    config = PolicyConfig.model_validate({"dtype": dtype, "parallel": parallel.model_dump()})
+    family, config_of_model, plan = prepare(str(hf), config, seed=0)
+    chunks = build_chunks(family, config_of_model, config, plan)
+    vocab = padded_vocab(config_of_model.text_config.vocab_size, plan)
+    entries = family.weight_map(config_of_model, padded_vocab=vocab, fused=has_fused_modules())
+    return Ranks(), chunks, Weights(chunks, entries, plan)
+
+
+def _compare(ranks: Ranks, weights: Weights, folder: HfFolder) -> None:
+    """Raise CheckpointError unless every tensor of the model is, bit for bit, that of `folder`."""
+
+    def look(tensors: Iterator[tuple[str, Any]]) -> None:
+        seen = 0
+        for name, tensor in tensors:
+            seen += 1
+            expected = folder.tensor(name)
+            if not torch.equal(tensor.cpu().to(expected.dtype), expected):
+                raise CheckpointError(
+                    f"{name} is not what {folder.path} holds; the conversion is not to be used"
+                )
+        tied = {"lm_head.weight"} & set(folder.names())
+        if seen + len(tied) < len(folder.names()):
+            raise CheckpointError(f"{len(folder.names()) - seen} tensors of {folder.path} were not converted")
+
+    ranks.stream_to_main(weights.export(), look)

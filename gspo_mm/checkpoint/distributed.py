@@ -1,0 +1,158 @@
+"""A policy as a megatron-core distributed checkpoint: written by all ranks, read back under any other layout.
+
+Every tensor is stored once, by its name and place in the whole model; the optimizer's float32 copies and moments
+too (`fully_reshardable`). So tensor-, expert-, pipeline- or data-parallel sizes may change between save and load.
+
+torch.distributed.checkpoint unpickles the folder's metadata on reading: load checkpoints that you wrote or trust.
+Hugging Face folders (safetensors) are the form to exchange.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.model import PolicyModel, quiet_megatron
+from gspo_mm.runtime.dist import Ranks
+from gspo_mm.types import GspoError
+
+
+class CheckpointError(GspoError, ValueError):
+    """A distributed checkpoint that is not there, is of another model, or cannot be read."""
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write weights and optimizer into `folder`, which is created. A collective; the folder is shared by all ranks."""
+    metadata = _metadata()
+    model = _model_part(policy.chunks, metadata)
+    content: dict[str, Any] = {**model, "optimizer_steps": policy.optimizer.step_count}
+    if policy.optimizer.step_count:  # before the first step it has no state, which megatron does not expect
+        content["optimizer"] = policy.optimizer.inner.sharded_state_dict(
+            model, is_loading=False, metadata=metadata
+        )
+    _write(policy.ranks, content, folder, metadata)
+
+
+def save_weights(ranks: Ranks, chunks: list[PolicyModel], folder: Path) -> None:
+    """Write weights only, as `tools/hf_to_megatron.py` does."""
+    metadata = _metadata()
+    _write(ranks, _model_part(chunks, metadata), folder, metadata)
+
+
+def load_policy(policy: Policy, folder: Path) -> None:
+    """Continue exactly where `save_policy` was called, under this or another layout. A collective.
+
+    Raises CheckpointError when the folder is not a checkpoint of this model.
+    """
+    steps = _common(folder).get("optimizer_steps", 0)
+    if not steps:
+        load_weights(policy.chunks, folder)
+        policy.optimizer.take_over_parameters()
+    else:
+        _load_all(policy, folder)
+    policy.optimizer.step_count = steps
+    policy.forget_features()
+
+
+def _load_all(policy: Policy, folder: Path) -> None:
+    metadata, inner = _metadata(), policy.optimizer.inner
+    for part in inner.chained_optimizers:
+        if not getattr(part, "is_stub_optimizer", False):
+            part._init_optimizer_states_with_dummy_values()  # its tensors must exist to be filled
+    model = _model_part(policy.chunks, metadata)
+    wanted = {**model, "optimizer": inner.sharded_state_dict(model, is_loading=True, metadata=metadata)}
+    found = _read(wanted, folder)
+    _fill(policy.chunks, found)
+    inner.load_state_dict(_as_chained(found["optimizer"], len(inner.chained_optimizers)))
+
+
+def load_weights(chunks: list[PolicyModel], folder: Path) -> None:
+    """Fill the model from a checkpoint of weights, or from a run's, whose optimizer is left out."""
+    _fill(chunks, _read(_model_part(chunks, _metadata()), folder))
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_part(chunks: list[PolicyModel], metadata: dict[str, Any]) -> dict[str, Any]:
+    keys = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(keys, chunks, strict=True)}
+
+
+def _write(ranks: Ranks, content: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> None:
+    if ranks.main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    ranks.barrier()
+    plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
+    with _quiet():
+        dist_checkpointing.save(content, str(folder), content_metadata=plain)
+
+
+def _common(folder: Path) -> dict[str, Any]:
+    """What is not a tensor: the optimizer's step count among it."""
+    if not (folder / "metadata.json").is_file():
+        raise CheckpointError(f"{folder} is no distributed checkpoint (no metadata.json in it); name another")
+    with _quiet():
+        return dist_checkpointing.load_common_state_dict(str(folder))
+
+
+def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    _common(folder)
+    try:
+        with _quiet():
+            return cast(dict[str, Any], dist_checkpointing.load(wanted, str(folder)))
+    except (CheckpointException, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder} is a checkpoint of another model, or damaged: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the notices that torch's checkpoint code has for megatron-core's use of it."""
+    with quiet_megatron(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+        yield
+
+
+@torch.no_grad()
+def _fill(chunks: list[PolicyModel], found: dict[str, Any]) -> None:
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(found["model" if len(chunks) == 1 else f"model{index}"])
+
+
+def _as_chained(found: dict[Any, Any], count: int) -> Any:
+    """The optimizer's part, for a rank with `count` chained optimizers (dense, and experts where ep > 1).
+
+    A checkpoint written with experts in an optimizer of their own, read where there is one for all, or the other
+    way round, holds the same tensors under one level more or less.
+    """
+    if count == 1 and 0 in found:
+        dense = found.pop(0)
+        found.pop(1, None)
+        return {**dense, **found}
+    if count == 2 and "optimizer" in found:
+        common = {key: found.pop(key) for key in list(found) if key not in (0, 1)}
+        for index in (0, 1):
+            own = copy.deepcopy(common)
+            for group in own["optimizer"]["param_groups"]:
+                group["is_expert_parallel"] = bool(index)
+            found[index] = {**own, **found[index]}
+    return found

@@ -1,0 +1,99 @@
+"""A checkpoint written under one layout continues under any other, optimizer included; conversion changes no bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gspo_mm.checkpoint.hf import read_hf
+from tests.dist.launch import ROOT, torchrun
+from tests.dist.layouts import LAYOUTS
+from tests.dist.resume import steps
+from tests.tiny_vl import save, tiny_vl
+from tools.check_parity import load_reference
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_vl(num_hidden_layers=12, mlp_only_layers=[1], vocab_size=250)
+    path = save(model, tmp_path_factory.mktemp("model") / "moe")
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    return path
+
+
+def run(action: str, name: str, folder: Path, checkpoint: Path, out: Path) -> Any:
+    done = torchrun(
+        LAYOUTS[name][0], "-m", "tests.dist.resume", action, str(folder), str(checkpoint), name, str(out)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A checkpoint of TP2 x EP2, and what the uninterrupted run did next."""
+    path = tmp_path_factory.mktemp("saved")
+    return path / "checkpoint", run("save", "tp2 ep2 etp1", folder, path / "checkpoint", path / "out")
+
+
+@pytest.mark.parametrize("name", ["pp2", "pp2 interleaved", "ep4"])
+def test_resuming_under_another_layout_continues_the_run(
+    name: str, folder: Path, saved: tuple[Path, Any], tmp_path: Path
+) -> None:
+    checkpoint, expected = saved
+    found = run("load", name, folder, checkpoint, tmp_path / "out")
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+def test_resuming_on_one_rank_continues_the_run(folder: Path, saved: tuple[Path, Any]) -> None:
+    checkpoint, expected = saved
+    for ours, theirs in zip(steps("load", folder, checkpoint, {}), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+def test_the_state_decides_what_comes_next(folder: Path, saved: tuple[Path, Any]) -> None:
+    """Without the checkpoint's optimizer the same weights would not do the same: the test above can fail."""
+    _, expected = saved
+    fresh = steps("save", folder, saved[0].parent / "other", {})
+    assert fresh[0][0] == pytest.approx(expected[0][0], rel=2e-5)  # the run on one rank is the same run
+    assert expected[0][0] != pytest.approx(expected[1][0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "back"),
+    [("moe", "tp=2,ep=2,etp=1", ""), ("moe", "pp=2", ""), ("tied dense", "", "pp=2,vpp=2")],
+)
+def test_there_and_back_changes_no_bit(kind: str, to: str, back: str, folder: Path, tmp_path: Path) -> None:
+    if kind != "moe":
+        dense = tiny_vl(moe=False, tied=True, num_hidden_layers=12, attention_bias=True, vocab_size=131)
+        folder = save(dense, tmp_path / "dense", dtype=torch.bfloat16)
+    assert "every bit checked" in convert("hf_to_megatron", folder, tmp_path / "megatron", to)
+    convert("megatron_to_hf", tmp_path / "megatron", tmp_path / "hf", back)
+    before, after = read_hf(folder), read_hf(tmp_path / "hf")
+    assert set(after.names()) == set(before.names())
+    for name in before.names():
+        assert torch.equal(after.tensor(name), before.tensor(name)), name
+        assert after.dtype(name) is before.dtype(name)
+    if kind == "moe":
+        assert (tmp_path / "hf" / "chat_template.jinja").read_text() == "{{ messages }}"
+        assert after.experts_layout == "published"
+        load_reference(tmp_path / "hf")
+
+
+def convert(tool: str, source: Path, out: Path, plan: str) -> str:
+    command = [sys.executable, f"tools/{tool}.py", str(source), str(out), "--check"]
+    done = subprocess.run(
+        command + (["--plan", plan] if plan else []),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
