@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from gspo_mm.types import GspoError
 
@@ -161,12 +161,30 @@ class LossConfig(Section):
 
 
 class ParallelConfig(Section):
-    tp: Positive = Field(default=1, description="tensor-parallel size")
+    tp: Positive = Field(default=1, description="tensor- and sequence-parallel size")
     pp: Positive = Field(default=1, description="pipeline-parallel size")
+    vpp: Positive = Field(
+        default=1, description="model chunks per pipeline stage (interleaved schedule, a smaller bubble)"
+    )
+    first_stage_layers: Positive | None = Field(
+        default=None, description="decoder layers beside the vision tower; null: spread evenly"
+    )
+    last_stage_layers: Positive | None = Field(
+        default=None, description="decoder layers beside the output weight; null: spread evenly"
+    )
     cp: Positive = Field(default=1, description="context-parallel size")
     ep: Positive = Field(default=1, description="expert-parallel size")
     etp: Positive | None = Field(default=None, description="expert-tensor-parallel size; null: tp")
     dp: Positive | None = Field(default=None, description="data-parallel size; null: world size / (tp*pp*cp)")
+
+    @model_validator(mode="after")
+    def _pipeline_exists(self) -> ParallelConfig:
+        if self.pp == 1 and (self.vpp > 1 or self.first_stage_layers or self.last_stage_layers):
+            raise ValueError(
+                f"policy.parallel.pp=1 has no stages for vpp={self.vpp}, first_stage_layers={self.first_stage_layers}, "
+                f"last_stage_layers={self.last_stage_layers}; raise pp, or leave them out"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -182,6 +200,45 @@ class OptimizerConfig(Section):
     grad_clip: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0, description="largest global gradient norm; 0: off"
     )
+    offload: bool = Field(
+        default=False, description="keep optimizer state in host memory and step there (needs CUDA)"
+    )
+    precision_aware: bool = Field(
+        default=False, description="moments in BF16 instead of float32 (Transformer Engine's or apex's Adam)"
+    )
+    overlap: bool = Field(
+        default=False, description="reduce gradients during backward and gather parameters during forward"
+    )
+
+
+class Fp8Config(Section):
+    recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = Field(
+        default=None, description="Transformer Engine recipe of the decoder's matrix products; null: off"
+    )
+    primary_weights: bool = Field(
+        default=False,
+        description="keep the decoder's weights in FP8 only, beside the optimizer's float32 ones",
+    )
+    bf16_layers_at_start: NonNegative = Field(default=0, description="first decoder layers left in BF16")
+    bf16_layers_at_end: NonNegative = Field(default=0, description="last decoder layers left in BF16")
+
+    @model_validator(mode="after")
+    def _recipe_fits(self) -> Fp8Config:
+        if self.recipe == "delayed" and self.bf16_layers_at_start + self.bf16_layers_at_end:
+            raise ValueError(
+                "policy.fp8.recipe=delayed keeps one scaling state over all layers and cannot leave some in BF16; use "
+                "tensorwise, or bf16_layers_at_start=0 and bf16_layers_at_end=0"
+            )
+        if self.recipe is None and self.primary_weights:
+            raise ValueError("policy.fp8.primary_weights=true needs policy.fp8.recipe; set one, or false")
+        return self
+
+
+class MoeConfig(Section):
+    dispatcher: Literal["alltoall", "flex"] = Field(
+        default="alltoall",
+        description="how tokens reach their experts; flex: DeepEP, which must be installed",
+    )
 
 
 class PolicyConfig(Section):
@@ -194,6 +251,29 @@ class PolicyConfig(Section):
         default=[], description="parts that are not trained"
     )
     micro_batch_tokens: Positive = Field(default=16384, description="packed tokens per forward/backward pass")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="activations recomputed in backward: none, attention only, whole layers"
+    )
+    fp8: Fp8Config = Fp8Config()
+    moe: MoeConfig = MoeConfig()
+    vision_cache_mb: NonNegative = Field(
+        default=2048,
+        description="memory per rank for features of images, where vision and projector are frozen",
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> PolicyConfig:
+        if self.fp8.recipe is not None and self.dtype != "bfloat16":
+            raise ValueError(
+                f"policy.fp8.recipe={self.fp8.recipe} with policy.dtype={self.dtype}: what is not FP8 must be "
+                "bfloat16; set policy.dtype=bfloat16"
+            )
+        if "language" in self.freeze and self.parallel.pp > 1:
+            raise ValueError(
+                f"policy.freeze={self.freeze} with policy.parallel.pp={self.parallel.pp} leaves later pipeline stages "
+                "nothing to train; use pp=1"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -250,7 +330,9 @@ class Config(Section):
     observe: ObserveConfig = ObserveConfig()
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Config:
+    def _sections_agree(self, info: ValidationInfo) -> Config:
+        if (info.context or {}).get("any_world"):
+            return self
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         check_world(self.policy.parallel, world_size=world_size)
         dp = data_parallel_size(self.policy.parallel, world_size)
@@ -268,28 +350,30 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 
 def check_world(parallel: ParallelConfig, *, world_size: int) -> None:
-    """Raise ValueError unless tp*pp*cp*dp is the number of ranks that were started."""
+    """Raise ConfigError unless tp*pp*cp*dp is the number of ranks that were started."""
     inner = parallel.tp * parallel.pp * parallel.cp
     sizes = f"policy.parallel tp={parallel.tp} pp={parallel.pp} cp={parallel.cp}"
     if parallel.dp is None and world_size % inner:
-        raise ValueError(
+        raise ConfigError(
             f"{sizes} needs a multiple of {inner} ranks but {world_size} started; start {inner}, or lower them"
         )
     if parallel.dp is not None and inner * parallel.dp != world_size:
-        raise ValueError(
+        raise ConfigError(
             f"{sizes} dp={parallel.dp} needs {inner * parallel.dp} ranks but {world_size} started; "
             f"start {inner * parallel.dp}, or set dp=null to fill the world"
         )
     etp = parallel.etp or parallel.tp
     if world_size % (parallel.ep * etp * parallel.pp):
-        raise ValueError(
+        raise ConfigError(
             f"policy.parallel ep={parallel.ep} etp={etp} pp={parallel.pp} needs a multiple of "
             f"{parallel.ep * etp * parallel.pp} ranks but {world_size} started; lower ep or etp"
         )
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: list[str] | None = None, *, any_world: bool = False) -> Config:
     """Read a YAML config, apply `key=value` overrides, resolve `${...}` and validate.
+
+    `any_world`: it may be for another number of ranks than were started, as the one of a run to be continued.
 
     Raises ConfigError: one sentence per fault, naming the key, the value and the fix.
     """
@@ -309,7 +393,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         if type(error).__module__.startswith("yaml"):
             raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         raise
-    return parse_config(values, source=str(path))
+    return parse_config(values, source=str(path), any_world=any_world)
 
 
 def _parse_override(item: str) -> Any:
@@ -327,10 +411,10 @@ def _parse_override(item: str) -> Any:
         raise
 
 
-def parse_config(values: Any, *, source: str = "config") -> Config:
+def parse_config(values: Any, *, source: str = "config", any_world: bool = False) -> Config:
     """Validate plain values; raises ConfigError as `load_config` does."""
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(values, context={"any_world": any_world})
     except ValidationError as error:
         raise ConfigError("\n".join(_sentences(error, source))) from None
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 
-from gspo_mm.batch import make_micro_batches
-from gspo_mm.checkpoint.hf import write_hf
+from gspo_mm.batch import pack
+from gspo_mm.checkpoint.distributed import load_policy, save_policy
+from gspo_mm.checkpoint.hf import export_hf
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
@@ -23,80 +25,106 @@ from gspo_mm.observe.progress import Progress
 from gspo_mm.observe.report import write_report
 from gspo_mm.policy.canary import check_sight
 from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.update import share_out
+from gspo_mm.runtime.dist import Ranks
 from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.stages import Stages, build_stages
 from gspo_mm.sync.push import push_weights
-from gspo_mm.types import DataError, EncodedPrompt, GspoError, MicroBatch, Sequence
+from gspo_mm.types import DataError, EncodedPrompt, GspoError, MicroBatch, Sequence, Share
 
 logger = logging.getLogger(__name__)
 
 
 def sft(config: Config) -> dict[str, Any]:
     """Run or resume supervised training as `config.sft` says; returns what RUN/summary.json then holds."""
-    run = RunDir.open(config)
-    setup_logging(run.path)
-    stages = build_stages(config, total_updates=config.sft.steps)
-    policy, source = stages.policy, stages.source
+    ranks = Ranks()
+    run = RunDir.open(config, ranks)
+    setup_logging(run.path, rank=ranks.rank)
+    stages = build_stages(config, ranks, total_updates=config.sft.steps)
     step = resume(run, stages)
-    check_sight(policy, stages.processor, stages.canary)
+    check_sight(stages.policy, stages.processor, stages.canary)
     with ExitStack() as stack:
-        metrics = stack.enter_context(MetricsWriter(run.path, config.observe, config.model_dump(mode="json")))
-        progress = stack.enter_context(Progress(total=config.sft.steps, title=config.run.name))
+        metrics: MetricsWriter | None = None
+        if ranks.main:
+            metrics = stack.enter_context(
+                MetricsWriter(run.path, config.observe, config.model_dump(mode="json"))
+            )
+            metrics.rewind(step if step else -1)
+        progress = stack.enter_context(
+            Progress(total=config.sft.steps, title=config.run.name, shown=ranks.main)
+        )
         stop = stack.enter_context(StopRequest())
         phases = Phases(on_enter=progress.phase)
-        metrics.rewind(step if step else -1)
         progress.start_at(step)
-        while step < config.sft.steps and not stop.requested:
-            with phases("data"):
-                sequences = [supervised(p, stages.processor) for p in source.take(config.sft.batch_size)]
-                batches = make_micro_batches(sequences, stages.processor, config.policy.micro_batch_tokens)
-            with phases("update"):
-                values = supervised_step(policy, batches)
+        stopped = False
+        while step < config.sft.steps and not stopped:
+            values = train_step(stages, config, phases)
             step += 1
             last = step == config.sft.steps
             if last:
                 values |= held_out(stages, step, phases)
-            values |= {"data/epoch": source.epoch, "data/skipped": source.skipped} | phases.take()
-            metrics.write(step, values)
+            values |= {"data/epoch": stages.source.epoch, "data/skipped": stages.source.skipped}
+            values |= phases.take()
+            if metrics:
+                metrics.write(step, values)
             progress.step(step, values)
-            if last or stop.requested or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                run.save(step, policy.state_dict(), {"source": source.state()})
+            stopped = ranks.any(stop.requested)
+            if last or stopped or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                run.save(step, partial(save_policy, stages.policy), {"source": stages.source.state()})
         if step < config.sft.steps:
             raise GspoError(
                 f"stopped by a signal at step {step}; start again with run.resume=auto to continue"
             )
-    lines = read_metrics(run.path)
-    summary = {
-        "accuracy_after": lines[-1].get("eval/accuracy"),
-        "loss_last": lines[-1]["sft/loss"],
-        "steps": step,
-        "seconds": sum(line["time/step"] for line in lines),
-        "skipped_samples": source.skipped,
-    }
-    run.write_json("summary.json", summary)
-    write_hf(
-        run.path / "hf",
-        source=config.model.path,
-        tensors=policy.export(),
-        experts_layout=config.model.experts_layout,
-    )
-    if config.observe.report:
-        write_report(run.path)
-    return summary
+    return finish(run, stages, config)
+
+
+def finish(run: RunDir, stages: Stages, config: Config) -> dict[str, Any]:
+    """Export the model, write the summary and draw the report; the summary is returned on every rank."""
+    export_hf(stages.policy, run.path / "hf", config.model)
+    summary: dict[str, Any] = {}
+    with stages.ranks.together():
+        if stages.ranks.main:
+            lines = read_metrics(run.path)
+            summary = {
+                "accuracy_after": lines[-1].get("eval/accuracy"),
+                "loss_last": lines[-1]["sft/loss"],
+                "steps": lines[-1]["step"],
+                "seconds": sum(line["time/step"] for line in lines),
+                "skipped_samples": stages.source.skipped,
+            }
+            run.write_json("summary.json", summary)
+            if config.observe.report:
+                write_report(run.path)
+    return stages.ranks.from_main(summary)
 
 
 def resume(run: RunDir, stages: Stages) -> int:
     """Load the newest checkpoint, if there is one; returns the steps already done."""
-    checkpoint = run.latest()
+    checkpoint = stages.ranks.from_main(run.latest())
     if checkpoint is None:
         return 0
-    model_state, state = run.load(checkpoint)
-    stages.policy.load_state_dict(model_state)
+    state = run.load(checkpoint, partial(load_policy, stages.policy))
     stages.source.load(state["source"])
     logger.info("resuming %s after step %d", run.path, state["step"])
     return state["step"]
+
+
+def train_step(stages: Stages, config: Config, phases: Phases) -> dict[str, float]:
+    """One batch of samples, dealt over the ranks, one optimizer step."""
+    ranks = stages.ranks
+    updates: list[list[Sequence]] = []
+    with ranks.together(), phases("data"):
+        if ranks.main:
+            prompts = stages.source.take(config.sft.batch_size)
+            updates = [[supervised(prompt, stages.processor) for prompt in prompts]]
+    with phases("share"):
+        (share,), _ = share_out(stages.policy, updates, processor=stages.processor, config=config.policy)
+    with phases("pack"):
+        batches = [pack(list(members), stages.processor) for members in share.micro_batches]
+    with phases("update"):
+        return supervised_step(stages.policy, share, batches)
 
 
 def supervised(prompt: EncodedPrompt, processor: Processor) -> Sequence:
@@ -113,12 +141,11 @@ def supervised(prompt: EncodedPrompt, processor: Processor) -> Sequence:
     )
 
 
-def supervised_step(policy: Policy, batches: list[MicroBatch]) -> dict[str, float]:
-    """One optimizer step on the mean cross-entropy (nats) of the response tokens of all micro-batches."""
-    num_tokens = sum(b.num_response_tokens for b in batches)
+def supervised_step(policy: Policy, share: Share, batches: list[MicroBatch]) -> dict[str, float]:
+    """One optimizer step on the mean cross-entropy (nats) of the response tokens of all ranks."""
 
     def loss_fn(_: int, logprobs_R: torch.Tensor, __: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        return -logprobs_R.sum() / num_tokens, {}
+        return -logprobs_R.sum() / share.num_tokens, {}
 
     stats = policy.update(batches, loss_fn)
     return {"sft/loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
@@ -126,10 +153,10 @@ def supervised_step(policy: Policy, batches: list[MicroBatch]) -> dict[str, floa
 
 def held_out(stages: Stages, step: int, phases: Phases) -> dict[str, float]:
     """Greedy accuracy on the validation shards, through the engine and the weight sync that GSPO will use."""
-    if stages.engine is None or not stages.held_out:
-        return {}
     with phases("eval"):
         push_weights(stages.policy, stages.engine, version=step)
+        if stages.engine is None or not stages.held_out:
+            return {}
         values, _ = evaluate(
             stages.engine, stages.held_out, stages.reward, max_new_tokens=stages.sampling.max_new_tokens
         )

@@ -14,12 +14,14 @@ from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
-from gspo_mm.policy.engine import DTYPES, Policy
+from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.precision import DTYPES
 from gspo_mm.policy.reference import Reference
 from gspo_mm.reward.spec import RewardFunction, load_reward
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.replay import Replay
+from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import EncodedPrompt, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -27,8 +29,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """What `train.py` runs a batch through, left to right. `engine` is None in a replayed run."""
+    """What `train.py` runs a batch through, left to right.
 
+    Rank 0 alone has an engine (unless the run is replayed) and held-out prompts; the rest is on every rank.
+    """
+
+    ranks: Ranks
     processor: Processor
     source: PromptSource
     held_out: list[EncodedPrompt]
@@ -41,7 +47,7 @@ class Stages:
     sampling: SamplingParams
 
 
-def build_stages(config: Config, *, total_updates: int) -> Stages:
+def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
     """Load model, processor, shards and reward file. Raises a GspoError naming what is missing."""
     logger.info("loading %s", config.model.path)
     set_threads()
@@ -56,13 +62,21 @@ def build_stages(config: Config, *, total_updates: int) -> Stages:
         total_steps=total_updates,
         experts_layout=config.model.experts_layout,
     )
-    held_out = held_out_prompts(config, processor)
+    held_out: list[EncodedPrompt] = []
+    canary: list[EncodedPrompt] = []
+    engine: RolloutEngine | None = None
+    with ranks.together():
+        if ranks.main:
+            held_out = held_out_prompts(config, processor)
+            canary = canary_prompts(config, processor, held_out)
+            engine = None if config.rollout.replay else build_engine(config, processor)
     return Stages(
+        ranks=ranks,
         processor=processor,
         source=source,
         held_out=held_out,
-        canary=canary_prompts(config, processor, held_out),
-        engine=None if config.rollout.replay else build_engine(config, processor),
+        canary=ranks.from_main(canary),
+        engine=engine,
         replay=open_replay(config.rollout.replay) if config.rollout.replay else None,
         reward=reward,
         policy=policy,

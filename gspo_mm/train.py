@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from functools import partial
 from statistics import fmean, median, pstdev
 from typing import Any
 
 from gspo_mm.advantage import AdvantageResult, DeadStepGuard, group_advantages
-from gspo_mm.checkpoint.hf import write_hf
+from gspo_mm.batch import sequences_of, split_evenly
+from gspo_mm.checkpoint.distributed import load_policy, save_policy
+from gspo_mm.checkpoint.hf import export_hf
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
 from gspo_mm.evaluate import evaluate
@@ -27,16 +30,17 @@ from gspo_mm.observe.progress import Progress
 from gspo_mm.observe.report import write_report
 from gspo_mm.observe.rollouts import save_rollouts
 from gspo_mm.policy.canary import check_sight
-from gspo_mm.policy.update import update_policy
+from gspo_mm.policy.update import share_out, update_policy
 from gspo_mm.reward.spec import failed_fraction
 from gspo_mm.rollout.engine import sample_groups
+from gspo_mm.runtime.dist import Ranks
 from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.stages import Stages, build_stages
 from gspo_mm.sync.push import push_weights
-from gspo_mm.types import GspoError, RolloutGroup
+from gspo_mm.types import GspoError, RolloutGroup, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -46,18 +50,19 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises a GspoError with one sentence for anything a user can mend.
     """
-    run = RunDir.open(config)
-    setup_logging(run.path)
+    ranks = Ranks()
+    run = RunDir.open(config, ranks)
+    setup_logging(run.path, rank=ranks.rank)
     if warning := check_clip_can_act(config.loss, config.train.updates_per_batch):
         logger.warning(warning)
-    stages = build_stages(config, total_updates=config.train.steps * config.train.updates_per_batch)
+    stages = build_stages(config, ranks, total_updates=config.train.steps * config.train.updates_per_batch)
     with ExitStack() as stack:
         loop = Loop(config, run, stages, stack)
         loop.resume()
         check_sight(stages.policy, stages.processor, stages.canary)
         loop.evaluate_before_training()
         stop = stack.enter_context(StopRequest())
-        while loop.step < config.train.steps and not stop.requested:
+        while loop.step < config.train.steps and not ranks.any(stop.requested):
             loop.train_step()
         if loop.step < config.train.steps:
             loop.save()
@@ -77,37 +82,54 @@ class Loop:
         self.step = 0  # training steps done; also the weight version
         self.next_group = 0
         self.dead_steps = DeadStepGuard(config.advantage.max_dead_steps)
-        self.metrics = stack.enter_context(
-            MetricsWriter(run.path, config.observe, config.model_dump(mode="json"))
-        )
-        self.progress = Progress(total=config.train.steps, title=config.run.name)
+        self.ranks = stages.ranks
+        self.metrics: MetricsWriter | None = None
+        if self.ranks.main:
+            self.metrics = stack.enter_context(
+                MetricsWriter(run.path, config.observe, config.model_dump(mode="json"))
+            )
+        self.progress = Progress(total=config.train.steps, title=config.run.name, shown=self.ranks.main)
         self.phases = Phases(on_enter=self.progress.phase)
         self._stack = stack
 
     def train_step(self) -> None:
-        """One batch through the whole pipeline, in the order of the picture above."""
-        stages, phases = self.stages, self.phases
-        with phases("rollout"):
-            groups = self.next_groups()
-        with phases("reward"):
-            groups = self.score(groups)
-        result = group_advantages(groups, self.config.advantage)
-        self.dead_steps.update(len(result.live))
+        """One batch through the whole pipeline, in the order of the picture above.
+
+        Rank 0 samples, scores and deals; every rank trains on its share.
+        """
+        stages, config, phases = self.stages, self.config, self.phases
+        groups: list[RolloutGroup] = []
+        result = group_advantages((), config.advantage)
+        updates: list[list[Sequence]] = []
+        with self.ranks.together():
+            if self.ranks.main:
+                with phases("rollout"):
+                    groups = self.next_groups()
+                with phases("reward"):
+                    groups = self.score(groups)
+                result = group_advantages(groups, config.advantage)
+                self.dead_steps.update(len(result.live))
+                updates = sequences_of_updates(result, config.train.updates_per_batch)
+        with phases("share"):
+            shares, balance = share_out(
+                stages.policy, updates, processor=stages.processor, config=config.policy
+            )
         update: dict[str, float] = {}
-        if result.live:
-            update = update_policy(
+        if shares:
+            update = balance | update_policy(
                 stages.policy,
-                result.live,
+                shares,
                 processor=stages.processor,
                 reference=stages.reference,
-                config=self.config,
+                config=config,
                 phases=phases,
             )
         self.step += 1
         with phases("sync"):
-            self.push()
+            push_weights(stages.policy, stages.engine, version=self.step)
         evaluation = self.evaluate() if self.is_evaluation_step() else {}
-        self.record({**rollout_metrics(groups, result), **update, **evaluation})
+        if self.ranks.main:
+            self.record({**rollout_metrics(groups, result), **update, **evaluation})
         # after the step's line is on disk, so that a resumed run misses none; its time counts in the next line
         with phases("checkpoint"):
             self.keep(groups, result)
@@ -141,30 +163,33 @@ class Loop:
             )
         return groups
 
-    def push(self) -> None:
-        if self.stages.engine is not None:
-            push_weights(self.stages.policy, self.stages.engine, version=self.step)
-
     def is_evaluation_step(self) -> bool:
         every = self.config.train.eval_every
         return self.step == self.config.train.steps or bool(every and self.step % every == 0)
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy accuracy on held-out prompts; nothing of it reaches training."""
+        """Greedy accuracy on held-out prompts, on rank 0; nothing of it reaches training."""
         stages = self.stages
-        if stages.engine is None or not stages.held_out:
+        metrics: dict[str, float] = {}
+        with self.ranks.together(), self.phases("eval"):
+            if stages.engine is not None and stages.held_out:
+                metrics, _ = evaluate(
+                    stages.engine,
+                    stages.held_out,
+                    stages.reward,
+                    max_new_tokens=stages.sampling.max_new_tokens,
+                )
+        if not metrics:
             return {}
-        with self.phases("eval"):
-            metrics, _ = evaluate(
-                stages.engine, stages.held_out, stages.reward, max_new_tokens=stages.sampling.max_new_tokens
-            )
         logger.info("step %d: held-out accuracy %.1f %%", self.step, 100 * metrics["eval/accuracy"])
         return metrics
 
     def evaluate_before_training(self) -> None:
         self._stack.enter_context(self.progress)
-        self.push()
-        if self.step == 0 and not read_metrics(self.run.path) and (metrics := self.evaluate()):
+        push_weights(self.stages.policy, self.stages.engine, version=self.step)
+        fresh = self.ranks.from_main(self.ranks.main and self.step == 0 and not read_metrics(self.run.path))
+        metrics = self.evaluate() if fresh else {}
+        if metrics and self.metrics:
             self.metrics.write(0, {**metrics, **self.phases.take()})
         self.phases.take()
 
@@ -181,13 +206,15 @@ class Loop:
             "data/skipped": source.skipped,
             "weight_version": self.step,
         }
+        assert self.metrics
         self.metrics.write(self.step, metrics)
         self.progress.step(self.step, metrics)
 
     def keep(self, groups: list[RolloutGroup], result: AdvantageResult) -> None:
         """Save rollouts and a checkpoint when they are due."""
         observe, checkpoint = self.config.observe, self.config.checkpoint
-        if observe.save_rollouts_every and (self.step - 1) % observe.save_rollouts_every == 0:
+        saves_rollouts = observe.save_rollouts_every and (self.step - 1) % observe.save_rollouts_every == 0
+        if self.ranks.main and saves_rollouts:
             trained = {group.id: group for group in result.live}
             chosen = [trained.get(group.id, group) for group in groups]
             save_rollouts(self.run.path, self.step, chosen[: observe.rollouts_per_save or None])
@@ -200,35 +227,38 @@ class Loop:
             "source": self.stages.source.state(),
             "dead_steps": self.dead_steps.state(),
         }
-        self.run.save(self.step, self.stages.policy.state_dict(), state)
+        self.run.save(self.step, partial(save_policy, self.stages.policy), state)
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one: weights, optimizer, data cursor, counters."""
-        checkpoint = self.run.latest()
+        checkpoint = self.ranks.from_main(self.run.latest())
         if checkpoint is not None:
-            model_state, state = self.run.load(checkpoint)
-            self.stages.policy.load_state_dict(model_state)
+            state = self.run.load(checkpoint, partial(load_policy, self.stages.policy))
             self.stages.source.load(state["source"])
             self.dead_steps.load(state["dead_steps"])
             self.step, self.next_group = state["step"], state["next_group"]
             logger.info("resuming %s after step %d", self.run.path, self.step)
-        self.metrics.rewind(self.step if checkpoint is not None else -1)
+        if self.metrics:
+            self.metrics.rewind(self.step if checkpoint is not None else -1)
         self.progress.start_at(self.step)
 
     def finish(self) -> dict[str, Any]:
-        """Export the model, write the summary and draw the report."""
-        summary = summarize(read_metrics(self.run.path))
-        self.run.write_json("summary.json", summary)
+        """Export the model, write the summary and draw the report; the summary is returned on every rank."""
         if self.config.checkpoint.export_hf:
-            write_hf(
-                self.run.path / "hf",
-                source=self.config.model.path,
-                tensors=self.stages.policy.export(),
-                experts_layout=self.config.model.experts_layout,
-            )
-        if self.config.observe.report:
-            write_report(self.run.path)
-        return summary
+            export_hf(self.stages.policy, self.run.path / "hf", self.config.model)
+        summary: dict[str, Any] = {}
+        with self.ranks.together():
+            if self.ranks.main:
+                summary = summarize(read_metrics(self.run.path))
+                self.run.write_json("summary.json", summary)
+                if self.config.observe.report:
+                    write_report(self.run.path)
+        return self.ranks.from_main(summary)
+
+
+def sequences_of_updates(result: AdvantageResult, updates: int) -> list[list[Sequence]]:
+    """The sequences of each optimizer step: the live groups, in order, spread over the updates."""
+    return [sequences_of(part) for part in split_evenly(result.live, updates)] if result.live else []
 
 
 def rollout_metrics(groups: list[RolloutGroup], result: AdvantageResult) -> dict[str, float]:

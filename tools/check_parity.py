@@ -1,14 +1,16 @@
 """Compare our policy with transformers' own model, in float32, for any Hugging Face folder of a supported family.
 
 Both compute log-probs and parameter gradients of the same random prompts: ragged, with several images of different
-sizes, with the same image twice, and text only. transformers runs each sequence by itself, we run them packed.
+sizes, with the same image twice, and text only. transformers runs each sequence by itself on one rank; we run them
+packed, on as many ranks as the parallel layout has.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,43 +38,61 @@ class Parity:
     roundtrip_exact: bool  # Hugging Face -> policy -> Hugging Face changes no bit and misses no tensor
 
 
-def compare(
-    policy: Policy, reference: torch.nn.Module, batch: MicroBatch, *, temperature: float = 1.0
-) -> Parity:
-    """Run both on `batch`. `policy` must have been loaded from the weights of `reference`."""
+def compare(policy: Policy, reference: Any, batches: list[MicroBatch], *, temperature: float = 1.0) -> Parity:
+    """Run both on `batches`, dealt over the data-parallel ranks. A collective of the policy's ranks.
+
+    `policy` must have been loaded from the weights of `reference`, which only rank 0 has to have; the others give
+    None. They get the same answer.
+    """
     import torch
 
-    generator = torch.Generator().manual_seed(1)
-    weights_R = torch.randn(
-        batch.num_response_tokens, generator=generator
-    )  # of each token in the common loss
-    expected_R = reference_logprobs(reference, batch, temperature)
-    reference.zero_grad()
-    (expected_R * weights_R.to(expected_R.device)).sum().backward()
+    weights = [
+        torch.randn(b.num_response_tokens, generator=torch.Generator().manual_seed(i))
+        for i, b in enumerate(batches)  # of each token in the common loss
+    ]
+    mine = range(policy.groups.dp.rank(), len(batches), policy.plan.dp)
+    ours: dict[int, torch.Tensor] = {}
 
-    ours: list[torch.Tensor] = []
+    def loss_fn(index: int, logprobs_R: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        ours[mine[index]] = logprobs_R.detach().cpu()
+        return (logprobs_R * weights[mine[index]].to(logprobs_R.device)).sum(), {}
 
-    def loss_fn(_: int, logprobs_R: torch.Tensor, __: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        ours.append(logprobs_R.detach())
-        return (logprobs_R * weights_R.to(logprobs_R.device)).sum(), {}
+    policy.backward([batches[i] for i in mine], loss_fn, temperature=temperature)
+    everything = {i: lp for of_rank in policy.ranks.gather(ours) for i, lp in of_rank.items()}
+    parities: list[Parity] = []
 
-    policy.backward([batch], loss_fn, temperature=temperature)
-    gradients = dict(policy.export_gradients())
-    errors = {
-        name: _relative(gradients[name], parameter.grad)
-        for name, parameter in reference.named_parameters()
-        if name in gradients
-    }
-    worst = max(errors, key=lambda name: errors[name])
-    exported = dict(policy.export())
-    named = dict(reference.named_parameters())
-    return Parity(
-        max_abs_logprob=float((ours[0].cpu() - expected_R.detach().cpu()).abs().max()),
-        max_rel_grad=errors[worst],
-        worst_grad=worst,
-        roundtrip_exact=exported.keys() == named.keys()
-        and all(torch.equal(exported[name].to(named[name].device), named[name]) for name in named),
-    )
+    def measure(gradients: Iterator[tuple[str, torch.Tensor]]) -> None:
+        expected = [reference_logprobs(reference, b, temperature) for b in batches]
+        reference.zero_grad()
+        sum((e * w.to(e.device)).sum() for e, w in zip(expected, weights, strict=True)).backward()
+        named = dict(reference.named_parameters())
+        errors = {name: _relative(g, named[name].grad) for name, g in gradients if name in named}
+        worst = max(errors, key=lambda name: errors[name])
+        gap = max(float((everything[i] - e.detach().cpu()).abs().max()) for i, e in enumerate(expected))
+        parities.append(
+            Parity(
+                max_abs_logprob=gap,
+                max_rel_grad=errors[worst],
+                worst_grad=worst,
+                roundtrip_exact=True,
+            )
+        )
+
+    def check_round_trip(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        named = dict(reference.named_parameters())
+        same = {name: torch.equal(tensor.to(named[name].device), named[name]) for name, tensor in tensors}
+        parities[0] = replace(parities[0], roundtrip_exact=same.keys() == named.keys() and all(same.values()))
+
+    policy.ranks.stream_to_main(policy.export_gradients(), measure)
+    policy.ranks.stream_to_main(policy.export(), check_round_trip)
+    return policy.ranks.from_main(parities[0] if parities else None)
+
+
+def random_batches(model: Any, *, count: int = 2, images: int = 4, seed: int = 0) -> list[MicroBatch]:
+    """`random_batch`es, of which every second has no image: of two data-parallel ranks one has text only."""
+    return [
+        random_batch(model, images=images if i % 2 == 0 else 0, seed=seed + 1000 * i) for i in range(count)
+    ]
 
 
 def _relative(ours: torch.Tensor, reference: torch.Tensor | None) -> float:
@@ -179,6 +199,7 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
         rollout_logprobs=None,
         pixel_values=pixels if images else None,
         image_grid_thw=grids if images else None,
+        image_keys=tuple(f"random-{seed}-{i}" for i in range(images)),
         image_index=torch.tensor([i for of_sequence in shown for i in of_sequence], dtype=torch.int64),
     )
 
@@ -206,9 +227,21 @@ def load_reference(path: Path) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def positions_model(hf: Any) -> Any:
+    """transformers' model without weights: `random_batch` reads its config and asks it for positions."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(hf)
+
+
 @app.command()
 def main(
     hf: Annotated[Path, typer.Option(help="Hugging Face folder; no processor or tokenizer is needed.")],
+    plan: Annotated[
+        str, typer.Option(help="Parallel layout such as tp=2,ep=2,etp=1; its ranks are started here.")
+    ] = "",
     images: Annotated[int, typer.Option(help="Distinct random images; 0: text only.", min=0)] = 4,
     seed: Annotated[int, typer.Option(help="Decides prompts, images and the loss's weights.")] = 0,
     experts_layout: Annotated[str, typer.Option(help="auto, published or transformers.")] = "auto",
@@ -219,27 +252,43 @@ def main(
 
     Keys: `max_abs_logprob`, `max_rel_grad`, `worst_grad`, `roundtrip_exact`, `plan`. Exit status 0 only when both
     differences are within tolerance and the weights survive the way there and back bit for bit; 1 when not, 2 when
-    the folder cannot be used. Both models are in memory at once, in float32, with gradients.
+    the folder or the layout cannot be used. Both models are in memory at once, in float32, with gradients:
+    transformers' on rank 0, ours spread over the ranks of the plan.
 
-    Example:
+    Examples:
 
         python tools/check_parity.py --hf data/tiny-model --images 4
+
+        python tools/check_parity.py --hf data/tiny-model --plan tp=2,ep=2,etp=1
     """
-    from dataclasses import asdict
+    import os
 
     from gspo_mm.config import PolicyConfig
     from gspo_mm.policy.engine import Policy
+    from gspo_mm.policy.parallel import check_layout
+    from gspo_mm.runtime.launch import parse_plan, ranks_needed, start_ranks
 
     try:
+        parallel = parse_plan(plan)
+        check_layout(str(hf), parallel, ranks_needed(parallel))
+        start_ranks(ranks_needed(parallel))
         policy = Policy.from_hf(
-            str(hf), PolicyConfig(dtype="float32"), seed=seed, total_steps=1, experts_layout=experts_layout
+            str(hf),
+            PolicyConfig(dtype="float32", parallel=parallel),
+            seed=seed,
+            total_steps=1,
+            experts_layout=experts_layout,
         )
     except ValueError as error:
-        typer.secho(str(error), fg="red", err=True)
+        if os.environ.get("RANK", "0") == "0":
+            typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(2) from None
-    reference = load_reference(hf)
-    result = compare(policy, reference, random_batch(reference, images=images, seed=seed))
-    sys.stdout.write(json.dumps({**asdict(result), "plan": policy.plan.as_dict()}) + "\n")
+    reference = load_reference(hf) if policy.ranks.main else None
+    count = 2 * policy.plan.dp * policy.plan.pp
+    batches = random_batches(reference or positions_model(policy.hf), count=count, images=images, seed=seed)
+    result = compare(policy, reference, batches)
+    if policy.ranks.main:
+        sys.stdout.write(json.dumps({**asdict(result), "plan": policy.plan.as_dict()}) + "\n")
     within = result.max_abs_logprob <= tol_logprob and result.max_rel_grad <= tol_grad
     raise typer.Exit(0 if within and result.roundtrip_exact else 1)
 

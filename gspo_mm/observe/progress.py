@@ -23,9 +23,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Context manager; `phase` and `step` are cheap to call."""
+    """Context manager; `phase` and `step` are cheap to call. Not `shown` (ranks other than 0), it is silent."""
 
-    def __init__(self, *, total: int, title: str) -> None:
+    def __init__(self, *, total: int, title: str, shown: bool = True) -> None:
+        self._shown = shown
         self._total = total
         self._title = title
         self._done = 0
@@ -41,7 +42,7 @@ class Progress:
             TextColumn("[dim]{task.fields[phase]}"),
             TimeRemainingColumn(),
         )
-        self._bar = Bar(*columns, console=CONSOLE) if sys.stderr.isatty() else None
+        self._bar = Bar(*columns, console=CONSOLE) if shown and sys.stderr.isatty() else None
         self._task = self._bar.add_task(title, total=total, numbers="", phase="") if self._bar else None
 
     def __enter__(self) -> Self:
@@ -79,7 +80,7 @@ class Progress:
             self._bar.update(self._task, completed=step, numbers=numbers)
             return
         now = time.monotonic()
-        if step == self._total or now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        if self._shown and (step == self._total or now - self._last_line >= _SECONDS_BETWEEN_LINES):
             self._last_line = now
             print(
                 f"{self._title} {step}/{self._total}  {numbers}  {self._remaining(now)} left", file=sys.stderr

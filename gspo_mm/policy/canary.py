@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from gspo_mm.batch.packing import Pixels, make_micro_batches
+from gspo_mm.batch import Pixels, pack
 from gspo_mm.types import BlindModelError, EncodedImage, EncodedPrompt, MicroBatch, Prompt, Sequence
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ class AnswerProcessor(Pixels, Protocol):
     def encode_response(self, text: str) -> Iterable[int]: ...
 
 
-def check_sight(
-    policy: Policy, processor: AnswerProcessor, prompts: Iterable[EncodedPrompt], *, max_tokens: int = 16384
-) -> float:
+def check_sight(policy: Policy, processor: AnswerProcessor, prompts: Iterable[EncodedPrompt]) -> float:
     """Mean absolute difference, in nats per token, that blanking the images makes to the reference answers.
 
     Prompts without images are skipped; with none left the answer is 0. Raises BlindModelError when no token's
@@ -40,8 +38,8 @@ def check_sight(
     if not seen:
         return 0.0
     blank = [dataclasses.replace(s, prompt=_blanked(s)) for s in seen]
-    difference_R = _logprobs(policy, make_micro_batches(seen, processor, max_tokens)) - _logprobs(
-        policy, make_micro_batches(blank, processor, max_tokens)
+    difference_R = _logprobs(policy, [pack([s], processor) for s in seen]) - _logprobs(
+        policy, [pack([s], processor) for s in blank]
     )
     if float(difference_R.abs().max()) < SMALLEST_DIFFERENCE:
         raise BlindModelError(

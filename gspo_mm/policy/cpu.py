@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import types
+import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _CPU = torch.device("cpu")
 
@@ -28,6 +30,8 @@ _MODULES_WITH_CUDA_LITERALS = (
     "megatron.core.optimizer.grad_scaler",
     "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.utils",
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
 )
 
 _installed = False
@@ -39,10 +43,13 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
     _replace_device_and_streams()
     _replace_random_state()
     _replace_literals()
     _replace_type_names()
+    _replace_uneven_collectives()
+    _mend_loading_of_torch_adam()
 
 
 class _Nothing:
@@ -122,3 +129,59 @@ def _replace_type_names() -> None:
 
     tensor: Any = torch.Tensor
     tensor.type = cuda_like
+    tensor.cuda = lambda self, *args, **kwargs: self  # the distributed optimizer gathers its state with it
+
+
+def _replace_uneven_collectives() -> None:
+    """gloo gathers and scatters equal shapes only; expert-tensor parallelism has ragged ones."""
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(
+        own: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if group.size() == 1 or sizes is None:
+            return gather(own, group, sizes, *args, **kwargs)
+        filled = own.new_zeros(max(sizes), *own.shape[1:])
+        filled[: len(own)] = own
+        parts = [torch.empty_like(filled) for _ in sizes]
+        dist.all_gather(parts, filled, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def scatter_uneven(
+        own: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if group.size() == 1 or sizes is None:
+            return scatter(own, group, sizes, *args, **kwargs)
+        total = own.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].clone()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_uneven, scatter_uneven
+
+
+def _mend_loading_of_torch_adam() -> None:
+    """torch's AdamW, which stands in for the fused ones, keeps its step count as a tensor per parameter.
+
+    megatron-core 0.19's distributed optimizer then misses the key `step` on loading, and shares one tensor among
+    all parameters, so that it counts once per parameter.
+    """
+    module: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer = module.DistributedOptimizer
+    set_state, load = optimizer._set_main_param_and_optimizer_states, optimizer.load_state_dict
+
+    def set_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if torch.is_tensor(state.get("step")) and "step" not in tensors:
+            tensors = {**tensors, "step": state["step"]}
+        return set_state(self, model_param, tensors)
+
+    def load_with_own_steps(self: Any, state_dict: Any) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    optimizer._set_main_param_and_optimizer_states = set_with_step
+    optimizer.load_state_dict = load_with_own_steps

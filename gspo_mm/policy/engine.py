@@ -1,35 +1,42 @@
-"""`Policy`: the trained model with its passes. What `train.py` and `sft.py` hold of it.
+"""`Policy`: the trained model with its passes, on however many ranks. What `train.py` and `sft.py` hold of it.
 
 Policy.from_hf(...)   a Hugging Face folder through the family's weight map
 .logprobs(batches)    no gradient
 .update(batches, fn)  forward, the caller's loss, backward over all micro-batches, then one optimizer step
 .export()             Hugging Face names and layout, for weight sync and checkpoints
+
+Every method is a collective: all ranks call it. Ranks that share a micro-batch (tensor, context and pipeline
+parallel) are given the same ones; data-parallel ranks have their own, and equally many of them.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from gspo_mm.config import PolicyConfig
-from gspo_mm.families import Entry, Family, family_of, read_hf
+from gspo_mm.families import Family, family_of, read_hf
 from gspo_mm.policy import cpu
+from gspo_mm.policy.layout import padded_tokens
 from gspo_mm.policy.model import PolicyModel, padded_vocab, quiet_megatron
 from gspo_mm.policy.optimizer import Optimizer
-from gspo_mm.policy.parallel import ParallelPlan, device
+from gspo_mm.policy.parallel import Groups, ParallelPlan
+from gspo_mm.policy.precision import DTYPES, check_fp8
 from gspo_mm.policy.spec import has_fused_modules
-from gspo_mm.types import MicroBatch
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from gspo_mm.policy.weights import Weights, gradient_of
+from gspo_mm.runtime.dist import Ranks, device
+from gspo_mm.types import GspoError, MicroBatch
 
 # (micro-batch number, log-probs [R] float32, entropy [R] detached) -> (loss, metrics)
 type LossFn = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, float]]]
@@ -37,40 +44,59 @@ type LossFn = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, di
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateStats:
-    """What one optimizer step reports."""
+    """What one optimizer step reports, the same on every rank."""
 
-    loss: float  # sum over micro-batches
+    loss: float  # sum over micro-batches of all data-parallel ranks
     grad_norm: float  # global, before clipping
     lr: float
-    metrics: list[dict[str, float]]  # one per micro-batch, as the loss function gave them
+    metrics: list[dict[str, float]]  # one per micro-batch of any rank, as the loss function gave them
 
 
 class Policy:
-    """A vision-language model under training in this process. Build it with `from_hf`."""
+    """A vision-language model under training on all ranks of the job. Build it with `from_hf`."""
 
     def __init__(
         self, family: Family, hf: Any, config: PolicyConfig, plan: ParallelPlan, *, total_steps: int
     ) -> None:
-        """Needs `plan.initialize` to have run. Weights are arbitrary until `load_hf` or `load_state_dict`."""
-        dtype = DTYPES[config.dtype]
+        """Needs `plan.initialize` to have run. Weights are arbitrary until `load_hf` or a checkpoint is loaded."""
         self.family = family
         self.hf = hf
         self.config = config
         self.plan = plan
-        self.device = device()
-        self.module = PolicyModel(family, hf, plan, dtype).to(self.device)
-        self.module.eval()  # no dropout: the log-probs of a rollout must be those of its update
-        self.weight_map: list[Entry] = family.weight_map(
-            hf, padded_vocab=padded_vocab(hf.text_config.vocab_size, plan), fused=has_fused_modules()
-        )
-        freeze(self.module, config.freeze)
-        with quiet_megatron():
-            self._ddp = DistributedDataParallel(
-                self.module.config,
-                DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False),
-                self.module,
+        self.ranks = Ranks()
+        self.groups = Groups.current()
+        self.dp_rank_of = self.ranks.gather(self.groups.dp.rank())  # data-parallel rank of every rank
+        self.chunks = build_chunks(family, hf, config, plan)
+        for chunk in self.chunks:
+            freeze(chunk, config.freeze)
+        if not self.ranks.any(any(p.requires_grad for p in self.parameters())):
+            raise ValueError(
+                f"policy.freeze={config.freeze} leaves nothing to train; take a part off the list"
             )
-        self._optimizer = Optimizer(self._ddp, config.optimizer, total_steps=total_steps, dtype=dtype)
+        self.weights = Weights(
+            self.chunks,
+            family.weight_map(
+                hf, padded_vocab=padded_vocab(hf.text_config.vocab_size, plan), fused=has_fused_modules()
+            ),
+            plan,
+        )
+        with quiet_megatron():
+            self._ddp = [
+                DistributedDataParallel(
+                    chunk.config,
+                    DistributedDataParallelConfig(
+                        grad_reduce_in_fp32=True,
+                        use_distributed_optimizer=True,
+                        overlap_grad_reduce=config.optimizer.overlap,
+                    ),
+                    chunk,
+                )
+                for chunk in self.chunks
+            ]
+        self.optimizer = Optimizer(
+            self._ddp, config.optimizer, total_steps=total_steps, dtype=DTYPES[config.dtype]
+        )
+        self._prepare_schedule()
 
     @classmethod
     def from_hf(
@@ -85,119 +111,180 @@ class Policy:
         """Build the model of the Hugging Face folder `path` and load its weights.
 
         `total_steps` counts optimizer steps, for the learning-rate schedule. `experts_layout`: see `read_hf`.
-        Raises ValueError when the folder, the family or the parallel sizes do not fit.
+        Raises ValueError when the folder, the family, the parallel sizes or the number format do not fit.
         """
-        family = family_of(path)
-        hf = family.load_config(path)
-        plan = ParallelPlan.from_config(config.parallel)
-        plan.check_model(family.dims(hf))
-        plan.check_supported()
-        cpu.install()
-        plan.initialize(seed)
+        family, hf, plan = prepare(path, config, seed=seed)
         policy = cls(family, hf, config, plan, total_steps=total_steps)
         policy.load_hf(path, experts_layout=experts_layout)
         return policy
 
     @torch.no_grad()
     def logprobs(self, micro_batches: list[MicroBatch], temperature: float = 1.0) -> list[torch.Tensor]:
-        """Log-probs [R] float32 nats of each micro-batch's response tokens."""
-        return [self.module(on(batch, self.device), temperature=temperature)[0] for batch in micro_batches]
+        """Log-probs [R] float32 nats of each micro-batch's response tokens, on every rank that has the micro-batch."""
+
+        if not micro_batches:
+            return []
+
+        def keep(_: int, output: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+            return output[0].new_zeros(()), {"logprobs": output[0]}
+
+        outputs = self._run(micro_batches, keep, temperature=temperature, entropy=False, forward_only=True)
+        counts = [batch.num_response_tokens for batch in micro_batches]
+        if self.plan.pp == 1:
+            return [output["logprobs"] for output in outputs]
+        flat = torch.empty(sum(counts), device=device())
+        if outputs:
+            flat = torch.cat([output["logprobs"] for output in outputs])
+        last = dist.get_global_rank(self.groups.pp, self.plan.pp - 1)
+        dist.broadcast(flat, src=last, group=self.groups.pp)
+        return list(flat.split(counts))
 
     def update(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, *, temperature: float = 1.0
     ) -> UpdateStats:
-        """One optimizer step on the sum of the micro-batches' losses, whose denominators are the whole step's.
+        """One optimizer step on the sum of all micro-batches' losses, whose denominators are the whole step's.
 
-        Raises NonFiniteError, with the weights untouched, when the gradient norm is NaN or infinite.
+        `loss_fn` is called on the last pipeline stage. Raises NonFiniteError, on every rank and with the weights
+        untouched, when the gradient norm is NaN or infinite, or whatever GspoError `loss_fn` raised on any rank.
         """
         loss, metrics = self.backward(micro_batches, loss_fn, temperature=temperature)
-        grad_norm, rate = self._optimizer.step()
+        grad_norm, rate = self.optimizer.step()
         return UpdateStats(loss=loss, grad_norm=grad_norm, lr=rate, metrics=metrics)
 
     def backward(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, *, temperature: float = 1.0
     ) -> tuple[float, list[dict[str, float]]]:
-        """Gradients of the summed loss, left in each parameter's `main_grad`; returns the sum and the metrics."""
-        self._ddp.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        losses: list[torch.Tensor] = []
-        metrics: list[dict[str, float]] = []
-        for index, batch in enumerate(micro_batches):
-            logprobs_R, entropy_R = self._ddp(on(batch, self.device), temperature=temperature, entropy=True)
-            loss, values = loss_fn(index, logprobs_R, entropy_R)
-            if (
-                loss.requires_grad
-            ):  # it may not: only the vision tower trains and the micro-batch has no image
-                loss.backward()
-            losses.append(loss.detach())
-            metrics.append(values)
-        finalize_model_grads([self._ddp])
-        return float(torch.stack(losses).sum()), metrics
+        """Gradients of the summed loss, left in the gradient buffers; returns the sum and the metrics."""
+        for chunk in self._ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        faults: list[GspoError] = []
 
-    @torch.no_grad()
+        def loss_of(index: int, output: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+            logprobs_R, entropy_R = output
+            if faults or not micro_batches[index].num_sequences:
+                return logprobs_R.sum() * 0.0, {}
+            try:
+                loss, metrics = loss_fn(index, logprobs_R, entropy_R)
+            except (
+                GspoError
+            ) as fault:  # told to all ranks once the schedule is through: none may be left waiting
+                faults.append(fault)
+                return logprobs_R.sum() * 0.0, {}
+            return loss, {"loss": loss.detach().clone(), "metrics": metrics}
+
+        outputs = self._run(micro_batches, loss_of, temperature=temperature, entropy=True, forward_only=False)
+        speaks = self.groups.is_last_stage and self.groups.tp_cp.rank() == 0
+        own = [(float(o["loss"]), o["metrics"]) for o in outputs if o] if speaks else []
+        with self.ranks.together():
+            if faults:
+                raise faults[0]
+        everything = [item for of_rank in self.ranks.gather(own) for item in of_rank]
+        return math.fsum(loss for loss, _ in everything), [metrics for _, metrics in everything]
+
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight under its Hugging Face name, in the layout that transformers keeps in memory.
-
-        Tensors share memory with the policy where the layout allows: use them before the next update.
-        """
-        parameters = dict(self.module.named_parameters())
-        for entry in self.weight_map:
-            tensors = [parameters[name].detach() for name in entry.megatron]
-            yield from zip(entry.hf, entry.op.to_hf(tensors), strict=True)
+        """Every weight under its Hugging Face name, in the layout that transformers keeps in memory: `Weights.export`."""
+        return self.weights.export()
 
     @torch.no_grad()
     def export_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As `export`, with the gradients that `backward` left; frozen parameters are 0."""
-        parameters = dict(self.module.named_parameters())
-        for entry in self.weight_map:
-            tensors = [_gradient(parameters[name]) for name in entry.megatron]
-            yield from zip(entry.hf, entry.op.to_hf(tensors), strict=True)
+        for chunk in self._ddp:
+            for buffer in [*cast(list[Any], chunk.buffers), *chunk.expert_parallel_buffers]:
+                _gather_buffer(buffer)
+        return self.weights.export(gradient_of)
 
-    @torch.no_grad()
     def load_hf(self, path: str, *, experts_layout: str = "auto") -> None:
         """Replace all weights by those of a Hugging Face folder of the same architecture."""
-        folder = read_hf(path, experts_layout)
-        parameters = dict(self.module.named_parameters())
-        stale = set(parameters)
-        for entry in self.weight_map:
-            merged = entry.op.to_megatron([folder.tensor(name) for name in entry.hf])
-            for name, whole in zip(entry.megatron, merged, strict=True):
-                part = entry.op.shard(whole, *self._place(entry))
-                if part.shape != parameters[name].shape:
-                    raise ValueError(
-                        f"{path}: {' + '.join(entry.hf)} gives {tuple(part.shape)} but {name} is "
-                        f"{tuple(parameters[name].shape)}; config.json does not describe these weights"
-                    )
-                parameters[name].copy_(part)
-                stale.discard(name)
-        assert not stale, f"the weight map of {self.hf.model_type} leaves out {sorted(stale)[:3]}"
-        self._optimizer.take_over_parameters()
+        self.weights.load(read_hf(path, experts_layout))
+        self.optimizer.take_over_parameters()
+        self.forget_features()
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs of the policy; torch.load(weights_only=True) reads it."""
-        parameters = {name: p.detach() for name, p in self.module.named_parameters()}
-        return {"parameters": parameters, "optimizer": self._optimizer.state_dict()}
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """This rank's parameters, in a fixed order."""
+        return (parameter for chunk in self.chunks for parameter in chunk.parameters())
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken. Raises ValueError for another model's state."""
-        parameters = dict(self.module.named_parameters())
-        if parameters.keys() != state["parameters"].keys():
-            odd = sorted(parameters.keys() ^ state["parameters"].keys())
-            raise ValueError(f"the checkpoint is of another model: {odd[0]} is on one side only")
-        for name, tensor in state["parameters"].items():
-            parameters[name].copy_(tensor)
-        self._optimizer.load_state_dict(state["optimizer"])
+    def forget_features(self) -> None:
+        """Drop kept image features: the tower's weights were set from outside."""
+        for chunk in self.chunks:
+            if chunk.pre_process:
+                chunk.features.forget()
 
-    def _place(self, entry: Entry) -> tuple[int, int]:
-        """Size and rank of the axis that an entry's megatron tensors are cut along."""
-        from megatron.core import parallel_state as state
+    def _prepare_schedule(self) -> None:
+        config: Any = self.chunks[0].config
+        # denominators are in the loss already, so megatron's own count of tokens is left out
+        config.finalize_model_grads_func = lambda chunks, num_tokens=None, **kwargs: finalize_model_grads(
+            chunks, None, **kwargs
+        )
+        if self.config.optimizer.overlap:
+            config.no_sync_func = [chunk.no_sync for chunk in self._ddp]
+            if len(self._ddp) == 1:
+                config.no_sync_func = config.no_sync_func[0]
 
-        if entry.op.axis == "tp":
-            return self.plan.tp, state.get_tensor_model_parallel_rank()
-        if entry.op.axis == "etp":
-            return self.plan.etp, state.get_expert_tensor_parallel_rank() or 0
-        return 1, 0
+    def _run(
+        self,
+        micro_batches: list[MicroBatch],
+        finish: Callable[[int, Any], tuple[torch.Tensor, dict[str, Any]]],
+        *,
+        temperature: float,
+        entropy: bool,
+        forward_only: bool,
+    ) -> list[dict[str, Any]]:
+        """All micro-batches through megatron's schedule; `finish(number, model output)` runs on the last stage.
+
+        Returns the second halves of what `finish` gave: one per micro-batch there, none on other stages.
+        """
+        for chunk in self._ddp:
+            chunk.train(not forward_only)  # there is no dropout; recomputation of activations asks for it
+
+        def forward_step(
+            numbered: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module
+        ) -> tuple[Any, Callable[[Any], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
+            index, batch = next(numbered)
+            output = chunk(batch, temperature=temperature, entropy=entropy, total=total)
+
+            def with_count(output: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+                loss, kept = finish(index, output)
+                return loss, torch.zeros((), dtype=torch.int, device=loss.device), kept
+
+            return output, with_count
+
+        total = None
+        if self.plan.vpp > 1:  # this schedule wants one shape
+            multiple = self.chunks[0].token_multiple
+            total = max(padded_tokens(batch, self.plan, multiple=multiple) for batch in micro_batches)
+        assert micro_batches, "a rank without sequences is given empty micro-batches, not none"
+        iterators: Any = [iter(enumerate(micro_batches)) for _ in self._ddp]
+        chunks: Any = self._ddp
+        if len(chunks) == 1:
+            (iterators,), (chunks,) = iterators, chunks
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators,
+            model=chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=total or 1,  # read with plan.vpp > 1 only
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def prepare(path: str, config: PolicyConfig, *, seed: int) -> tuple[Family, Any, ParallelPlan]:
+    """Family, Hugging Face config and plan of a folder, checked against each other; starts megatron's groups."""
+    family = family_of(path)
+    hf = family.load_config(path)
+    plan = ParallelPlan.from_config(config.parallel)
+    plan.check_model(family.dims(hf))
+    check_fp8(config)
+    cpu.install()
+    plan.initialize(seed)
+    return family, hf, plan
+
+
+def build_chunks(family: Family, hf: Any, config: PolicyConfig, plan: ParallelPlan) -> list[PolicyModel]:
+    """This rank's part of the model: one module, or plan.vpp of them. Weights are arbitrary."""
+    stages = list(range(plan.vpp)) if plan.vpp > 1 else [None]
+    return [PolicyModel(family, hf, config, plan, vp_stage=stage).to(device()) for stage in stages]
 
 
 def freeze(module: PolicyModel, parts: Sequence[str]) -> None:
@@ -205,22 +292,11 @@ def freeze(module: PolicyModel, parts: Sequence[str]) -> None:
     frozen = {*parts, "router"} if "language" in parts else set(parts)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(module.family.part_of(name) not in frozen)
-    if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError(f"policy.freeze={list(parts)} leaves nothing to train; take a part off the list")
 
 
-def on(batch: MicroBatch, target: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on `target`; the same object if they are there."""
-    if batch.token_ids.device == target:
-        return batch
-    moved = {
-        field.name: value.to(target, non_blocking=True)
-        for field in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, field.name), torch.Tensor)
-    }
-    return dataclasses.replace(batch, **moved)
-
-
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    main_grad = getattr(parameter, "main_grad", None)
-    return torch.zeros_like(parameter) if main_grad is None else main_grad
+def _gather_buffer(buffer: Any) -> None:
+    """Fill each bucket of gradients with the shares that its data-parallel ranks have reduced."""
+    group = buffer.data_parallel_group
+    for bucket in buffer.buckets:
+        own = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, own, group=group)

@@ -3,112 +3,191 @@
     pixels -> visual -> features of each distinct image -+
                                                          v (gathered for each occurrence)
     token ids -> embedding -----------------------------> decoder -> hidden states that predict a response token
-                                                                        -> output layer -> log-probs [R]
+                                                                        -> output weight -> log-probs [R]
 
-Dims: N packed tokens, R trained response tokens, V vocabulary, D hidden.
+Under pipeline parallelism a rank holds the part of the decoder that its stage (and virtual stage) has: the first
+one the tower and the embedding, the last one the output weight. Which tokens a rank holds is in layout.py.
+
+Dims: N packed tokens of this rank, R trained response tokens, V vocabulary, D hidden, I image tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from gspo_mm.config import PolicyConfig
 from gspo_mm.families.base import Family
-from gspo_mm.policy.parallel import ParallelPlan
+from gspo_mm.loss.logprobs import linear_logprobs
+from gspo_mm.policy.layout import Layout, lay_out, padded_tokens
+from gspo_mm.policy.parallel import Groups, ParallelPlan, round_up
+from gspo_mm.policy.precision import DTYPES, fp8_arguments, token_multiple
 from gspo_mm.policy.spec import PackedSequences, block_spec, has_fused_modules, pack_params
+from gspo_mm.policy.vision import Features, deepstack_leaves, gather_rows
+from gspo_mm.runtime.dist import device
 from gspo_mm.types import MicroBatch
 
 
 class PolicyModel(MegatronModule):
-    """Log-probs of packed response tokens, images included. `visual` and `language` are its two halves."""
+    """Log-probs of packed response tokens, images included. `visual` and `language` are its two halves.
 
-    def __init__(self, family: Family, hf: Any, plan: ParallelPlan, dtype: torch.dtype) -> None:
-        config = transformer_config(family, hf, plan, dtype)
-        super().__init__(config=config)
+    On a pipeline stage that is not the last, `forward` gives the hidden states [N, 1, D] for the next one.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        hf: Any,
+        config: PolicyConfig,
+        plan: ParallelPlan,
+        *,
+        vp_stage: int | None = None,
+    ) -> None:
+        """This rank's part; `vp_stage` numbers its model chunks where plan.vpp > 1. Weights are arbitrary."""
+        groups = Groups.current()
+        transformer = transformer_config(family, hf, plan, config)
+        super().__init__(config=transformer)
+        self.model_type = ModelType.encoder_or_decoder
         self.family = family
         self.hf = hf
-        self.visual = _in_dtype(family.build_vision(hf), dtype)
-        self.language = build_decoder(family, hf, config, plan)
+        self.plan = plan
+        self.groups = groups
+        self.vp_stage = vp_stage
+        self.pre_process = groups.is_first_stage and not vp_stage
+        self.post_process = groups.is_last_stage and vp_stage in (None, plan.vpp - 1)
+        self.rotary = family.build_rotary(hf)
+        self.visual = None
+        if self.pre_process:
+            self.visual = _replicated(family.build_vision(hf), DTYPES[config.dtype])
+            self.features = Features(
+                family, hf, self.visual, groups.tp_cp, cache_bytes=config.vision_cache_mb * 2**20
+            )
+        self.language = build_decoder(self, family, hf, transformer, plan)
+        self.token_multiple = token_multiple(config)
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        """Read by megatron, which sums the gradients of a tied weight over first and last pipeline stage."""
+        return self.language.share_embeddings_and_output_weights
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        return self.language.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by the pipeline schedule with the hidden states of the stage before."""
+        self.language.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
-        self, batch: MicroBatch, *, temperature: float = 1.0, entropy: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probs [R] float32 nats of `token_ids[response_mask]` at `temperature`; entropy [R] detached, or None."""
-        packed = pack_params(batch.cu_seqlens)
-        embeddings_N1D = self._embed(batch, packed)
-        target_N = batch.response_mask.nonzero().squeeze(1)
+        self, batch: MicroBatch, *, temperature: float = 1.0, entropy: bool = False, total: int | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs [R] float32 nats of `token_ids[response_mask]` at `temperature`; entropy [R] detached, or None.
+
+        `batch` is on the host, and padded to `total` tokens (default: as few as the layout needs). All ranks of a
+        tensor- and context-parallel group get all R.
+        """
+        target = device()
+        layout = lay_out(
+            batch,
+            self.plan,
+            cp_rank=self.groups.cp.rank(),
+            tp_rank=self.groups.tp.rank(),
+            image_token_id=self.hf.image_token_id,
+            total=total or padded_tokens(batch, self.plan, multiple=self.token_multiple),
+        )
+        packed = pack_params(layout.cu_seqlens, self.rotary(layout.positions.to(target)))
+        embeddings_N1D = self._embed(batch, layout, packed) if self.pre_process else None
         return self.language(
-            input_ids=batch.token_ids[None],
-            position_ids=batch.positions[:, None],
+            input_ids=None,
+            position_ids=None,
             attention_mask=None,
             decoder_input=embeddings_N1D,
             packed_seq_params=packed,
             output_processor=self._logprobs,
-            output_processor_context={
-                "rows": target_N - 1,  # a token is predicted from the one before it
-                "targets": batch.token_ids[target_N],
-                "temperature": temperature,
-                "entropy": entropy,
-            },
+            output_processor_context=(layout, temperature, entropy),
         )
 
-    def _embed(self, batch: MicroBatch, packed: PackedSequences) -> torch.Tensor:
-        """Token embeddings [N, 1, D] with image features in place of image tokens; fills DeepStack in `packed`."""
-        embeddings_N1D = self.language.embedding(input_ids=batch.token_ids[None], position_ids=None)
-        # an image token that the model sampled is text: no image stands behind it
-        is_image_N = (batch.token_ids == self.hf.image_token_id) & ~batch.response_mask
-        visual_index = is_image_N.nonzero().squeeze(1)
-        if batch.pixel_values is None or batch.image_grid_thw is None:
-            if len(visual_index):
-                raise ValueError(f"{len(visual_index)} image tokens but no image in the micro-batch")
-            return embeddings_N1D
-        features, deepstack = self.family.encode_images(
-            self.visual, batch.pixel_values.to(embeddings_N1D.dtype), batch.image_grid_thw
+    def _embed(self, batch: MicroBatch, layout: Layout, packed: PackedSequences) -> torch.Tensor:
+        """Token embeddings [N/tp, 1, D] with image features in place of image tokens; fills DeepStack in `packed`."""
+        target = device()
+        embeddings_N1D = self.language.embedding(
+            input_ids=layout.token_ids[None].to(target), position_ids=None
         )
-        rows = occurrence_rows(
-            self.family.tokens_per_image(self.hf, batch.image_grid_thw), batch.image_index.tolist()
-        ).to(features.device)
-        if len(rows) != len(visual_index):
+        image_tokens = int(((batch.token_ids == self.hf.image_token_id) & ~batch.response_mask).sum())
+        grids = torch.empty(0, 3, dtype=torch.int64) if batch.image_grid_thw is None else batch.image_grid_thw
+        shown = occurrence_rows(self.family.tokens_per_image(self.hf, grids), batch.image_index.tolist())
+        if len(shown) != image_tokens:
             raise ValueError(
-                f"{len(visual_index)} image tokens but {len(rows)} image features in the micro-batch of {batch.names}"
+                f"{image_tokens} image tokens but {len(shown)} image features in the micro-batch of {batch.names}"
             )
-        packed.visual_index = visual_index
-        packed.deepstack = [level.index_select(0, rows) for level in deepstack]
-        shown_1D = features.index_select(0, rows).to(embeddings_N1D.dtype).unsqueeze(1)
-        return embeddings_N1D.index_copy(0, visual_index, shown_1D)
+        if not image_tokens and not (self.features.trained and torch.is_grad_enabled()):
+            return embeddings_N1D  # every rank of the group sees the same, so none waits for another's images
+        rows = shown[layout.visual_feature].to(target)
+        features_I = self.features.of(batch, target).index_select(0, rows)
+        first, *levels = features_I.split(embeddings_N1D.shape[-1], dim=-1)
+        first, packed.deepstack = deepstack_leaves(first, levels)
+        packed.visual_index = layout.visual_index.to(target)
+        return embeddings_N1D.index_copy(0, packed.visual_index, first.to(embeddings_N1D.dtype).unsqueeze(1))
 
     def _logprobs(
         self, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, context: Any, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Called by the decoder in place of its own loss: only rows that predict a trained token get logits."""
-        hidden_R1D = hidden_states.index_select(0, context["rows"])
-        logits_R1V, _bias = output_layer(hidden_R1D, weight=output_weight)
-        logits_RV = logits_R1V[:, 0, : self.hf.text_config.vocab_size].float()  # rows of padding are cut off
-        return logprobs_of(
-            logits_RV, context["targets"], temperature=context["temperature"], entropy=context["entropy"]
+        """Called by the decoder in place of its own loss: only rows that predict a trained token meet the weight."""
+        layout, temperature, entropy = context
+        hidden_N1D, groups = hidden_states, self.groups
+        if groups.tp.size() > 1:
+            # its backward sums the parts of the gradient that each rank's rows of the vocabulary give
+            hidden_N1D = gather_from_sequence_parallel_region(hidden_N1D, tensor_parallel_output_grad=True)
+        target = hidden_N1D.device
+        own_R, own_entropy_R = linear_logprobs(
+            hidden_N1D[:, 0].index_select(0, layout.predicting_rows.to(target)),
+            output_layer.weight if output_weight is None else output_weight,
+            layout.targets.to(target),
+            vocab=self.hf.text_config.vocab_size,
+            temperature=temperature,
+            entropy=entropy,
+            group=groups.tp if groups.tp.size() > 1 else None,
         )
+        logprobs_R = _InResponseOrder.apply(own_R, layout, groups.cp)
+        if own_entropy_R is None:
+            return logprobs_R, None  # pyright: ignore[reportReturnType]
+        return logprobs_R, in_response_order(own_entropy_R, layout, groups.cp)  # pyright: ignore[reportReturnType]
 
 
-def logprobs_of(
-    logits_RV: torch.Tensor, targets_R: torch.Tensor, *, temperature: float, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs [R] of the targets under softmax(logits / temperature), in nats; entropy [R] without gradient."""
-    if temperature != 1.0:
-        logits_RV = logits_RV / temperature
-    logprobs_RV = logits_RV.log_softmax(-1)
-    logprobs_R = logprobs_RV.gather(1, targets_R[:, None]).squeeze(1)
-    if not entropy:
-        return logprobs_R, None
-    with torch.no_grad():
-        return logprobs_R, -(logprobs_RV.exp() * logprobs_RV).sum(-1)
+class _InResponseOrder(torch.autograd.Function):
+    """[own R] of each context-parallel rank -> [R] on all of them.
+
+    Every rank goes on to compute the same loss from all R, so the gradient of its own part is complete as it comes:
+    backward takes its rows and sums nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own_R: torch.Tensor, layout: Layout, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.own = layout.response_order.split(layout.response_counts)[group.rank()]
+        return in_response_order(own_R, layout, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.own.to(gradients[0].device)), None, None
+
+
+def in_response_order(own_R: torch.Tensor, layout: Layout, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's values [own R], gathered and put in the order of `token_ids[response_mask]`; no gradient."""
+    if group.size() == 1:
+        return own_R.detach().clone()
+    gathered = gather_rows(own_R, layout.response_counts, group)
+    return torch.empty_like(gathered).index_copy_(0, layout.response_order.to(gathered.device), gathered)
 
 
 def occurrence_rows(tokens_per_image: list[int], image_index: list[int]) -> torch.Tensor:
@@ -118,38 +197,48 @@ def occurrence_rows(tokens_per_image: list[int], image_index: list[int]) -> torc
     return torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
 
 
-def build_decoder(family: Family, hf: Any, config: TransformerConfig, plan: ParallelPlan) -> GPTModel:
+def build_decoder(
+    owner: PolicyModel, family: Family, hf: Any, config: TransformerConfig, plan: ParallelPlan
+) -> GPTModel:
     """The language decoder: the one place that knows its class.
 
     GPTModel, although megatron-core 0.19 calls it deprecated in favour of HybridModel: HybridModel's
-    position_embedding_type is one of learned_absolute, rope, yarn, none; its forward derives the angles from the
-    sequence length alone, so multi-axis positions cannot be passed in; it has no hook (output_processor) for
+    position_embedding_type is one of learned_absolute, rope, yarn, none; it has no hook (output_processor) for
     computing log-probs of chosen rows; and it splits a layer into attention and MLP blocks, which breaks
     layer-indexed DeepStack. To look at again with megatron-core 0.20 (the bound in pyproject.toml).
     """
-    spec: Any = block_spec(config, attention_bias=config.add_qkv_bias)
+    spec: Any = block_spec(config, attention_bias=config.add_qkv_bias, vp_stage=owner.vp_stage)
     with quiet_megatron():
-        decoder: Any = GPTModel(
+        return GPTModel(
             config=config,
             transformer_layer_spec=spec,
             vocab_size=padded_vocab(hf.text_config.vocab_size, plan),
             max_sequence_length=hf.text_config.max_position_embeddings,
-            position_embedding_type="mrope",
+            pre_process=owner.pre_process,
+            post_process=owner.post_process,
+            position_embedding_type="none",  # pyright: ignore[reportArgumentType]  # rotary is in spec.py
             share_embeddings_and_output_weights=family.is_tied(hf),
-            scatter_embedding_sequence_parallel=False,  # image features are put in before scattering
             parallel_output=True,
+            vp_stage=owner.vp_stage,
         )
-    decoder.rotary_pos_emb = family.build_rotary(hf)
-    return decoder
 
 
-def transformer_config(family: Family, hf: Any, plan: ParallelPlan, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    family: Family, hf: Any, plan: ParallelPlan, config: PolicyConfig
+) -> TransformerConfig:
     """megatron's configuration: the family says the architecture, the plan the spread, the rest is here."""
+    dtype = DTYPES[config.dtype]
     with quiet_megatron():
         return TransformerConfig(
             **family.transformer_arguments(hf),
+            **fp8_arguments(config),
+            **_recompute_arguments(config),
+            **_moe_arguments(config),
             tensor_model_parallel_size=plan.tp,
             pipeline_model_parallel_size=plan.pp,
+            virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
+            num_layers_in_first_pipeline_stage=plan.first_stage_layers,
+            num_layers_in_last_pipeline_stage=plan.last_stage_layers,
             context_parallel_size=plan.cp,
             expert_model_parallel_size=plan.ep,
             expert_tensor_parallel_size=plan.etp,
@@ -160,26 +249,64 @@ def transformer_config(family: Family, hf: Any, plan: ParallelPlan, dtype: torch
             attention_softmax_in_fp32=True,
             # gradients are summed over ranks, not averaged: the loss already has its global denominator
             calculate_per_token_loss=True,
-            variable_seq_lengths=True,
-            moe_token_dispatcher_type="alltoall",
-            moe_router_dtype="fp32",
-            moe_grouped_gemm=has_fused_modules(),
+            # stages tell each other the shapes, except in the interleaved schedule: with two stages next and previous
+            # are one peer, whose messages megatron-core 0.19 mixes up unless shapes are known and sends overlap
+            variable_seq_lengths=plan.vpp == 1,
+            overlap_p2p_comm=plan.vpp > 1,
+            batch_p2p_comm=plan.vpp == 1,
+            deallocate_pipeline_outputs=True,
             use_cpu_initialization=not torch.cuda.is_available(),
             perform_initialization=False,  # weights come from a Hugging Face folder
-            # fused kernels that need apex or megatron's CUDA extensions
             bias_dropout_fusion=False,
             bias_activation_fusion=False,
             masked_softmax_fusion=False,
-            apply_rope_fusion=False,  # Transformer Engine's packed kernel restarts positions at every sequence
-            gradient_accumulation_fusion=False,
+            apply_rope_fusion=False,  # rotary is in spec.py
+            gradient_accumulation_fusion=has_fused_wgrad(),
             persist_layer_norm=False,
         )
 
 
+def has_fused_wgrad() -> bool:
+    """Whether apex's kernel that adds weight gradients straight into the float32 buffer is there."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import fused_weight_gradient_mlp_cuda  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    return True
+
+
+def _recompute_arguments(config: PolicyConfig) -> dict[str, Any]:
+    match config.recompute:
+        case "full":
+            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        case "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        case "none":
+            return {}
+
+
+def _moe_arguments(config: PolicyConfig) -> dict[str, Any]:
+    moe = config.moe
+    arguments: dict[str, Any] = {
+        "moe_token_dispatcher_type": moe.dispatcher,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": has_fused_modules(),
+        "moe_permute_fusion": has_fused_modules(),
+    }
+    if moe.dispatcher == "flex":
+        arguments |= {"moe_flex_dispatcher_backend": "deepep"}
+    return arguments
+
+
 def padded_vocab(vocab_size: int, plan: ParallelPlan) -> int:
-    """Rows of the embedding: a multiple of 64 per tensor-parallel rank."""
-    unit = 64 * plan.tp
-    return -(-vocab_size // unit) * unit
+    """Rows of the embedding: a multiple of 64 per tensor-parallel rank, the same for all tp up to 8 that divide 8.
+
+    Equal over layouts, so that a checkpoint written under one is read under another. Padding rows are never looked
+    up and never meet a hidden state.
+    """
+    return round_up(vocab_size, 64 * math.lcm(8, plan.tp))
 
 
 @contextlib.contextmanager
@@ -196,8 +323,9 @@ def quiet_megatron() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _in_dtype(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Parameters in `dtype`; buffers (rotary frequencies) keep float32."""
+def _replicated(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Parameters in `dtype`, their gradients summed over tensor-parallel ranks; buffers keep float32."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
+        parameter.sequence_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
     return module

@@ -1,8 +1,13 @@
-"""AdamW through megatron-core (bf16 parameters keep float32 copies), and the learning rate over steps."""
+"""AdamW through megatron-core's distributed optimizer, and the learning rate over steps.
+
+Every data-parallel rank keeps the float32 copies and moments of its share of the parameters, steps them, and the
+parameters are gathered again. One rank takes the same path with a share of everything.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +18,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from gspo_mm.config import OptimizerConfig
 from gspo_mm.policy.model import quiet_megatron
+from gspo_mm.policy.precision import PrecisionError
+from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.types import NonFiniteError
 
 
@@ -26,11 +33,11 @@ def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float
 
 
 class Optimizer:
-    """One AdamW step at a time over the parameters of `module` that require gradients."""
+    """One AdamW step at a time over the parameters of `chunks` that require gradients."""
 
     def __init__(
         self,
-        module: DistributedDataParallel,
+        chunks: list[DistributedDataParallel],
         config: OptimizerConfig,
         *,
         total_steps: int,
@@ -51,9 +58,10 @@ class Optimizer:
                     clip_grad=config.grad_clip,
                     bf16=dtype is torch.bfloat16,
                     params_dtype=dtype,
-                    use_distributed_optimizer=False,
+                    use_distributed_optimizer=True,
+                    **_memory_arguments(config),
                 ),
-                [module],
+                list(chunks),
             )
 
     @torch.no_grad()
@@ -77,7 +85,10 @@ class Optimizer:
         if self._config.grad_clip > 0:
             for part in self._inner.chained_optimizers:
                 clip_grad_by_total_norm_fp32(
-                    part.get_parameters(), max_norm=self._config.grad_clip, total_norm=norm
+                    part.get_parameters(),
+                    max_norm=self._config.grad_clip,
+                    total_norm=norm,
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )
         self._inner.step_with_ready_grads()
         self.step_count += 1
@@ -85,15 +96,39 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Drop each parameter's `grad`: after a step it is its `main_grad`, which backward would then fill twice."""
-        self._inner.zero_grad()
+        with warnings.catch_warnings():  # it looks at `grad` of the shares, which are views
+            warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+            self._inner.zero_grad()
 
     def take_over_parameters(self) -> None:
         """Refresh the float32 copies after the module's parameters were set from outside."""
         self._inner.reload_model_params()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"step_count": self.step_count, "inner": self._inner.state_dict()}
+    @property
+    def inner(self) -> Any:
+        """megatron's optimizer, for sharded checkpoints."""
+        return self._inner
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._inner.load_state_dict(state["inner"])
-        self.step_count = state["step_count"]
+
+def _memory_arguments(config: OptimizerConfig) -> dict[str, Any]:
+    """What makes the state smaller, or lets it live on the host. Raises PrecisionError where it cannot be had."""
+    arguments: dict[str, Any] = {}
+    for key, wanted in (("offload", config.offload), ("precision_aware", config.precision_aware)):
+        if wanted and not has_fused_modules():
+            raise PrecisionError(
+                f"policy.optimizer.{key}=true needs CUDA and Transformer Engine, which this machine has not; set it to "
+                "false"
+            )
+    if config.offload:
+        arguments |= {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": 1.0,
+            "overlap_cpu_optimizer_d2h_h2d": True,
+        }
+    if config.precision_aware:
+        arguments |= {
+            "use_precision_aware_optimizer": True,
+            "exp_avg_dtype": torch.bfloat16,
+            "exp_avg_sq_dtype": torch.bfloat16,
+        }
+    return arguments

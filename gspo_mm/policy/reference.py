@@ -13,7 +13,7 @@ class Reference:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._weights = [p.detach().to("cpu", copy=True) for p in policy.module.parameters()]
+        self._weights = [p.detach().to("cpu", copy=True) for p in policy.parameters()]
 
     @torch.no_grad()
     def logprobs(self, batches: list[MicroBatch], temperature: float) -> list[torch.Tensor]:
@@ -25,7 +25,7 @@ class Reference:
             self._swap()
 
     def _swap(self) -> None:
-        for parameter, other in zip(self._policy.module.parameters(), self._weights, strict=True):
+        for parameter, other in zip(self._policy.parameters(), self._weights, strict=True):
             mine = parameter.detach().to("cpu", copy=True)
             parameter.data.copy_(other)
             other.copy_(mine)

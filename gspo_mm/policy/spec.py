@@ -1,17 +1,22 @@
 """Which modules a decoder layer is made of: Transformer Engine's with CUDA, plain torch ones without.
 
 Same model and parallel code for both. The local modules are here because megatron-core's own refuse what we need:
-its torch norm refuses sequence parallelism, its unfused attention refuses packed sequences.
+its torch norm refuses sequence parallelism, its unfused attention refuses packed sequences. Rotary embedding is in
+the attention slot too: angles are worked out once per micro-batch from the family's multi-axis positions, where
+megatron's packed path reads sequence lengths back from the device at every layer.
+
+Dims: N packed tokens of this context-parallel rank, S sequences, L longest of them, A heads, H head size, D hidden.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -21,8 +26,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-# dims: N packed tokens, S sequences, L longest sequence, A heads, H head size, D hidden
-
 
 def has_fused_modules() -> bool:
     """Whether Transformer Engine's layers are used."""
@@ -31,38 +34,39 @@ def has_fused_modules() -> bool:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of packed sequences, and what our layers need on top; made once per micro-batch."""
+    """Megatron's description of packed sequences, and what our layers need on top; made once per micro-batch.
 
-    padded_index: torch.Tensor | None = (
-        None  # [N] int64: place of each token in [S*L]; None: no padding needed
-    )
-    visual_index: torch.Tensor | None = None  # [image tokens] int64: their places in N
+    `cu_seqlens_*` count the tokens of all context-parallel ranks, as Transformer Engine wants them.
+    """
+
+    angles: torch.Tensor | None = None  # [N, H] float32, rotary angles
+    lengths: tuple[int, ...] = ()  # [S] of the sequences in `cu_seqlens_*`, on the host
+    visual_index: torch.Tensor | None = None  # [image tokens] int64: their rows in this rank's hidden states
     deepstack: list[torch.Tensor] = field(default_factory=list)  # per level [image tokens, D]
 
 
-def pack_params(cu_seqlens: torch.Tensor) -> PackedSequences:
-    """From offsets [S+1] int32 of the sequences in N."""
-    lengths = cu_seqlens.diff().long()
-    longest = int(lengths.max())
-    index = None
-    if int(lengths.min()) != longest:
-        shift = torch.arange(len(lengths), device=lengths.device) * longest - cu_seqlens[:-1]
-        index = torch.arange(int(cu_seqlens[-1]), device=lengths.device) + shift.repeat_interleave(lengths)
+def pack_params(cu_seqlens: torch.Tensor, angles_NH: torch.Tensor) -> PackedSequences:
+    """From offsets [S+1] int32 (on the host) of the sequences over all context-parallel ranks."""
+    lengths = cu_seqlens.diff().tolist()
+    offsets = cu_seqlens.to(angles_NH.device)
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        padded_index=index,
+        cu_seqlens_q=offsets,
+        cu_seqlens_kv=offsets,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        angles=angles_NH,
+        lengths=tuple(lengths),
     )
 
 
-def block_spec(config: TransformerConfig, *, attention_bias: bool) -> TransformerBlockSubmodules:
-    """The decoder's layers. `attention_bias`: the attention's output projection has a bias too."""
+def block_spec(
+    config: TransformerConfig, *, attention_bias: bool, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The decoder's layers on this stage. `attention_bias`: the attention's output projection has a bias too."""
     fused = has_fused_modules()
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=fused, normalization=config.normalization
+        config, use_transformer_engine=fused, normalization=config.normalization, vp_stage=vp_stage
     )
     if not fused:
         block.layer_norm = RMSNorm
@@ -70,7 +74,9 @@ def block_spec(config: TransformerConfig, *, attention_bias: bool) -> Transforme
     for layer in layers:
         layer.module = DeepStackLayer
         attention = layer.submodules.self_attention.submodules
-        if not fused:
+        if fused:
+            attention.core_attention = _fused_attention()
+        else:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
             attention.q_layernorm = attention.k_layernorm = RMSNorm
             attention.core_attention = LocalAttention
@@ -105,7 +111,8 @@ class LocalAttention(MegatronModule):
     """Causal attention over packed sequences by torch's scaled_dot_product_attention.
 
     Sequences are moved to a right-padded [S, L] and back, so that the cost is S*L^2, not N^2. Padding keys stand
-    after every real query, so the causal mask is the only one needed.
+    after every real query, so the causal mask is the only one needed. Under context parallelism every rank gathers
+    all keys and values and answers its own queries: simple, and only meant for machines without CUDA.
     """
 
     def __init__(
@@ -123,6 +130,7 @@ class LocalAttention(MegatronModule):
         super().__init__(config=config)
         self._scale = softmax_scale
         self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self._cp: dist.ProcessGroup = pg_collection.cp
 
     def forward(
         self,
@@ -139,30 +147,122 @@ class LocalAttention(MegatronModule):
         assert packed_seq_params is not None
         assert attention_mask is None
         assert attention_bias is None
-        query, key, value = (_pad(t, packed_seq_params) for t in (query_NAH, key_NGH, value_NGH))
-        output_SALH = F.scaled_dot_product_attention(
+        angles_NH, lengths, size = packed_seq_params.angles, packed_seq_params.lengths, self._cp.size()
+        query, key = rotate(query_NAH, angles_NH), rotate(key_NGH, angles_NH)
+        value, mask = value_NGH, None
+        if size > 1:
+            key, value = (GatherTokens.apply(t, lengths, self._cp) for t in (key, value))
+            mask = _causal_mask(lengths, size, self._cp.rank())
+        query = _pad(query, [n // size for n in lengths])
+        key, value = _pad(key, lengths), _pad(value, lengths)
+        output_SAQH = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self._scale,
             dropout_p=self._dropout if self.training else 0.0,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return _unpad(output_SALH, packed_seq_params)
+        return _unpad(output_SAQH, [n // size for n in lengths])
 
 
-def _pad(packed_NAH: torch.Tensor, params: PackedSequences) -> torch.Tensor:
-    num_sequences, longest = len(params.cu_seqlens_q) - 1, params.max_seqlen_q
-    if params.padded_index is not None:
-        zeros = packed_NAH.new_zeros(num_sequences * longest, *packed_NAH.shape[1:])
-        packed_NAH = zeros.index_copy(0, params.padded_index, packed_NAH)
-    return packed_NAH.view(num_sequences, longest, *packed_NAH.shape[1:]).transpose(1, 2)
+@cache
+def _fused_attention() -> type:
+    """Transformer Engine's attention behind rotary embedding; made on first use, since its import needs CUDA."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention, fused_apply_rotary_pos_emb
+
+    class FusedAttention(TEDotProductAttention):
+        def forward(
+            self, query: Any, key: Any, value: Any, *args: Any, packed_seq_params: Any, **kwargs: Any
+        ) -> Any:
+            angles = packed_seq_params.angles[:, None, None]
+            # Transformer Engine's kernel for packed sequences restarts positions; the plain one takes our angles
+            query, key = (fused_apply_rotary_pos_emb(t.unsqueeze(1), angles).squeeze(1) for t in (query, key))
+            return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
+
+    return FusedAttention
 
 
-def _unpad(padded_SALH: torch.Tensor, params: PackedSequences) -> torch.Tensor:
+def rotate(states_NAH: torch.Tensor, angles_NH: torch.Tensor | None) -> torch.Tensor:
+    """Rotary embedding: every pair (h, h + H/2) turned by its angle."""
+    assert angles_NH is not None
+    cos, sin = (f(angles_NH).to(states_NAH.dtype).unsqueeze(1) for f in (torch.cos, torch.sin))
+    first, second = states_NAH.chunk(2, dim=-1)
+    return states_NAH * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class GatherTokens(torch.autograd.Function):
+    """Tokens [N, ...] of every context-parallel rank put in sequence order; backward sums over the ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, own: torch.Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.group = group
+        ctx.order = torch.cat([zigzag(lengths, group.size(), rank) for rank in range(group.size())])
+        parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, own.contiguous(), group=group)
+        gathered = torch.cat(parts)
+        return torch.empty_like(gathered).index_copy_(0, ctx.order, gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        own = ctx.order.chunk(ctx.group.size())[ctx.group.rank()]
+        return total.index_select(0, own), None, None
+
+
+def zigzag(lengths: tuple[int, ...] | list[int], size: int, rank: int) -> torch.Tensor:
+    """Packed places [N] that context-parallel rank `rank` holds: of every sequence pieces `rank` and `2*size-1-rank`.
+
+    So each rank gets an early and a late piece, and causal attention costs all of them alike. This is the layout
+    that Transformer Engine's context-parallel attention expects of packed sequences.
+    """
+    if size == 1:
+        return torch.arange(sum(lengths))
+    pieces, start = [], 0
+    for length in lengths:
+        piece = length // (2 * size)
+        for number in (rank, 2 * size - 1 - rank):
+            pieces.append(torch.arange(start + number * piece, start + (number + 1) * piece))
+        start += length
+    return torch.cat(pieces)
+
+
+def _causal_mask(lengths: tuple[int, ...], size: int, rank: int) -> torch.Tensor:
+    """[S, 1, L/size, L] bool: which keys each of this rank's queries sees; rows of padding see the first key."""
+    longest = max(lengths)
+    mask = torch.zeros(len(lengths), longest // size, longest, dtype=torch.bool)
+    mask[:, :, 0] = True
+    for row, length in enumerate(lengths):
+        places = zigzag([length], size, rank)
+        mask[row, : len(places)] = places[:, None] >= torch.arange(longest)
+    return mask.unsqueeze(1)
+
+
+def _padded_index(lengths: tuple[int, ...] | list[int]) -> torch.Tensor | None:
+    """[N] int64: place of each token in [S*L]; None where all lengths are equal."""
+    counts, longest = torch.tensor(lengths), max(lengths)
+    if min(lengths) == longest:
+        return None
+    shift = torch.arange(len(counts)) * longest - (counts.cumsum(0) - counts)
+    return torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)
+
+
+def _pad(packed_NAH: torch.Tensor, lengths: tuple[int, ...] | list[int]) -> torch.Tensor:
+    if (index := _padded_index(lengths)) is not None:
+        zeros = packed_NAH.new_zeros(len(lengths) * max(lengths), *packed_NAH.shape[1:])
+        packed_NAH = zeros.index_copy(0, index.to(zeros.device), packed_NAH)
+    return packed_NAH.view(len(lengths), max(lengths), *packed_NAH.shape[1:]).transpose(1, 2)
+
+
+def _unpad(padded_SALH: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     rows = padded_SALH.transpose(1, 2).flatten(2).flatten(0, 1)
-    return rows if params.padded_index is None else rows.index_select(0, params.padded_index)
+    index = _padded_index(lengths)
+    return rows if index is None else rows.index_select(0, index.to(rows.device))
 
 
 def _with_bias(linear: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:

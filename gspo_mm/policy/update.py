@@ -1,42 +1,66 @@
-"""Train the policy on scored groups: micro-batches, old log-probs, loss, optimizer steps."""
+"""Train the policy on its shares of the scored groups: micro-batches, old log-probs, loss, optimizer steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from statistics import fmean
 
 import torch
 
-from gspo_mm.batch import make_micro_batches, sequences_of
-from gspo_mm.batch.packing import Pixels
-from gspo_mm.config import Config, LossConfig
+from gspo_mm.batch import Pixels, deal_updates, pack
+from gspo_mm.config import Config, LossConfig, PolicyConfig
 from gspo_mm.loss.gspo import policy_loss, reduce_metrics
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
 from gspo_mm.runtime.phases import Phases
-from gspo_mm.types import MicroBatch, RolloutGroup
+from gspo_mm.types import MicroBatch, Share
+from gspo_mm.types import Sequence as TrainedSequence
+
+
+def share_out(
+    policy: Policy,
+    updates: Sequence[Sequence[TrainedSequence]] | None,
+    *,
+    processor: Pixels,
+    config: PolicyConfig,
+) -> tuple[list[Share], dict[str, float]]:
+    """This rank's shares of each update's sequences, and how well they are balanced. A collective.
+
+    Rank 0 gives `updates`, and deals them over the data-parallel ranks by cost; what others give is ignored.
+    """
+    dealt = None
+    if policy.ranks.main:
+        assert updates is not None
+        plan = policy.plan
+        of_dp_rank, metrics = deal_updates(
+            updates,
+            ranks=plan.dp,
+            max_tokens=config.micro_batch_tokens,
+            cost=policy.family.flops(policy.hf).training(config.freeze),
+            num_patches=processor.num_patches,
+            multiple_of=plan.sequence_multiple,
+            micro_batches_multiple_of=plan.pp if plan.vpp > 1 else 1,
+        )
+        dealt = [(of_dp_rank[dp_rank], metrics) for dp_rank in policy.dp_rank_of]
+    return policy.ranks.scatter(dealt)
 
 
 def update_policy(
     policy: Policy,
-    groups: Sequence[RolloutGroup],
+    shares: Sequence[Share],
     *,
     processor: Pixels,
     reference: Reference | None,
     config: Config,
     phases: Phases,
 ) -> dict[str, float]:
-    """`train.updates_per_batch` optimizer steps, each on its own share of the groups; returns their metrics.
+    """One optimizer step per share; returns their metrics, which are those of all ranks. A collective.
 
     Old log-probs are the policy's own, from one pass before the first step and shared by all of them. With a
     single step that pass is left out: the ratio is then exactly 1 in value, while its gradient is not 0.
     """
-    shares = split_evenly(groups, config.train.updates_per_batch)
-    batches_of_share = [
-        make_micro_batches(sequences_of(share), processor, config.policy.micro_batch_tokens)
-        for share in shares
-    ]
+    with phases("pack"):
+        batches_of_share = [[pack(list(m), processor) for m in share.micro_batches] for share in shares]
     temperature = config.rollout.sampling.temperature
     every_batch = [batch for batches in batches_of_share for batch in batches]
     with phases("old_logprobs"):
@@ -49,10 +73,10 @@ def update_policy(
     metrics: list[dict[str, float]] = []
     with phases("update"):
         start = 0
-        for batches in batches_of_share:
+        for share, batches in zip(shares, batches_of_share, strict=True):
             window = slice(start, start + len(batches))
             metrics.append(
-                _step(policy, batches, olds[window], refs[window], loss_config(config), temperature)
+                _step(policy, share, batches, olds[window], refs[window], loss_config(config), temperature)
             )
             start += len(batches)
     return {
@@ -68,26 +92,15 @@ def loss_config(config: Config) -> LossConfig:
     return config.loss.model_copy(update={"dr_grpo_length": length})
 
 
-def split_evenly[T](items: Sequence[T], parts: int) -> list[Sequence[T]]:
-    """At most `parts` runs of consecutive items whose sizes differ by at most one; none is empty."""
-    assert items
-    parts = min(parts, len(items))
-    edges = [len(items) * i // parts for i in range(parts + 1)]
-    return [items[a:b] for a, b in pairwise(edges)]
-
-
 def _step(
     policy: Policy,
+    share: Share,
     batches: list[MicroBatch],
     olds: list[torch.Tensor] | list[None],
     refs: list[torch.Tensor] | list[None],
     config: LossConfig,
     temperature: float,
 ) -> dict[str, float]:
-    # denominators of the whole optimizer step, so that its split into micro-batches cannot matter
-    num_sequences = sum(b.num_sequences for b in batches)
-    num_tokens = sum(b.num_response_tokens for b in batches)
-
     def loss_fn(
         index: int, logprobs_R: torch.Tensor, entropy_R: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
@@ -96,13 +109,16 @@ def _step(
             logprobs_R,
             logprobs_R.detach() if old_R is None else old_R,
             batch.advantages.to(logprobs_R),
-            batch.response_cu_seqlens,
+            batch.response_cu_seqlens.to(logprobs_R.device),
             config=config,
-            num_sequences=num_sequences,
-            num_tokens=num_tokens,
+            # of the whole optimizer step, so that its split over ranks and micro-batches cannot matter
+            num_sequences=share.num_sequences,
+            num_tokens=share.num_tokens,
             entropy=entropy_R,
             ref_logprobs=refs[index],
-            rollout_logprobs=batch.rollout_logprobs,
+            rollout_logprobs=None
+            if batch.rollout_logprobs is None
+            else batch.rollout_logprobs.to(logprobs_R.device),
             names=batch.names,
         )
         return output.loss, output.metrics

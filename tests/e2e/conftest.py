@@ -12,11 +12,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def gspo_mm(
-    *arguments: str, cwd: Path = ROOT, check: bool = True, **environment: str
+    *arguments: str, cwd: Path = ROOT, check: bool = True, ranks: int = 1, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user would; output is captured."""
+    """Run the command as a user would, on `ranks` ranks; output is captured."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        environment.setdefault("OMP_NUM_THREADS", "1")
     result = subprocess.run(
-        [sys.executable, "-m", "gspo_mm.cli", *arguments],
+        [*start, "-m", "gspo_mm.cli", *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -75,14 +75,14 @@ def test_log_probs_and_every_gradient_equal_transformers(
     model = tiny_vl(**MODELS[name], seed=len(name))
     layout = "transformers" if temperature == 1.0 else "published"
     policy = policy_of(model, tmp_path / "hf", layout=layout)
-    result = compare(policy, model, random_batch(model, images=3, seed=len(name)), temperature=temperature)
+    result = compare(policy, model, [random_batch(model, images=3, seed=len(name))], temperature=temperature)
     assert result.max_abs_logprob < 2e-5
     assert result.max_rel_grad < 1e-4, result.worst_grad
     assert result.roundtrip_exact
 
 
 def test_a_batch_of_text_only_equals_transformers(policy: Policy, model: Any) -> None:
-    result = compare(policy, model, random_batch(model, images=0))
+    result = compare(policy, model, [random_batch(model, images=0)])
     assert result.max_abs_logprob < 2e-5
 
 
@@ -135,7 +135,7 @@ BROKEN: dict[str, Any] = {
 def test_a_broken_entry_of_the_weight_map_shows_in_the_log_probs(fault: str, tmp_path: Path) -> None:
     model = tiny_vl(mlp_only_layers=[0])
     policy = policy_of(model, tmp_path / "hf")
-    policy.weight_map = BROKEN[fault](policy.weight_map)
+    policy.weights.entries = BROKEN[fault](policy.weights.entries)
     policy.load_hf(str(tmp_path / "hf"))
     batch = random_batch(model)
     (ours,) = policy.logprobs([batch])
@@ -148,7 +148,12 @@ def test_leaving_deepstack_out_would_show(
     batch = random_batch(model)
     (whole,) = policy.logprobs([batch])
     encode = policy.family.encode_images
-    monkeypatch.setattr(policy.module.family, "encode_images", lambda *a: (encode(*a)[0], []), raising=False)
+    monkeypatch.setattr(
+        policy.chunks[0].family,
+        "encode_images",
+        lambda *a: (encode(*a)[0], [torch.zeros_like(level) for level in encode(*a)[1]]),
+        raising=False,
+    )
     (without,) = policy.logprobs([batch])
     assert (whole - without).abs().max() > 1e-3
 
@@ -185,7 +190,7 @@ def test_neighbours_in_the_pack_change_nothing(policy: Policy, model: Any) -> No
 
 def test_equal_images_go_through_the_vision_tower_once(policy: Policy, model: Any) -> None:
     grids: list[Any] = []
-    hook = policy.module.visual.register_forward_pre_hook(
+    hook = policy.chunks[0].visual.register_forward_pre_hook(
         lambda _, args, kwargs: grids.append((len(args[0]), len(kwargs["grid_thw"]))), with_kwargs=True
     )
     batch = random_batch(model, images=3)
@@ -224,7 +229,7 @@ def test_image_tokens_without_their_image_are_refused(policy: Policy, model: Any
 def test_entropy_is_that_of_the_whole_vocabulary(policy: Policy, model: Any) -> None:
     batch = random_batch(model, images=0)
     with torch.no_grad():
-        _, entropy = policy.module(batch, temperature=0.7, entropy=True)
+        _, entropy = policy.chunks[0](batch, temperature=0.7, entropy=True)
     first = int(batch.response_mask.nonzero()[0])
     with torch.no_grad():
         logits = model(input_ids=batch.token_ids[None, :first]).logits[0, -1]

@@ -1,7 +1,6 @@
 """Optimizer steps of the policy: equal to torch's AdamW on transformers' model, exact on resume, and safe."""
 
 import copy
-import io
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_mm.checkpoint.distributed import CheckpointError, load_policy, save_policy
 from gspo_mm.config import OptimizerConfig, PolicyConfig
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.optimizer import learning_rate
@@ -80,7 +80,7 @@ def test_steps_equal_those_of_torchs_adamw_on_transformers_model(model: Any, fol
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_policy_continues_bit_for_bit(model: Any, folder: Path, dtype: str) -> None:
+def test_a_resumed_policy_continues_bit_for_bit(model: Any, folder: Path, dtype: str, tmp_path: Path) -> None:
     batches = [random_batch(model, seed=s) for s in range(5)]
     settings: dict[str, Any] = {"dtype": dtype, "warmup_steps": 2, "min_lr_ratio": 0.1}
     straight = policy(folder, **settings)
@@ -88,13 +88,11 @@ def test_a_resumed_policy_continues_bit_for_bit(model: Any, folder: Path, dtype:
     first = policy(folder, **settings)
     for batch in batches[:2]:
         first.update([batch], mean_logprob)
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
+    save_policy(first, tmp_path / "checkpoint")
     del first
-    file.seek(0)
     resumed = policy(folder, **settings)
     resumed.update([batches[4]], mean_logprob)  # whatever it held before must be gone
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    load_policy(resumed, tmp_path / "checkpoint")
     rest = [resumed.update([b], mean_logprob) for b in batches[2:]]
     assert rest == whole[2:]
     expected = weights(straight)
@@ -105,8 +103,11 @@ def test_the_state_of_another_model_is_refused(folder: Path, tmp_path: Path) -> 
     other = policy(
         save(tiny_vl(num_hidden_layers=2, vision={"deepstack_visual_indexes": [0]}), tmp_path / "hf")
     )
-    with pytest.raises(ValueError, match="another model"):
-        policy(folder).load_state_dict(other.state_dict())
+    save_policy(other, tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="another model"):
+        load_policy(policy(folder), tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="is no distributed checkpoint"):
+        load_policy(policy(folder), tmp_path)
 
 
 def test_equal_inputs_give_equal_bits(model: Any, folder: Path) -> None:
@@ -183,7 +184,7 @@ def test_bfloat16_keeps_float32_copies_of_the_weights(model: Any, folder: Path) 
         trained.update([random_batch(model)], mean_logprob)
     name = "model.language_model.norm.weight"  # about 1, where bfloat16 steps are 2^-8
     (main,) = [
-        p.main_param for n, p in trained.module.named_parameters() if n.endswith("final_layernorm.weight")
+        p.main_param for n, p in trained.chunks[0].named_parameters() if n.endswith("final_layernorm.weight")
     ]
     assert main.dtype is torch.float32
     moved = (main - before[name].float()).abs().max()

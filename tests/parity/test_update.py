@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from gspo_mm.advantage import group_advantages
+from gspo_mm.batch import sequences_of, split_evenly
 from gspo_mm.config import Config, parse_config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
-from gspo_mm.policy.update import split_evenly, update_policy
+from gspo_mm.policy.update import share_out, update_policy
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.types import Completion, Finish, RolloutGroup, Score
 
@@ -68,13 +69,18 @@ def run(
 ) -> tuple[Policy, list[dict[str, float]]]:
     policy = Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=100)
     reference = Reference(policy) if config.loss.kl_coef else None
-    metrics = [
-        update_policy(
-            policy, groups, processor=processor, reference=reference, config=config, phases=Phases()
-        )
-        for _ in range(steps)
-    ]
+    metrics = [update(policy, config, groups, processor, reference) for _ in range(steps)]
     return policy, metrics
+
+
+def update(
+    policy: Policy, config: Config, groups: Any, processor: Processor, reference: Reference | None = None
+) -> dict[str, float]:
+    updates = [sequences_of(part) for part in split_evenly(groups, config.train.updates_per_batch)]
+    shares, _ = share_out(policy, updates, processor=processor, config=config.policy)
+    return update_policy(
+        policy, shares, processor=processor, reference=reference, config=config, phases=Phases()
+    )
 
 
 def weights(policy: Policy) -> torch.Tensor:
@@ -141,7 +147,7 @@ def test_looking_at_the_reference_leaves_the_policy_as_it_was(
     policy, _ = run(settings, groups, processor)
     reference = Reference(policy)
     trained = weights(policy).clone()
-    update_policy(policy, groups, processor=processor, reference=None, config=settings, phases=Phases())
+    update(policy, settings, groups, processor)
     moved = weights(policy).clone()
     reference.logprobs([], 1.0)
     assert torch.equal(weights(policy), moved)

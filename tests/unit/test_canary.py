@@ -57,7 +57,7 @@ def policy(tmp_path: Path) -> Policy:
 
 def blind(policy: Policy) -> None:
     """As if the features were not the image's: the mergers answer the same for any input."""
-    for name, parameter in policy.module.visual.named_parameters():
+    for name, parameter in policy.chunks[0].visual.named_parameters():
         if "merger" in name and name.endswith("linear_fc2.weight"):
             parameter.data.zero_()
 
@@ -89,6 +89,6 @@ def test_the_blank_image_has_the_size_of_the_real_one() -> None:
 
 
 def test_the_weights_are_left_as_they_were(policy: Policy) -> None:
-    before: dict[str, Any] = {n: p.clone() for n, p in policy.module.named_parameters()}
+    before: dict[str, Any] = {n: p.clone() for n, p in policy.chunks[0].named_parameters()}
     check_sight(policy, StubProcessor(), [encoded(image(1))])
-    assert all(torch.equal(p, before[n]) for n, p in policy.module.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in policy.chunks[0].named_parameters())

@@ -67,6 +67,7 @@ class OurStep:
 
     def __init__(self, model: Path, shards: str, *, prompts: int, group_size: int, tokens: int) -> None:
         from gspo_mm.config import parse_config
+        from gspo_mm.runtime.dist import Ranks
         from gspo_mm.runtime.phases import Phases
         from gspo_mm.stages import build_stages
 
@@ -85,14 +86,15 @@ class OurStep:
                 "train": {"updates_per_batch": 1},
             }
         )
-        self.stages = build_stages(self.config, total_updates=1000)
+        self.stages = build_stages(self.config, Ranks(), total_updates=1000)
         self.stages.processor.stop_token_ids = ()  # every answer runs to its full length
         self.phases = Phases()
         self.step = 0
 
     def __call__(self) -> dict[str, float]:
         from gspo_mm.advantage import group_advantages
-        from gspo_mm.policy.update import update_policy
+        from gspo_mm.batch import sequences_of
+        from gspo_mm.policy.update import share_out, update_policy
         from gspo_mm.rollout.engine import sample_groups
         from gspo_mm.sync.push import push_weights
         from gspo_mm.types import Score
@@ -117,9 +119,15 @@ class OurStep:
         ]
         result = group_advantages(scored, self.config.advantage)
         assert result.dead == 0, "a dead group would make our step cheaper than TRL's"
+        shares, _ = share_out(
+            stages.policy,
+            [sequences_of(result.live)],
+            processor=stages.processor,
+            config=self.config.policy,
+        )
         update_policy(
             stages.policy,
-            result.live,
+            shares,
             processor=stages.processor,
             reference=None,
             config=self.config,

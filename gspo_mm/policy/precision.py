@@ -1,0 +1,74 @@
+"""Number formats: BF16 or float32 parameters, and Transformer Engine's FP8 recipes for the matrix products.
+
+In FP8 the router, the vision tower, the embedding and the output weight keep their format: megatron runs FP8 inside
+decoder layers only, the router's product is its own float32 one, and the log-probs take the output weight directly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gspo_mm.config import PolicyConfig
+from gspo_mm.types import GspoError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# compute capability from which a recipe's kernels exist, and that of the devices it is meant for
+_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+# rows of a matrix product must be a multiple of this
+_ROWS = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
+
+
+class PrecisionError(GspoError, ValueError):
+    """The machine, or another setting, cannot do the number format that the config asks for."""
+
+
+def check_fp8(config: PolicyConfig) -> None:
+    """Raise PrecisionError, before any model is built, when this machine cannot do `policy.fp8`."""
+    recipe = config.fp8.recipe
+    if recipe is None:
+        return
+    if not torch.cuda.is_available():
+        raise PrecisionError(
+            f"policy.fp8.recipe={recipe} needs a CUDA device with FP8 (Hopper or newer) and Transformer Engine; this "
+            "machine has none: set policy.fp8.recipe=null"
+        )
+    have, need = torch.cuda.get_device_capability(), _CAPABILITY[recipe]
+    if have < need:
+        raise PrecisionError(
+            f"policy.fp8.recipe={recipe} needs compute capability {need[0]}.{need[1]} but "
+            f"{torch.cuda.get_device_name()} has {have[0]}.{have[1]}; "
+            + ("use blockwise, tensorwise or delayed" if have >= (9, 0) else "set policy.fp8.recipe=null")
+        )
+    from gspo_mm.policy.spec import has_fused_modules
+
+    if not has_fused_modules():
+        raise PrecisionError(
+            f"policy.fp8.recipe={recipe} needs Transformer Engine, which is not installed: pip install 'gspo-mm[te]'"
+        )
+
+
+def fp8_arguments(config: PolicyConfig) -> dict[str, Any]:
+    """Keyword arguments of megatron's TransformerConfig."""
+    fp8 = config.fp8
+    if fp8.recipe is None:
+        return {}
+    return {
+        "fp8": "hybrid" if fp8.recipe in ("tensorwise", "delayed") else "e4m3",
+        "fp8_recipe": fp8.recipe,
+        "fp8_param": fp8.primary_weights,
+        "fp8_amax_history_len": 1024 if fp8.recipe == "delayed" else 1,
+        "fp8_amax_compute_algo": "max" if fp8.recipe == "delayed" else "most_recent",
+        "first_last_layers_bf16": fp8.bf16_layers_at_start + fp8.bf16_layers_at_end > 0,
+        "num_layers_at_start_in_bf16": fp8.bf16_layers_at_start,
+        "num_layers_at_end_in_bf16": fp8.bf16_layers_at_end,
+        # experts see ragged token counts; padding the routing map is cheaper than padding every expert's rows
+        "moe_router_padding_for_quantization": True,
+    }
+
+
+def token_multiple(config: PolicyConfig) -> int:
+    """Tokens of a rank's micro-batch are padded to a multiple of this."""
+    return 1 if config.fp8.recipe is None else _ROWS[config.fp8.recipe]

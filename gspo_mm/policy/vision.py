@@ -1,0 +1,215 @@
+"""The vision tower on the ranks that share a micro-batch: its images are dealt out, its features gathered.
+
+Every tensor- and context-parallel rank holds the whole tower and runs it on its own share of the images. The
+features of all images are then gathered; each rank puts those it needs at the image tokens it holds. Backward,
+the gradients of the features are summed over the ranks and each rank carries its own images' back through the
+tower: its parameters' gradients are then parts, summed over data- and context-parallel ranks by megatron's
+gradient buffers and over tensor-parallel ranks because the parameters are marked `sequence_parallel`.
+
+A rank without images runs the tower on a blank one and keeps none of its features, so that every parameter gets a
+gradient on every rank and nobody waits for a collective that one rank left out.
+
+The features of a tower that nothing trains never change: they are kept, by the image's content hash, up to a given
+number of bytes, for the G answers and the old, reference and update passes alike.
+
+Dims: I image tokens of the micro-batch, D hidden, K DeepStack levels.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gspo_mm.families.base import Family
+from gspo_mm.types import MicroBatch
+
+
+class Features:
+    """Features [I, (1+K)*D] of a micro-batch's distinct images: those for the embedding, then each level's."""
+
+    def __init__(
+        self, family: Family, hf: Any, tower: torch.nn.Module, group: dist.ProcessGroup, *, cache_bytes: int
+    ) -> None:
+        self._family = family
+        self._hf = hf
+        self._tower = tower
+        self._group = group
+        self._cache = FeatureCache(cache_bytes)
+
+    @property
+    def trained(self) -> bool:
+        return any(p.requires_grad for p in self._tower.parameters())
+
+    def forget(self) -> None:
+        """Drop what is kept: the weights are others now."""
+        self._cache.clear()
+
+    def of(self, batch: MicroBatch, device: torch.device) -> torch.Tensor:
+        """Rows in the order of the micro-batch's distinct images. A collective of the ranks that share it."""
+        grids = torch.empty(0, 3, dtype=torch.int64) if batch.image_grid_thw is None else batch.image_grid_thw
+        patches = grids.prod(-1).tolist()
+        shares = split_by_weight(patches, self._group.size())
+        mine = shares[self._group.rank()]
+        tokens = self._family.tokens_per_image(self._hf, grids)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained):
+            own = self._encode(batch, grids, list(mine), patches, device)
+            if self._group.size() == 1:
+                return own
+            counts = [sum(tokens[i] for i in share) for share in shares]
+            return GatherRows.apply(own, counts, self._group)  # pyright: ignore[reportReturnType]
+
+    def _encode(
+        self,
+        batch: MicroBatch,
+        grids: torch.Tensor,
+        images: list[int],
+        patches: list[int],
+        device: torch.device,
+    ) -> torch.Tensor:
+        if not images:
+            return self._blank(device)
+        pixels = torch.empty(0) if batch.pixel_values is None else batch.pixel_values
+        starts = list(accumulate(patches, initial=0))
+
+        def run(chosen: Sequence[int]) -> torch.Tensor:
+            own = torch.cat([pixels[starts[i] : starts[i + 1]] for i in chosen])
+            return self._run(own.to(device, non_blocking=True), grids[list(chosen)].to(device))
+
+        if self.trained or not self._cache.size:
+            return run(images)
+        keys = [batch.image_keys[i] for i in images]
+        missing = [i for i, key in zip(images, keys, strict=True) if key not in self._cache]
+        fresh: dict[str, torch.Tensor] = {}
+        if missing:
+            sizes = self._family.tokens_per_image(self._hf, grids[missing])
+            parts = run(missing).split(sizes)
+            fresh = {batch.image_keys[i]: part.clone() for i, part in zip(missing, parts, strict=True)}
+        rows = torch.cat([fresh[key] if key in fresh else self._cache.get(key) for key in keys])
+        for key, features in fresh.items():
+            self._cache.put(key, features)
+        return rows
+
+    def _run(self, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        dtype = next(self._tower.parameters()).dtype
+        features, levels = self._family.encode_images(self._tower, pixels.to(dtype), grids)
+        return torch.cat([features, *levels], dim=-1)
+
+    def _blank(self, device: torch.device) -> torch.Tensor:
+        """No rows, but connected to every parameter of the tower."""
+        pixels, grid = self._family.blank_image(self._hf)
+        if self.trained and torch.is_grad_enabled():
+            return self._run(pixels.to(device), grid.to(device))[:0]
+        with torch.device(device):
+            width = self._hf.text_config.hidden_size * (
+                1 + len(self._hf.vision_config.deepstack_visual_indexes)
+            )
+            return torch.empty(0, width, dtype=next(self._tower.parameters()).dtype)
+
+
+class FeatureCache:
+    """Tensors by key up to `size` bytes; the longest unused one leaves first."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.used = 0  # bytes
+        self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: str) -> torch.Tensor:
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def put(self, key: str, value: torch.Tensor) -> None:
+        if key in self._entries or value.nbytes > self.size:
+            return
+        self._entries[key] = value
+        self.used += value.nbytes
+        while self.used > self.size:
+            _, oldest = self._entries.popitem(last=False)
+            self.used -= oldest.nbytes
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.used = 0
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows of all ranks one after the other, `counts` of each; backward sums the ranks' gradients of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, counts: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.counts, ctx.group = counts, group
+        return gather_rows(own, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        total = gradients[0].contiguous().clone()
+        if len(total):
+            dist.all_reduce(total, group=ctx.group)
+        return total.split(ctx.counts)[ctx.group.rank()], None, None
+
+
+def gather_rows(own: torch.Tensor, counts: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """All ranks' rows; without gradient. Shorter parts are filled up, since gloo gathers equal shapes only."""
+    longest = max(counts)
+    if not longest:
+        return own.detach()
+    filled = own.new_zeros(longest, *own.shape[1:])
+    filled[: len(own)] = own.detach()
+    parts = [torch.empty_like(filled) for _ in counts]
+    dist.all_gather(parts, filled, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+class Port(torch.autograd.Function):
+    """Carries the gradient of DeepStack features back to the tower past the decoder's recomputed layers.
+
+    A recomputed layer runs its own backward, which may not reach outside it. So its features are leaves: their
+    gradients are complete when that of the embeddings arrives, since the first layer is the last to go backward,
+    and are handed on from there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: torch.Tensor, leaves: list[torch.Tensor], *levels: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.leaves = leaves
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return gradients[0], None, *(leaf.grad for leaf in ctx.leaves)
+
+
+def deepstack_leaves(
+    features: torch.Tensor, levels: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(features, leaves): the levels as leaves whose gradients return through `features`."""
+    if not (torch.is_grad_enabled() and features.requires_grad):
+        return features, list(levels)
+    leaves = [level.detach().requires_grad_() for level in levels]
+    return Port.apply(features, leaves, *levels), leaves  # pyright: ignore[reportReturnType]
+
+
+def split_by_weight(weights: Sequence[int], parts: int) -> list[range]:
+    """Consecutive runs of items, one per part, whose weights are as even as cutting at item borders allows."""
+    if parts == 1:
+        return [range(len(weights))]
+    total = sum(weights)
+    edges = [0]
+    middles = [before + w / 2 for before, w in zip(accumulate(weights, initial=0), weights, strict=False)]
+    for part in range(1, parts):
+        limit = total * part / parts
+        edges.append(max(edges[-1], sum(middle < limit for middle in middles)))
+    edges.append(len(weights))
+    return [range(a, b) for a, b in pairwise(edges)]

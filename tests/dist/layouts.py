@@ -1,0 +1,105 @@
+"""What a policy computes under one parallel layout. Run by torchrun for many layouts at once, and by the tests alone.
+
+    torchrun --nproc-per-node 2 -m tests.dist.layouts OUT FOLDER... -- NAME...
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gspo_mm.config import PolicyConfig
+from gspo_mm.policy.engine import Policy
+from gspo_mm.types import MicroBatch
+from tools.check_parity import positions_model, random_batches
+
+# name -> (ranks, model, what differs from the plain policy config)
+LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "tp2": (2, "moe", {"parallel": {"tp": 2}}),
+    "tp2 dense": (2, "dense", {"parallel": {"tp": 2}}),
+    "tp2 recompute full": (2, "moe", {"parallel": {"tp": 2}, "recompute": "full"}),
+    "tp2 recompute selective": (2, "moe", {"parallel": {"tp": 2}, "recompute": "selective"}),
+    "ep2": (2, "moe", {"parallel": {"ep": 2}}),
+    "tp2 ep2 etp1": (2, "moe", {"parallel": {"tp": 2, "ep": 2, "etp": 1}}),
+    "pp2": (2, "moe", {"parallel": {"pp": 2}}),
+    "pp2 tied": (2, "dense", {"parallel": {"pp": 2}}),
+    "pp2 uneven": (2, "moe", {"parallel": {"pp": 2, "first_stage_layers": 4}}),
+    "pp2 interleaved": (2, "moe", {"parallel": {"pp": 2, "vpp": 2}}),
+    "cp2": (2, "moe", {"parallel": {"cp": 2}}),
+    "cp2 ep2": (2, "moe", {"parallel": {"cp": 2, "ep": 2}}),
+    "dp2": (2, "moe", {"parallel": {"dp": 2}}),
+    "dp2 overlapping reduction": (2, "moe", {"parallel": {"dp": 2}, "optimizer": {"overlap": True}}),
+    "dp2 frozen vision": (2, "moe", {"parallel": {"dp": 2}, "freeze": ["vision", "projector"]}),
+    "tp2 frozen vision": (2, "moe", {"parallel": {"tp": 2}, "freeze": ["vision", "projector"]}),
+    "tp2 ep2 etp2": (4, "moe", {"parallel": {"tp": 2, "ep": 2, "etp": 2}}),
+    "pp2 ep2": (4, "moe", {"parallel": {"pp": 2, "ep": 2}}),
+    "tp2 pp2": (4, "moe", {"parallel": {"tp": 2, "pp": 2}}),
+    "tp2 pp2 ep2": (4, "moe", {"parallel": {"tp": 2, "pp": 2, "ep": 2, "etp": 1}}),
+    "tp2 cp2": (4, "moe", {"parallel": {"tp": 2, "cp": 2}}),
+    "ep4": (4, "moe", {"parallel": {"ep": 4}}),
+}
+
+
+def policy_config(changes: dict[str, Any]) -> PolicyConfig:
+    # eps: far above rounding, so that a gradient of rounding noise does not become a full step of Adam
+    optimizer = {"lr": 1e-3, "eps": 1e-5, "grad_clip": 0.5, "weight_decay": 0.1, **changes.get("optimizer", {})}
+    return PolicyConfig.model_validate({"dtype": "float32", **changes, "optimizer": optimizer})
+
+
+def batches_of(policy: Policy) -> list[MicroBatch]:
+    """Four micro-batches, every other one without an image: with two data-parallel ranks one has text only."""
+    return random_batches(positions_model(policy.hf), count=4, images=3)
+
+
+def loss_of(mine: list[int], batches: list[MicroBatch]) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
+    """A loss that weighs every token differently, plus a metric."""
+
+    def loss_fn(index: int, logprobs_R: torch.Tensor, entropy_R: torch.Tensor) -> Any:
+        generator = torch.Generator().manual_seed(mine[index])
+        weights_R = torch.randn(batches[mine[index]].num_response_tokens, generator=generator)
+        return (logprobs_R * weights_R).sum() / 10, {"entropy": float(entropy_R.sum())}
+
+    return loss_fn
+
+
+def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Log-probs, loss and gradients of four micro-batches, and the weights after two optimizer steps on them."""
+    policy = Policy.from_hf(str(folder), policy_config(changes), seed=0, total_steps=4)
+    everything = batches_of(policy)
+    mine = list(range(len(everything)))[policy.groups.dp.rank() :: policy.plan.dp]
+    batches = [everything[i] for i in mine]
+    loss_fn = loss_of(mine, everything)
+    logprobs = policy.logprobs(batches, temperature=0.7)
+    numbered = policy.ranks.gather(list(zip(mine, logprobs, strict=True)))
+    loss, metrics = policy.backward(batches, loss_fn, temperature=0.7)
+    gradients = {name: tensor.clone() for name, tensor in policy.export_gradients()}
+    steps = [policy.update(batches, loss_fn, temperature=0.7) for _ in range(2)]
+    return {
+        "logprobs": [dict(pair for of_rank in numbered for pair in of_rank)[i] for i in range(len(everything))],
+        "loss": loss,
+        "entropy": sum(m["entropy"] for m in metrics),
+        "gradients": gradients,
+        "norms": [step.grad_norm for step in steps],
+        "losses": [step.loss for step in steps],
+        "weights": {name: tensor.clone() for name, tensor in policy.export()},
+    }
+
+
+def main() -> None:
+    out, *folders = sys.argv[1 : sys.argv.index("--")]
+    names = sys.argv[sys.argv.index("--") + 1 :]
+    torch.set_num_threads(1)
+    for name in names:
+        _, model, changes = LAYOUTS[name]
+        result = measure(next(Path(f) for f in folders if f.endswith(model)), changes)
+        if torch.distributed.get_rank() == 0:
+            torch.save(result, Path(out) / f"{name}.pt")
+            print("done", name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

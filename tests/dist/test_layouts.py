@@ -1,0 +1,71 @@
+"""Every parallel layout computes what one rank computes: log-probs, loss, gradients, and weights after two steps."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist.launch import torchrun
+from tests.dist.layouts import LAYOUTS, measure
+from tests.tiny_vl import save, tiny_vl
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A mixture of experts with one dense layer, and a tied dense model with attention biases; odd vocabularies."""
+    parent = tmp_path_factory.mktemp("models")
+    moe = tiny_vl(num_hidden_layers=12, mlp_only_layers=[1], vocab_size=250)
+    dense = tiny_vl(moe=False, tied=True, num_hidden_layers=6, attention_bias=True, vocab_size=131)
+    return {"moe": save(moe, parent / "moe"), "dense": save(dense, parent / "dense")}
+
+
+@pytest.fixture(scope="module")
+def measured(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """name -> what its ranks measured; all layouts of one size share a launch."""
+    out = tmp_path_factory.mktemp("measured")
+
+    @cache
+    def launch(ranks: int) -> str:
+        names = [name for name, (size, _, _) in LAYOUTS.items() if size == ranks]
+        done = torchrun(
+            ranks, "-m", "tests.dist.layouts", str(out), *map(str, folders.values()), "--", *names
+        )
+        return "" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
+
+    def get(name: str) -> dict[str, Any]:
+        fault = launch(LAYOUTS[name][0])
+        file = out / f"{name}.pt"
+        assert file.exists(), f"{name} was not measured: {fault}"
+        return torch.load(file, weights_only=True)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def alone(folders: dict[str, Path]) -> Any:
+    """What one rank measures."""
+
+    @cache
+    def get(model: str, freeze: tuple[str, ...]) -> dict[str, Any]:
+        return measure(folders[model], {"freeze": list(freeze)})
+
+    return get
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_computes_what_one_rank_computes(name: str, measured: Any, alone: Any) -> None:
+    _, model, changes = LAYOUTS[name]
+    expected, found = alone(model, tuple(changes.get("freeze", ()))), measured(name)
+    for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
+        assert (ours - theirs).abs().max() <= 2e-5
+    assert found["loss"] == pytest.approx(expected["loss"], abs=2e-5)
+    assert found["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+    for what, tolerance in (("gradients", 1e-4), ("weights", 1e-4)):
+        assert found[what].keys() == expected[what].keys()
+        for key, tensor in expected[what].items():
+            scale = float(tensor.abs().max()) + 1e-12
+            assert float((found[what][key] - tensor).abs().max()) / scale <= tolerance, f"{what} of {key}"
