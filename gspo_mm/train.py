@@ -29,6 +29,7 @@ from gspo_mm.observe.metrics import MetricsWriter, read_metrics
 from gspo_mm.observe.progress import Progress
 from gspo_mm.observe.report import write_report
 from gspo_mm.observe.rollouts import save_rollouts
+from gspo_mm.observe.throughput import peak_flops, peak_memory, throughput
 from gspo_mm.policy.canary import check_sight
 from gspo_mm.policy.update import share_out, update_policy
 from gspo_mm.reward.spec import failed_fraction
@@ -128,8 +129,9 @@ class Loop:
         with phases("sync"):
             push_weights(stages.policy, stages.engine, version=self.step)
         evaluation = self.evaluate() if self.is_evaluation_step() else {}
+        memory = {"memory/peak_gib": max(self.ranks.gather(peak_memory()))}
         if self.ranks.main:
-            self.record({**rollout_metrics(groups, result), **update, **evaluation})
+            self.record({**rollout_metrics(groups, result), **update, **evaluation, **memory})
         # after the step's line is on disk, so that a resumed run misses none; its time counts in the next line
         with phases("checkpoint"):
             self.keep(groups, result)
@@ -198,9 +200,17 @@ class Loop:
         source = self.stages.source
         times = self.phases.take()
         tokens = metrics.pop("tokens")
+        work = {name: metrics.pop(name) for name in list(metrics) if name.startswith(("flops/", "tokens/"))}
         metrics = {
             **metrics,
             **times,
+            **throughput(
+                {name.removeprefix("flops/"): x for name, x in work.items() if name.startswith("flops/")},
+                times,
+                tokens=work.get("tokens/update", 0.0),
+                devices=self.ranks.size,
+                peak=peak_flops(fp8=self.config.policy.fp8.recipe is not None),
+            ),
             "tokens_per_second": tokens / times["time/step"],
             "data/epoch": source.epoch,
             "data/skipped": source.skipped,

@@ -120,6 +120,11 @@ def measure(dealt: Dealt, *, cost: FlopModel, num_patches: NumPatches, multiple_
     )
 
 
+def flops_of(dealt: Dealt, *, cost: FlopModel, num_patches: NumPatches) -> int:
+    """What all ranks together have to do for `dealt`, padding not counted."""
+    return sum(_cost_of(members, cost, num_patches, 1) for row in dealt for members in row)
+
+
 def _cost_of(members: list[Sequence], cost: FlopModel, num_patches: NumPatches, multiple_of: int) -> int:
     images = {image.key: image for s in members for image in s.prompt.images}
     return cost.count(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from statistics import fmean
 
-from gspo_mm.batch.balance import NumPatches, deal, measure
+from gspo_mm.batch.balance import NumPatches, deal, flops_of, measure
 from gspo_mm.batch.cost import FlopModel
 from gspo_mm.types import Sequence as TrainedSequence
 from gspo_mm.types import Share
@@ -17,12 +17,19 @@ def deal_updates(
     *,
     ranks: int,
     max_tokens: int,
-    cost: FlopModel,
+    flops: FlopModel,
+    frozen: Collection[str],
     num_patches: NumPatches,
     multiple_of: int = 1,
     micro_batches_multiple_of: int = 1,
 ) -> tuple[list[list[Share]], dict[str, float]]:
-    """([rank][update] shares, metrics) of the sequences of each optimizer step; see `deal` for the sizes."""
+    """([rank][update] shares, metrics) of the sequences of each optimizer step; see `deal` for the sizes.
+
+    `flops` is that of a forward pass, `frozen` the parts that are not trained. Beside measures of balance the metrics
+    hold what all ranks have to do: "flops/update", "flops/old_logprobs" (one forward pass) and "tokens/update".
+    """
+    cost = flops.training(frozen)
+    work = {"flops/update": 0.0, "flops/old_logprobs": 0.0, "tokens/update": 0.0}
     shares: list[list[Share]] = [[] for _ in range(ranks)]
     balances = []
     for sequences in updates:
@@ -36,6 +43,9 @@ def deal_updates(
             micro_batches_multiple_of=micro_batches_multiple_of,
         )
         balances.append(measure(dealt, cost=cost, num_patches=num_patches, multiple_of=multiple_of))
+        work["flops/update"] += flops_of(dealt, cost=cost, num_patches=num_patches)
+        work["flops/old_logprobs"] += flops_of(dealt, cost=flops, num_patches=num_patches)
+        work["tokens/update"] += sum(len(s.token_ids) for s in sequences)
         for of_rank, micro_batches in zip(shares, dealt, strict=True):
             of_rank.append(
                 Share(
@@ -50,6 +60,7 @@ def deal_updates(
         "batch/imbalance": fmean(b.imbalance for b in balances),
         "batch/slot_imbalance": fmean(b.slot_imbalance for b in balances),
         "batch/padding": fmean(b.padding for b in balances),
+        **work,
         "batch/micro_batches": float(sum(len(share.micro_batches) for share in shares[0])),
     }
 

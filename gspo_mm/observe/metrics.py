@@ -59,6 +59,13 @@ METRICS = {
     "data/skipped": "unusable samples skipped so far",
     "weight_version": "steps that made the weights now in the rollout engine",
     "tokens_per_second": "prompt and response tokens of the step, per second of it",
+    "tokens_per_second/*": "tokens trained on per second of one phase: update, old_logprobs",
+    "tflops_per_device/*": "model FLOPs of one phase per second and device, in units of 10^12",
+    "mfu/*": "model-FLOPs utilisation of one phase: observe/throughput.py; on known devices only",
+    "memory/peak_gib": "largest memory use of any rank so far: device memory, or resident memory on a CPU",
+    "moe/load_max": "tokens of the busiest expert over an even spread, worst layer; 1 is even",
+    "moe/load_max/*": "the same for one decoder layer",
+    "moe/unused": "fraction of all experts that got no token in the step's updates",
     "time/*": "seconds of the step spent in one phase; time/step is all of it",
     "sft/loss": "cross-entropy of the reference responses, nats per token",
 }

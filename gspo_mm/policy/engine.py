@@ -29,6 +29,7 @@ from gspo_mm.config import PolicyConfig
 from gspo_mm.families import Family, family_of, read_hf
 from gspo_mm.policy import cpu
 from gspo_mm.policy.layout import padded_tokens
+from gspo_mm.policy.load import ExpertLoad
 from gspo_mm.policy.model import PolicyModel, padded_vocab, quiet_megatron
 from gspo_mm.policy.optimizer import Optimizer
 from gspo_mm.policy.parallel import Groups, ParallelPlan
@@ -96,6 +97,7 @@ class Policy:
         self.optimizer = Optimizer(
             self._ddp, config.optimizer, total_steps=total_steps, dtype=DTYPES[config.dtype]
         )
+        self._load = ExpertLoad(self.chunks)
         self._prepare_schedule()
 
     @classmethod
@@ -196,9 +198,13 @@ class Policy:
 
     def load_hf(self, path: str, *, experts_layout: str = "auto") -> None:
         """Replace all weights by those of a Hugging Face folder of the same architecture."""
-        self.weights.load(read_hf(path, experts_layout))
-        self.optimizer.take_over_parameters()
+        exact = self.weights.load(read_hf(path, experts_layout))
+        self.optimizer.take_over_parameters(exact)
         self.forget_features()
+
+    def expert_load(self) -> dict[str, float]:
+        """How evenly the updates since the last call used the experts: see `ExpertLoad.take`."""
+        return self._load.take(self.groups)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """This rank's parameters, in a fixed order."""

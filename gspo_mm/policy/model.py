@@ -76,6 +76,7 @@ class PolicyModel(MegatronModule):
             )
         self.language = build_decoder(self, family, hf, transformer, plan)
         self.token_multiple = token_multiple(config)
+        self.real_rows = torch.empty(0, dtype=torch.bool)  # rows of the pass under way that are not padding
 
     @property
     def share_embeddings_and_output_weights(self) -> bool:
@@ -106,6 +107,7 @@ class PolicyModel(MegatronModule):
             image_token_id=self.hf.image_token_id,
             total=total or padded_tokens(batch, self.plan, multiple=self.token_multiple),
         )
+        self.real_rows = layout.own_is_real.to(target)
         packed = pack_params(layout.cu_seqlens, self.rotary(layout.positions.to(target)))
         embeddings_N1D = self._embed(batch, layout, packed) if self.pre_process else None
         return self.language(

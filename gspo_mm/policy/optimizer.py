@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -100,9 +101,19 @@ class Optimizer:
             warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
             self._inner.zero_grad()
 
-    def take_over_parameters(self) -> None:
-        """Refresh the float32 copies after the module's parameters were set from outside."""
+    @torch.no_grad()
+    def take_over_parameters(self, exact: Mapping[torch.nn.Parameter, torch.Tensor] | None = None) -> None:
+        """Refresh the float32 copies after the module's parameters were set from outside.
+
+        `exact`: values of parameters that are rounded (FP8 primary weights). Without them the copies would start from
+        the rounded weights, and, not refreshed at all, from the module's arbitrary first values.
+        """
         self._inner.reload_model_params()
+        for parameter, value in (exact or {}).items():
+            for part in self._inner.chained_optimizers:
+                if parameter in part.model_param_gbuf_map:
+                    own = part._get_model_param_range_map(parameter)["param"]
+                    cast(Any, parameter).main_param.copy_(value.reshape(-1)[own.start : own.end])
 
     @property
     def inner(self) -> Any:

@@ -153,7 +153,7 @@ class Groups:
     etp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
-    dp_cp: dist.ProcessGroup
+    tp_dp_cp: dist.ProcessGroup  # all ranks of one pipeline stage
 
     @classmethod
     def current(cls) -> Self:
@@ -168,7 +168,7 @@ class Groups:
             etp=state.get_expert_tensor_parallel_group(),
             pp=state.get_pipeline_model_parallel_group(),
             dp=state.get_data_parallel_group(),
-            dp_cp=state.get_data_parallel_group(with_context_parallel=True),
+            tp_dp_cp=state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         )
 
     @property

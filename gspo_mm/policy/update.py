@@ -36,7 +36,8 @@ def share_out(
             updates,
             ranks=plan.dp,
             max_tokens=config.micro_batch_tokens,
-            cost=policy.family.flops(policy.hf).training(config.freeze),
+            flops=policy.family.flops(policy.hf),
+            frozen=config.freeze,
             num_patches=processor.num_patches,
             multiple_of=plan.sequence_multiple,
             micro_batches_multiple_of=plan.pp if plan.vpp > 1 else 1,
@@ -83,6 +84,7 @@ def update_policy(
         **_over_updates(metrics),
         # the first step after a rollout sees the weights that the old log-probs were computed with
         "first_update_ratio_error": abs(metrics[0]["ratio_mean"] - 1.0),
+        **policy.expert_load(),
     }
 
 

@@ -53,11 +53,13 @@ class Weights:
         return list(self._parameters)
 
     @torch.no_grad()
-    def load(self, folder: HfFolder) -> None:
+    def load(self, folder: HfFolder) -> dict[torch.nn.Parameter, torch.Tensor]:
         """Replace all weights by those of `folder`; each rank reads what it holds.
 
-        Raises ValueError when a shape is not the one that the folder's config.json describes.
+        Returns the exact values of parameters that keep only a rounded copy themselves (FP8 primary weights), for the
+        optimizer. Raises ValueError when a shape is not the one that the folder's config.json describes.
         """
+        exact: dict[torch.nn.Parameter, torch.Tensor] = {}
         stale = set(self._parameters)
         for entry in self.entries:
             wanted = [name for name in entry.megatron if name in self._parameters]
@@ -77,8 +79,11 @@ class Weights:
                             f"{tuple(target.shape)}; config.json does not describe these weights"
                         )
                     target.copy_(part)
+                    if _is_quantized(target):
+                        exact[target] = part
                 stale.discard(name)
         assert not stale, f"the weight map leaves out {sorted(stale)[:3]}"
+        return exact
 
     @torch.no_grad()
     def export(self, take: Take | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -155,8 +160,12 @@ class Weights:
 
 def value_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The parameter's value; FP8 primary weights are turned back into the format they stand for."""
-    value = parameter.detach()
-    return value.dequantize() if hasattr(value, "_fp8_dtype") or hasattr(value, "_quantizer") else value
+    return parameter.dequantize() if _is_quantized(parameter) else parameter.detach()
+
+
+def _is_quantized(parameter: torch.Tensor) -> bool:
+    """Whether it is one of Transformer Engine's FP8 tensors."""
+    return hasattr(parameter, "_fp8_dtype") or hasattr(parameter, "_quantizer")
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
