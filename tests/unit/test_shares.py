@@ -1,0 +1,55 @@
+"""Shares hold every sequence of their update once, with the denominators of the whole step."""
+
+from gspo_mm.batch import FlopModel, deal_updates, split_evenly
+from gspo_mm.types import Prompt, Sequence
+
+FLOPS = FlopModel(
+    token=10, router=1, pair=1, row=5, patch_embedding=1, patch=1, patch_pair=1, merged=1, patches_per_token=4
+)
+
+
+def sequences(count: int, first: int = 0) -> list[Sequence]:
+    prompt = Prompt(key="k", messages=(), images=(), answer="", task="t")
+    return [
+        Sequence(name=f"s{first + i}", prompt=prompt, token_ids=tuple(range(3 + i % 5)), prompt_length=2)
+        for i in range(count)
+    ]
+
+
+def test_each_update_is_dealt_on_its_own_with_its_own_denominators() -> None:
+    updates = [sequences(12), sequences(8, first=100)]
+    shares, metrics = deal_updates(
+        updates, ranks=2, max_tokens=16, flops=FLOPS, frozen=(), num_patches=lambda _: 4
+    )
+    for number, update in enumerate(updates):
+        found = [s.name for of_rank in shares for micro in of_rank[number].micro_batches for s in micro]
+        assert sorted(found) == sorted(s.name for s in update)
+        for of_rank in shares:
+            assert of_rank[number].num_sequences == len(update)
+            assert of_rank[number].num_tokens == sum(len(s.token_ids) - 2 for s in update)
+        assert len({len(of_rank[number].micro_batches) for of_rank in shares}) == 1
+    assert metrics["tokens/update"] == sum(len(s.token_ids) for update in updates for s in update)
+    assert metrics["batch/micro_batches"] == sum(len(share.micro_batches) for share in shares[0])
+
+
+def test_work_is_counted_forward_and_with_backward() -> None:
+    (update,) = [sequences(3)]
+    shares, metrics = deal_updates(
+        [update], ranks=1, max_tokens=100, flops=FLOPS, frozen=(), num_patches=lambda _: 4
+    )
+    forward = sum(FLOPS.sequence(len(s.token_ids), len(s.token_ids) - 2) for s in update)
+    assert metrics["flops/old_logprobs"] == forward
+    assert metrics["flops/update"] == 3 * forward
+    assert len(shares) == 1
+
+
+def test_no_update_gives_no_shares() -> None:
+    assert deal_updates([], ranks=2, max_tokens=4, flops=FLOPS, frozen=(), num_patches=lambda _: 4) == (
+        [[], []],
+        {},
+    )
+
+
+def test_groups_are_spread_evenly_over_updates() -> None:
+    assert split_evenly(list(range(7)), 3) == [[0, 1], [2, 3], [4, 5, 6]]
+    assert split_evenly([1, 2], 4) == [[1], [2]]
