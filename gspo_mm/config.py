@@ -239,6 +239,10 @@ class MoeConfig(Section):
         default="alltoall",
         description="how tokens reach their experts; flex: DeepEP, which must be installed",
     )
+    aux_loss: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description="weight of the loss that evens out the experts' load; 0: off, as is usual in RL",
+    )
 
 
 class PolicyConfig(Section):
@@ -300,6 +304,9 @@ class SftConfig(Section):
 class CheckpointConfig(Section):
     every: NonNegative = Field(default=50, description="steps between checkpoints; 0: only the last")
     keep: Positive = Field(default=2, description="checkpoints kept; older ones are removed")
+    background: bool = Field(
+        default=True, description="train on while one is written, from a copy in host memory"
+    )
     export_hf: bool = Field(default=True, description="write the trained model to RUN/hf at the end")
 
 

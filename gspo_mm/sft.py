@@ -45,7 +45,7 @@ def sft(config: Config) -> dict[str, Any]:
     stages = build_stages(config, ranks, total_updates=config.sft.steps)
     step = resume(run, stages)
     check_sight(stages.policy, stages.processor, stages.canary)
-    with ExitStack() as stack:
+    with ExitStack() as stack, run.settled():
         metrics: MetricsWriter | None = None
         if ranks.main:
             metrics = stack.enter_context(
@@ -73,6 +73,9 @@ def sft(config: Config) -> dict[str, Any]:
             stopped = ranks.any(stop.requested)
             if last or stopped or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 run.save(step, partial(save_policy, stages.policy), {"source": stages.source.state()})
+            else:
+                run.settle(wait=False)
+        run.settle()
         if step < config.sft.steps:
             raise GspoError(
                 f"stopped by a signal at step {step}; start again with run.resume=auto to continue"
@@ -121,7 +124,7 @@ def train_step(stages: Stages, config: Config, phases: Phases) -> dict[str, floa
             updates = [[supervised(prompt, stages.processor) for prompt in prompts]]
     with phases("share"):
         (share,), _ = share_out(stages.policy, updates, processor=stages.processor, config=config.policy)
-    with phases("pack"):
+    with phases("pack"), ranks.together():
         batches = [pack(list(members), stages.processor) for members in share.micro_batches]
     with phases("update"):
         return supervised_step(stages.policy, share, batches)

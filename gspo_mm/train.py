@@ -57,7 +57,7 @@ def train(config: Config) -> dict[str, Any]:
     if warning := check_clip_can_act(config.loss, config.train.updates_per_batch):
         logger.warning(warning)
     stages = build_stages(config, ranks, total_updates=config.train.steps * config.train.updates_per_batch)
-    with ExitStack() as stack:
+    with ExitStack() as stack, run.settled():
         loop = Loop(config, run, stages, stack)
         loop.resume()
         check_sight(stages.policy, stages.processor, stages.canary)
@@ -67,6 +67,7 @@ def train(config: Config) -> dict[str, Any]:
             loop.train_step()
         if loop.step < config.train.steps:
             loop.save()
+            run.settle()
             raise GspoError(
                 f"stopped by a signal at step {loop.step}; start again with run.resume=auto to continue"
             )
@@ -230,6 +231,8 @@ class Loop:
             save_rollouts(self.run.path, self.step, chosen[: observe.rollouts_per_save or None])
         if self.step == self.config.train.steps or (checkpoint.every and self.step % checkpoint.every == 0):
             self.save()
+        else:
+            self.run.settle(wait=False)
 
     def save(self) -> None:
         state = {
@@ -254,6 +257,7 @@ class Loop:
 
     def finish(self) -> dict[str, Any]:
         """Export the model, write the summary and draw the report; the summary is returned on every rank."""
+        self.run.settle()
         if self.config.checkpoint.export_hf:
             export_hf(self.stages.policy, self.run.path / "hf", self.config.model)
         summary: dict[str, Any] = {}

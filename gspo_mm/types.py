@@ -29,6 +29,7 @@ class GspoError(Exception):
     """A fault that a user can act on; its message is one sentence naming the cause and the fix."""
 
     told_elsewhere = False  # another rank of the job had it and says so
+    on_all_ranks = False  # raised on every rank at the same place
 
 
 class DataError(GspoError):

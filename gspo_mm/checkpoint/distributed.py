@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_mm.policy.engine import Policy
@@ -28,13 +31,65 @@ from gspo_mm.policy.model import PolicyModel, quiet_megatron
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import GspoError
 
+logger = logging.getLogger(__name__)
+
 
 class CheckpointError(GspoError, ValueError):
     """A distributed checkpoint that is not there, is of another model, or cannot be read."""
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
-    """Write weights and optimizer into `folder`, which is created. A collective; the folder is shared by all ranks."""
+class Saving:
+    """A checkpoint on its way to disk, by a thread of each rank. Begun by all ranks, and finished by all of them.
+
+    megatron-core's own background writers copy nothing that is on the host already, or fork a process that holds
+    gloo's threads. Here all tensors are copied first, so training may go on at once; the files are then written by
+    megatron's function, and the metadata, which makes a checkpoint of them, by `finish`.
+    """
+
+    def __init__(self, request: AsyncRequest, *, background: bool) -> None:
+        self._request = request
+        rank, buckets, results = request.async_fn_args or (0, [], None)
+        if background:
+            buckets = [
+                (
+                    file,
+                    key,
+                    (data, [(item, tensor.detach().to("cpu", copy=True)) for item, tensor in tensors]),
+                )
+                for file, key, (data, tensors) in buckets
+            ]
+        elif request.preload_fn is not None:
+            buckets = request.preload_fn()
+        self._arguments = (rank, buckets, results)
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        try:
+            if self._request.async_fn is not None:
+                self._request.async_fn(*self._arguments)
+        except Exception:  # `finish` misses its result and raises on every rank
+            logger.exception("writing a checkpoint failed")
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files are on disk."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for the files of all ranks and write the metadata. Raises CheckpointException on every rank."""
+        self._thread.join()
+        with _quiet():
+            for step in self._request.finalize_fns:
+                step()
+
+
+def save_policy(policy: Policy, folder: Path, *, background: bool = False) -> Saving:
+    """Begin to write weights and optimizer into `folder`, which is created; call `finish` of what this returns.
+
+    A collective; the folder is shared by all ranks. `background`: the policy may be trained on before `finish`, at
+    the price of a copy of this rank's part in host memory.
+    """
     metadata = _metadata()
     model = _model_part(policy.chunks, metadata)
     content: dict[str, Any] = {**model, "optimizer_steps": policy.optimizer.step_count}
@@ -42,13 +97,13 @@ def save_policy(policy: Policy, folder: Path) -> None:
         content["optimizer"] = policy.optimizer.inner.sharded_state_dict(
             model, is_loading=False, metadata=metadata
         )
-    _write(policy.ranks, content, folder, metadata)
+    return _begin(policy.ranks, content, folder, metadata, background=background)
 
 
 def save_weights(ranks: Ranks, chunks: list[PolicyModel], folder: Path) -> None:
     """Write weights only, as `tools/hf_to_megatron.py` does."""
     metadata = _metadata()
-    _write(ranks, _model_part(chunks, metadata), folder, metadata)
+    _begin(ranks, _model_part(chunks, metadata), folder, metadata, background=False).finish()
 
 
 def load_policy(policy: Policy, folder: Path) -> None:
@@ -96,14 +151,20 @@ def _model_part(chunks: list[PolicyModel], metadata: dict[str, Any]) -> dict[str
     return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(keys, chunks, strict=True)}
 
 
-def _write(ranks: Ranks, content: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> None:
+def _begin(
+    ranks: Ranks, content: dict[str, Any], folder: Path, metadata: dict[str, Any], *, background: bool
+) -> Saving:
     if ranks.main:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     ranks.barrier()
     plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
     with _quiet():
-        dist_checkpointing.save(content, str(folder), content_metadata=plain)
+        request = dist_checkpointing.save(
+            content, str(folder), content_metadata=plain, async_sharded_save=True, async_strategy="mcore"
+        )
+    assert request is not None
+    return Saving(request, background=background)
 
 
 def _common(folder: Path) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gspo_mm.config import Config, load_config, save_config
+from gspo_mm.config import CheckpointConfig, Config, load_config, save_config
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import GspoError
 
@@ -36,13 +36,29 @@ class ResumeError(GspoError, ValueError):
     """A run folder cannot be continued, or must not be."""
 
 
+class Writing(Protocol):
+    """A part of a checkpoint that is being written: `distributed.Saving`."""
+
+    @property
+    def written(self) -> bool: ...
+    def finish(self) -> None: ...
+
+
+class WritePolicy(Protocol):
+    """Begins to write the policy into a folder that it creates: `distributed.save_policy`."""
+
+    def __call__(self, folder: Path, *, background: bool) -> Writing: ...
+
+
 class RunDir:
     """One run's folder. Open with `RunDir.open`, which decides between a new run and a resumed one."""
 
-    def __init__(self, path: Path, *, keep: int, ranks: Ranks) -> None:
+    def __init__(self, path: Path, config: CheckpointConfig, ranks: Ranks) -> None:
         self.path = path
-        self._keep = keep
+        self._keep = config.keep
+        self._background = config.background
         self._ranks = ranks
+        self._pending: tuple[int, Writing, dict[str, Any]] | None = None
 
     @classmethod
     def open(cls, config: Config, ranks: Ranks) -> RunDir:
@@ -50,7 +66,7 @@ class RunDir:
 
         Raises ResumeError when `run.resume` forbids or misses a run, or when its settings clash.
         """
-        run = cls(config.run.path, keep=config.checkpoint.keep, ranks=ranks)
+        run = cls(config.run.path, config.checkpoint, ranks)
         with ranks.together():
             if ranks.main:
                 run._open(config)
@@ -76,24 +92,54 @@ class RunDir:
         found = sorted((self.path / "checkpoints").glob("step-*/state.json"))
         return found[-1].parent if found else None
 
-    def save(self, step: int, write_policy: Callable[[Path], None], state: dict[str, Any]) -> Path:
-        """Publish checkpoint `step`; then drop the oldest ones. A collective.
+    def save(self, step: int, write_policy: WritePolicy, state: dict[str, Any]) -> None:
+        """Publish checkpoint `step`, then drop the oldest ones. A collective.
 
-        `write_policy(folder)` is called on all ranks, `state` of rank 0 is written as JSON. Raises ResumeError on
-        every rank when the disk refuses; the checkpoints that were there are intact.
+        `write_policy` is called on all ranks, `state` of rank 0 is written as JSON. With `checkpoint.background` this
+        returns when the write has begun, and `settle` publishes it. Raises ResumeError on every rank when the disk
+        refuses; the checkpoints that were there are intact.
         """
-        final = self.path / "checkpoints" / f"step-{step:08d}"
-        temporary = final.with_name(f".tmp-{final.name}")
+        self.settle()
+        temporary = self._checkpoint(step, temporary=True)
         with self._ranks.together(), self._disk_may_refuse(step):
             if self._ranks.main:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         with self._ranks.together(), self._disk_may_refuse(step):
-            write_policy(temporary / "policy")
+            writing = write_policy(temporary / "policy", background=self._background)
+            self._pending = (step, writing, {"step": step, **state})
+        if not self._background:
+            self.settle()
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Publish the checkpoint under way, if there is one and all ranks have written it, or else wait. A collective."""
+        if self._pending is None:
+            return
+        step, writing, state = self._pending
+        if not wait and self._ranks.any(not writing.written):
+            return
+        self._pending = None
+        with self._ranks.together(), self._disk_may_refuse(step):
+            writing.finish()
         with self._ranks.together(), self._disk_may_refuse(step):
             if self._ranks.main:
-                self._publish(temporary, final, {"step": step, **state})
-        return final
+                self._publish(
+                    self._checkpoint(step, temporary=True), self._checkpoint(step, temporary=False), state
+                )
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Leave the block with no checkpoint under way, also when a fault that all ranks share ends it."""
+        try:
+            yield
+        except GspoError as fault:
+            if fault.on_all_ranks:
+                self.settle()
+            raise
+        self.settle()
+
+    def _checkpoint(self, step: int, *, temporary: bool) -> Path:
+        return self.path / "checkpoints" / f"{'.tmp-' if temporary else ''}step-{step:08d}"
 
     def _publish(self, temporary: Path, final: Path, state: dict[str, Any]) -> None:
         for file in temporary.rglob("*"):

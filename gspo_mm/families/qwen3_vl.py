@@ -109,8 +109,6 @@ class Qwen3VL:
                 # softmax after top-k: equal to softmax over all, then renormalised over the chosen ones, which
                 # transformers does for this family whatever norm_topk_prob says
                 "moe_router_pre_softmax": False,
-                "moe_router_load_balancing_type": "none",
-                "moe_aux_loss_coeff": 0.0,
             }
         return arguments
 

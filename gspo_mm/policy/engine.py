@@ -150,7 +150,8 @@ class Policy:
         untouched, when the gradient norm is NaN or infinite, or whatever GspoError `loss_fn` raised on any rank.
         """
         loss, metrics = self.backward(micro_batches, loss_fn, temperature=temperature)
-        grad_norm, rate = self.optimizer.step()
+        with self.ranks.together():
+            grad_norm, rate = self.optimizer.step()
         return UpdateStats(loss=loss, grad_norm=grad_norm, lr=rate, metrics=metrics)
 
     def backward(
@@ -160,6 +161,7 @@ class Policy:
         for chunk in self._ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._weigh_aux_loss(micro_batches)
         faults: list[GspoError] = []
 
         def loss_of(index: int, output: Any) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -226,6 +228,19 @@ class Policy:
             config.no_sync_func = [chunk.no_sync for chunk in self._ddp]
             if len(self._ddp) == 1:
                 config.no_sync_func = config.no_sync_func[0]
+
+    def _weigh_aux_loss(self, micro_batches: list[MicroBatch]) -> None:
+        """Make the balancing loss of `policy.moe.aux_loss` the mean over the update's tokens, on all ranks.
+
+        It joins the gradients inside the routers, per micro-batch times its tokens; the reported loss is without it.
+        """
+        if not self.config.moe.aux_loss:
+            return
+        own = sum(batch.num_tokens for batch in micro_batches)
+        sharing = self.plan.tp * self.plan.cp * self.plan.pp  # ranks that were given the same micro-batches
+        tokens = sum(self.ranks.gather(own)) // sharing
+        config: Any = self.chunks[0].config
+        config.moe_grad_scale_func = lambda: torch.tensor([1.0 / max(tokens, 1)], device=device())
 
     def _run(
         self,

@@ -18,7 +18,8 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,12 +28,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import PreTrainedModel
 
 from gspo_mm.config import PolicyConfig
 from gspo_mm.families.base import Family
 from gspo_mm.loss.logprobs import linear_logprobs
 from gspo_mm.policy.layout import Layout, lay_out, padded_tokens
-from gspo_mm.policy.parallel import Groups, ParallelPlan, round_up
+from gspo_mm.policy.parallel import Groups, ParallelPlan, PlanError, round_up
 from gspo_mm.policy.precision import DTYPES, fp8_arguments, token_multiple
 from gspo_mm.policy.spec import PackedSequences, block_spec, has_fused_modules, pack_params
 from gspo_mm.policy.vision import Features, deepstack_leaves, gather_rows
@@ -71,6 +73,8 @@ class PolicyModel(MegatronModule):
         self.visual = None
         if self.pre_process:
             self.visual = _replicated(family.build_vision(hf), DTYPES[config.dtype])
+            if config.recompute == "full":
+                cast(PreTrainedModel, self.visual).gradient_checkpointing_enable({"use_reentrant": False})
             self.features = Features(
                 family, hf, self.visual, groups.tp_cp, cache_bytes=config.vision_cache_mb * 2**20
             )
@@ -109,6 +113,7 @@ class PolicyModel(MegatronModule):
         )
         self.real_rows = layout.own_is_real.to(target)
         packed = pack_params(layout.cu_seqlens, self.rotary(layout.positions.to(target)))
+        packed.padding = ~self.real_rows[None]
         embeddings_N1D = self._embed(batch, layout, packed) if self.pre_process else None
         return self.language(
             input_ids=None,
@@ -291,11 +296,18 @@ def _recompute_arguments(config: PolicyConfig) -> dict[str, Any]:
 
 def _moe_arguments(config: PolicyConfig) -> dict[str, Any]:
     moe = config.moe
+    if moe.dispatcher == "flex" and not find_spec("deep_ep"):
+        raise PlanError(
+            "policy.moe.dispatcher=flex needs DeepEP (the module deep_ep), which is not installed; install it, or set "
+            "policy.moe.dispatcher=alltoall"
+        )
     arguments: dict[str, Any] = {
         "moe_token_dispatcher_type": moe.dispatcher,
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": has_fused_modules(),
         "moe_permute_fusion": has_fused_modules(),
+        "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss else "none",
+        "moe_aux_loss_coeff": moe.aux_loss,
     }
     if moe.dispatcher == "flex":
         arguments |= {"moe_flex_dispatcher_backend": "deepep"}

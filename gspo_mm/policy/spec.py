@@ -22,6 +22,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -43,6 +45,7 @@ class PackedSequences(PackedSeqParams):
     lengths: tuple[int, ...] = ()  # [S] of the sequences in `cu_seqlens_*`, on the host
     visual_index: torch.Tensor | None = None  # [image tokens] int64: their rows in this rank's hidden states
     deepstack: list[torch.Tensor] = field(default_factory=list)  # per level [image tokens, D]
+    padding: torch.Tensor | None = None  # [1, N/tp] bool: this rank's hidden states that stand for nothing
 
 
 def pack_params(cu_seqlens: torch.Tensor, angles_NH: torch.Tensor) -> PackedSequences:
@@ -80,6 +83,8 @@ def block_spec(
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
             attention.q_layernorm = attention.k_layernorm = RMSNorm
             attention.core_attention = LocalAttention
+        if getattr(layer.submodules.mlp, "func", None) is MoELayer:
+            layer.submodules.mlp.keywords["submodules"].router = Router
         if attention_bias and not isinstance(attention.linear_proj, partial):
             attention.linear_proj = partial(_with_bias, attention.linear_proj)
     return block
@@ -89,14 +94,37 @@ class DeepStackLayer(TransformerLayer):
     """A decoder layer after which image tokens receive the features of its DeepStack level, if it has one."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        packed = kwargs["packed_seq_params"]
+        assert isinstance(packed, PackedSequences)
+        kwargs["padding_mask"] = packed.padding  # read by the router's balancing loss alone
         hidden_N1D, context = cast(tuple[torch.Tensor, torch.Tensor | None], super().forward(*args, **kwargs))
-        packed = kwargs.get("packed_seq_params")
         level = self.layer_number - 1  # counts from 1 over the whole model
-        if isinstance(packed, PackedSequences) and level < len(packed.deepstack):
+        if level < len(packed.deepstack):
             assert packed.visual_index is not None
             features_1D = packed.deepstack[level].to(hidden_N1D.dtype).unsqueeze(1)
             hidden_N1D = hidden_N1D.index_add(0, packed.visual_index, features_1D)
         return hidden_N1D, context
+
+
+class Router(TopKRouter):
+    """megatron's router, whose balancing loss is here weighed by the real tokens of a micro-batch.
+
+    megatron-core 0.19 multiplies it by the ranks of the group times a rank's own count of tokens, and counts that after
+    the sum over the group has replaced it: too much by the number of ranks. Padding on one rank only would be wrong too.
+    """
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._padding = padding_mask
+        return super().routing(logits, padding_mask)
+
+    def attach_and_log_load_balancing_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert self._padding is not None
+        tokens = (~self._padding).sum().float()
+        dist.all_reduce(tokens, group=self.tp_cp_group)
+        kwargs["valid_token_count"] = tokens / self.tp_cp_group.size()
+        return super().attach_and_log_load_balancing_loss(*args, **kwargs)
 
 
 class RMSNorm(torch.nn.RMSNorm):

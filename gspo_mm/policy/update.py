@@ -60,7 +60,7 @@ def update_policy(
     Old log-probs are the policy's own, from one pass before the first step and shared by all of them. With a
     single step that pass is left out: the ratio is then exactly 1 in value, while its gradient is not 0.
     """
-    with phases("pack"):
+    with phases("pack"), policy.ranks.together():
         batches_of_share = [[pack(list(m), processor) for m in share.micro_batches] for share in shares]
     temperature = config.rollout.sampling.temperature
     every_batch = [batch for batches in batches_of_share for batch in batches]

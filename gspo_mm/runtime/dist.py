@@ -82,7 +82,7 @@ class Ranks:
             fault = error
         first = next((f for f in self.gather(fault) if f is not None), None)
         if first is not None:
-            first.told_elsewhere = fault is None
+            first.told_elsewhere, first.on_all_ranks = fault is None, True
             raise first
 
     def stream_to_main[T](self, items: Iterator[T], use: Callable[[Iterator[T]], object]) -> None:

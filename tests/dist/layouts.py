@@ -40,6 +40,8 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "tp2 pp2": (4, "moe", {"parallel": {"tp": 2, "pp": 2}}),
     "tp2 pp2 ep2": (4, "moe", {"parallel": {"tp": 2, "pp": 2, "ep": 2, "etp": 1}}),
     "tp2 cp2": (4, "moe", {"parallel": {"tp": 2, "cp": 2}}),
+    "tp2 cp2 aux loss": (4, "moe", {"parallel": {"tp": 2, "cp": 2}, "moe": {"aux_loss": 0.05}}),
+    "pp2 ep2 aux loss": (4, "moe", {"parallel": {"pp": 2, "ep": 2}, "moe": {"aux_loss": 0.05}}),
     "ep4": (4, "moe", {"parallel": {"ep": 4}}),
 }
 

@@ -30,7 +30,7 @@ def steps(action: str, folder: Path, checkpoint: Path, changes: dict[str, Any]) 
     if action == "save":
         for _ in range(2):
             policy.update(batches, loss_fn)
-        save_policy(policy, checkpoint)
+        save_policy(policy, checkpoint).finish()
     else:
         load_policy(policy, checkpoint)
     stats = [policy.update(batches, loss_fn) for _ in range(2)]

@@ -48,8 +48,8 @@ def alone(folders: dict[str, Path]) -> Any:
     """What one rank measures."""
 
     @cache
-    def get(model: str, freeze: tuple[str, ...]) -> dict[str, Any]:
-        return measure(folders[model], {"freeze": list(freeze)})
+    def get(model: str, freeze: tuple[str, ...], aux_loss: float) -> dict[str, Any]:
+        return measure(folders[model], {"freeze": list(freeze), "moe": {"aux_loss": aux_loss}})
 
     return get
 
@@ -57,7 +57,8 @@ def alone(folders: dict[str, Path]) -> Any:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_computes_what_one_rank_computes(name: str, measured: Any, alone: Any) -> None:
     _, model, changes = LAYOUTS[name]
-    expected, found = alone(model, tuple(changes.get("freeze", ()))), measured(name)
+    aux_loss = changes.get("moe", {}).get("aux_loss", 0.0)
+    expected, found = alone(model, tuple(changes.get("freeze", ())), aux_loss), measured(name)
     for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
         assert (ours - theirs).abs().max() <= 2e-5
     assert found["loss"] == pytest.approx(expected["loss"], abs=2e-5)

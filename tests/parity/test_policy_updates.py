@@ -1,6 +1,7 @@
 """Optimizer steps of the policy: equal to torch's AdamW on transformers' model, exact on resume, and safe."""
 
 import copy
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_mm.checkpoint.distributed import CheckpointError, load_policy, save_policy
+from gspo_mm.checkpoint.distributed import CheckpointError, Saving, load_policy, save_policy
 from gspo_mm.config import OptimizerConfig, PolicyConfig
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.optimizer import learning_rate
@@ -79,8 +80,12 @@ def test_steps_equal_those_of_torchs_adamw_on_transformers_model(model: Any, fol
         assert (tensor - trained[name]).abs().max() < 1e-3 * moved + 1e-7, name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_policy_continues_bit_for_bit(model: Any, folder: Path, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "background"), [("float32", False), ("float32", True), ("bfloat16", True)])
+def test_a_resumed_policy_continues_bit_for_bit(
+    model: Any, folder: Path, dtype: str, background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_on, write = threading.Event(), Saving._write
+    monkeypatch.setattr(Saving, "_write", lambda self: (trained_on.wait(60), write(self)))
     batches = [random_batch(model, seed=s) for s in range(5)]
     settings: dict[str, Any] = {"dtype": dtype, "warmup_steps": 2, "min_lr_ratio": 0.1}
     straight = policy(folder, **settings)
@@ -88,7 +93,11 @@ def test_a_resumed_policy_continues_bit_for_bit(model: Any, folder: Path, dtype:
     first = policy(folder, **settings)
     for batch in batches[:2]:
         first.update([batch], mean_logprob)
-    save_policy(first, tmp_path / "checkpoint")
+    saving = save_policy(first, tmp_path / "checkpoint", background=background)
+    if background:  # what is written in the meantime must be what was there when saving began
+        first.update([batches[4]], mean_logprob)
+    trained_on.set()
+    saving.finish()
     del first
     resumed = policy(folder, **settings)
     resumed.update([batches[4]], mean_logprob)  # whatever it held before must be gone
@@ -103,7 +112,7 @@ def test_the_state_of_another_model_is_refused(folder: Path, tmp_path: Path) -> 
     other = policy(
         save(tiny_vl(num_hidden_layers=2, vision={"deepstack_visual_indexes": [0]}), tmp_path / "hf")
     )
-    save_policy(other, tmp_path / "checkpoint")
+    save_policy(other, tmp_path / "checkpoint").finish()
     with pytest.raises(CheckpointError, match="another model"):
         load_policy(policy(folder), tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match="is no distributed checkpoint"):
@@ -200,3 +209,17 @@ def test_the_learning_rate_warms_up_then_falls_along_a_cosine_to_its_floor() -> 
     assert all(a > b for a, b in pairwise(rates[4:20]))
     assert rates[19:] == pytest.approx([0.2] * 6)
     assert learning_rate(7, OptimizerConfig(lr=3e-6), 20) == 3e-6
+
+
+@pytest.mark.parametrize(("recompute", "runs"), [("none", 1), ("full", 2)])
+def test_full_recomputation_runs_the_towers_blocks_again(
+    folder: Path, model: Any, recompute: str, runs: int
+) -> None:
+    config = PolicyConfig.model_validate({"dtype": "float32", "recompute": recompute})
+    ours = Policy.from_hf(str(folder), config, seed=0, total_steps=1)
+    tower: Any = ours.chunks[0].visual
+    calls: list[int] = []
+    for number, block in enumerate(tower.blocks):
+        block.mlp.register_forward_pre_hook(lambda *_, n=number: calls.append(n))
+    ours.backward([random_batch(model, seed=1)], mean_logprob)
+    assert sorted(calls) == sorted(list(range(len(tower.blocks))) * runs)

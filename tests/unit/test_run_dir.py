@@ -1,7 +1,7 @@
 """A run folder is published whole, continued exactly, and refuses what would silently be another experiment."""
 
+import contextlib
 import resource
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,31 +10,40 @@ import torch
 from gspo_mm.checkpoint.manager import ResumeError, RunDir
 from gspo_mm.config import Config, parse_config
 from gspo_mm.runtime.dist import Ranks
+from gspo_mm.types import GspoError
 
 
-def config(tmp_path: Path, **run: object) -> Config:
+def config(tmp_path: Path, *, background: bool = True, **run: object) -> Config:
     return parse_config(
         {
             "run": {"name": "a", "dir": str(tmp_path), **run},
             "model": {"path": "m"},
             "data": {"train": ["a.tar"]},
             "reward": {"file": "r.yaml"},
+            "checkpoint": {"background": background},
         }
     )
 
 
-def write(weight: float, size: int = 2) -> Callable[[Path], None]:
+class Write:
     """Stands for the policy, whose own checkpoint is tested in tests/dist."""
 
-    def to(folder: Path) -> None:
-        folder.mkdir()
-        torch.save({"w": torch.full((size,), weight)}, folder / "weights.pt")
+    def __init__(self, weight: float, size: int = 2) -> None:
+        self.weight, self.size, self.written = weight, size, False
 
-    return to
+    def __call__(self, folder: Path, *, background: bool) -> "Write":
+        self.folder, self.background = folder, background
+        folder.mkdir()
+        return self
+
+    def finish(self) -> None:
+        torch.save({"w": torch.full((self.size,), self.weight)}, self.folder / "weights.pt")
 
 
 def save(run: RunDir, step: int) -> Path:
-    return run.save(step, write(float(step)), {"next_group": 10 * step})
+    run.save(step, Write(float(step)), {"next_group": 10 * step})
+    run.settle()
+    return run.path / "checkpoints" / f"step-{step:08d}"
 
 
 def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
@@ -71,21 +80,21 @@ def test_a_checkpoint_that_was_cut_off_is_not_seen(tmp_path: Path) -> None:
 
 
 def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    run = RunDir.open(config(tmp_path), Ranks())
+    run = RunDir.open(config(tmp_path, background=False), Ranks())
     whole = save(run, 1)
     with pytest.raises(TypeError):
-        run.save(2, write(1.0), {"not json": object()})
+        run.save(2, Write(1.0), {"not json": object()})
     assert run.latest() == whole
 
 
 def test_a_disk_that_is_full_is_one_sentence_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    run = RunDir.open(config(tmp_path), Ranks())
+    run = RunDir.open(config(tmp_path, background=False), Ranks())
     whole = save(run, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # no file may grow beyond: EFBIG
     try:
         with pytest.raises(ResumeError, match="checkpoint 2 cannot be written"):
-            run.save(2, write(1.0, 100_000), {})
+            run.save(2, Write(1.0, 100_000), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert run.latest() == whole
@@ -118,3 +127,48 @@ def test_a_folder_without_write_permission_is_one_sentence(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(ResumeError, match=r"run\.dir=.*cannot be written.*choose"):
         RunDir.open(config(tmp_path / "file"), Ranks())
+
+
+def test_a_checkpoint_is_published_when_it_is_written_and_not_before(tmp_path: Path) -> None:
+    run = RunDir.open(config(tmp_path), Ranks())
+    write = Write(1.0)
+    run.save(1, write, {})
+    assert write.background
+    run.settle(wait=False)
+    assert run.latest() is None, "nobody has written it"
+    write.written = True
+    run.settle(wait=False)
+    assert run.latest() == run.path / "checkpoints" / "step-00000001"
+    run.settle(wait=False)  # nothing is under way
+
+
+def test_the_next_checkpoint_waits_for_the_one_under_way(tmp_path: Path) -> None:
+    run = RunDir.open(config(tmp_path), Ranks())
+    run.save(1, Write(1.0), {})
+    run.save(2, Write(2.0), {})
+    assert run.latest() == run.path / "checkpoints" / "step-00000001"
+
+
+def test_without_background_a_checkpoint_is_there_on_return(tmp_path: Path) -> None:
+    run = RunDir.open(config(tmp_path, background=False), Ranks())
+    write = Write(1.0)
+    run.save(1, write, {})
+    assert not write.background
+    assert run.latest() is not None
+
+
+def test_a_fault_that_all_ranks_share_leaves_the_checkpoint_under_way_published(tmp_path: Path) -> None:
+    run = RunDir.open(config(tmp_path), Ranks())
+
+    def train(step: int, fault: contextlib.AbstractContextManager[None]) -> None:
+        with run.settled():
+            run.save(step, Write(1.0), {})
+            with fault:
+                raise GspoError("stop")
+
+    with pytest.raises(GspoError, match="stop"):
+        train(1, Ranks().together())
+    assert run.latest() == run.path / "checkpoints" / "step-00000001"
+    with pytest.raises(GspoError, match="stop"):
+        train(2, contextlib.nullcontext())  # of one rank: the others would not come to publish
+    assert run.latest() == run.path / "checkpoints" / "step-00000001"
