@@ -62,7 +62,7 @@ def test_a_disk_that_takes_no_checkpoint_is_told(short_config: Path, tmp_path: P
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert "checkpoint 1 cannot be written" in " ".join(result.stderr.split())
-    assert read_metrics(tmp_path / "short")[-1]["step"] == 1
+    assert read_metrics(tmp_path / "short")[-1]["step"] <= 2  # the next step went on while it was written
 
 
 def test_a_model_that_does_not_see_is_stopped_before_the_first_step(

@@ -162,7 +162,7 @@ def theirs(folder: Path, batch: MicroBatch, attention: str) -> Callable[[], floa
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -174,8 +174,8 @@ def main(
         int, typer.Option(help="Tokens of the median sequence; lognormal around it.")
     ] = 120,
     hidden: Annotated[int, typer.Option(help="Hidden size, a multiple of 64.", min=64)] = 256,
-    layers: Annotated[int, typer.Option(help="Decoder layers.", min=3)] = 4,
-    vocab: Annotated[int, typer.Option(help="Vocabulary.", min=64)] = 16_384,
+    layers: Annotated[int, typer.Option(help="Decoder layers.", min=3)] = 8,
+    vocab: Annotated[int, typer.Option(help="Vocabulary.", min=64)] = 4_096,
     repeat: Annotated[
         int, typer.Option(help="Timed steps of each, in turn, after two to warm up.", min=1)
     ] = 7,
