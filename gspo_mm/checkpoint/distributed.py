@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import queue
 import shutil
 import threading
 import warnings
@@ -23,6 +24,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -159,6 +161,8 @@ def _begin(
         folder.mkdir(parents=True)
     ranks.barrier()
     plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
+    # results come from a thread of this process: without a queue here megatron would start a process to hold one
+    filesystem_async._results_queue = queue.Queue()
     with _quiet():
         request = dist_checkpointing.save(
             content, str(folder), content_metadata=plain, async_sharded_save=True, async_strategy="mcore"

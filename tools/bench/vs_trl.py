@@ -38,6 +38,10 @@ def main(
     warmup: Annotated[int, typer.Option(help="steps not counted")] = 3,
 ) -> None:
     """Print median seconds per step of both sides, their ratio, and where our time goes, as JSON."""
+    if not (model / "config.json").is_file():
+        raise typer.BadParameter(
+            f"{model} is no Hugging Face folder: python tools/make_tiny_model.py {model}"
+        )
     folder = tempfile.mkdtemp()
     make_shards = [sys.executable, str(Path(__file__).parents[1] / "make_shards.py"), "digits", folder]
     subprocess.run([*make_shards, "--tasks", "digit", "--train", "500"], check=True, capture_output=True)
