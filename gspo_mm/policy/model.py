@@ -74,7 +74,7 @@ class PolicyModel(MegatronModule):
         if self.pre_process:
             self.visual = _replicated(family.build_vision(hf), DTYPES[config.dtype])
             if config.recompute == "full":
-                cast(PreTrainedModel, self.visual).gradient_checkpointing_enable({"use_reentrant": False})
+                recompute_blocks(cast(PreTrainedModel, self.visual))
             self.features = Features(
                 family, hf, self.visual, groups.tp_cp, cache_bytes=config.vision_cache_mb * 2**20
             )
@@ -271,6 +271,12 @@ def transformer_config(
             gradient_accumulation_fusion=has_fused_wgrad(),
             persist_layer_norm=False,
         )
+
+
+def recompute_blocks(tower: PreTrainedModel) -> None:
+    """Have transformers recompute the tower's blocks in backward; the method's name changes with transformers 5.23."""
+    new: Any = getattr(tower, "activation_checkpointing_enable", None)
+    (new or tower.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def has_fused_wgrad() -> bool:

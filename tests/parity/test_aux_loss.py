@@ -86,7 +86,7 @@ def test_the_loss_is_off_by_default_and_changes_the_routers_gradient(model: Any,
     def routers(aux_loss: float) -> list[torch.Tensor]:
         ours = policy(folder, aux_loss)
         loss, _ = ours.backward(batches, mean_logprob)
-        assert loss == pytest.approx(-float(reference_logprobs(model, batches[0]).mean()), abs=1e-5)
+        assert loss == pytest.approx(-reference_logprobs(model, batches[0]).mean().item(), abs=1e-5)
         return [g.clone() for name, g in ours.export_gradients() if name.endswith("gate.weight")]
 
     assert PolicyConfig().moe.aux_loss == 0

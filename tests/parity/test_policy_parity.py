@@ -207,8 +207,11 @@ def test_the_image_decides_the_log_probs_of_its_own_sequences_only(policy: Polic
         [dataclasses.replace(batch, pixel_values=torch.zeros_like(batch.pixel_values))]
     )
     with_images = int(batch.response_cu_seqlens[3])
-    assert ((seen - blank).abs()[:with_images] > 1e-6).all()
-    assert torch.equal(seen[with_images:], blank[with_images:])
+    moved = (seen - blank).abs()
+    assert (moved[:with_images] > 1e-5).all()
+    # not to the bit: experts are given other image tokens beside theirs, and matrix products of another size round differently
+    assert (moved[with_images:] < 5e-6).all()
+    assert moved[:with_images].median() > 1000 * moved[with_images:].max()
 
 
 def test_an_image_token_that_was_sampled_is_text(policy: Policy, model: Any) -> None:
