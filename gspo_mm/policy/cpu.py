@@ -49,6 +49,7 @@ def install() -> None:
     _replace_literals()
     _replace_type_names()
     _replace_uneven_collectives()
+    _copy_where_one_rank_is_alone()
     _mend_loading_of_torch_adam()
 
 
@@ -158,6 +159,28 @@ def _replace_uneven_collectives() -> None:
         return total.split(sizes)[group.rank()].clone()
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_uneven, scatter_uneven
+
+
+def _copy_where_one_rank_is_alone() -> None:
+    """The distributed optimizer's two collectives are copies for a rank without peers; make them so.
+
+    gloo would do it on a thread of its own, where the copy of a large tensor starts OpenMP workers beside ours: more
+    workers than cores, whereupon OpenMP stops waiting actively, and every later operation takes about twice as long.
+    """
+    buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+
+    def or_copy(collective: Any) -> Any:
+        def run(output: torch.Tensor, own: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if kwargs["group"].size() > 1:
+                return collective(output, own, *args, **kwargs)
+            if output.data_ptr() != own.data_ptr():
+                output.copy_(own)
+            return None
+
+        return run
+
+    buffers.dist_all_gather_func = or_copy(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = or_copy(buffers.dist_reduce_scatter_func)
 
 
 def _mend_loading_of_torch_adam() -> None:
