@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_mm.loss import logprobs as module
 from gspo_mm.loss.logprobs import linear_logprobs
 
 VOCAB, ROWS, DIM = 37, 40, 8
@@ -113,6 +114,17 @@ def test_equal_inputs_give_equal_bits() -> None:
         linear_logprobs(hidden, weight, targets, vocab=VOCAB, chunk_tokens=7)[0].sum().backward()
         results.append((hidden.grad, weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_chunks_are_as_large_as_the_bytes_they_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    logits = module._logits
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * ROWS * 4)  # four tokens of float32 logits
+    monkeypatch.setattr(
+        module, "_logits", lambda hidden, *rest: (sizes.append(len(hidden)), logits(hidden, *rest))[1]
+    )
+    linear_logprobs(*inputs(), vocab=VOCAB)[0].sum().backward()
+    assert sizes == [4, 4, 3] * 2
 
 
 def test_shapes_and_targets_that_do_not_fit_are_refused() -> None:
