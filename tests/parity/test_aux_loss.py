@@ -10,20 +10,9 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancin
 from gspo_mm.config import PolicyConfig
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.parallel import PlanError
-from tests.tiny_vl import save, tiny_vl
 from tools.check_parity import random_batch, reference_logprobs
 
 WEIGHT = 0.03
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_vl()
-
-
-@pytest.fixture(scope="module")
-def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(model, tmp_path_factory.mktemp("hf"))
 
 
 def policy(folder: Path, aux_loss: float, **changes: Any) -> Policy:

@@ -18,16 +18,6 @@ from tests.tiny_vl import save, tiny_vl
 from tools.check_parity import random_batch, reference_logprobs
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_vl()
-
-
-@pytest.fixture(scope="module")
-def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(model, tmp_path_factory.mktemp("hf"))
-
-
 def policy(folder: Path, *, freeze: Any = (), dtype: str = "float32", **optimizer: Any) -> Policy:
     config = PolicyConfig.model_validate(
         {"dtype": dtype, "freeze": list(freeze), "optimizer": {"lr": 1e-3, **optimizer}}
