@@ -9,16 +9,19 @@ SEED ?= 0
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-.venv/quickstart: pyproject.toml
+# One environment each; whoever has the larger one has the smaller.
+.venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || { echo "gspo_mm needs Python 3.12 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
+
+.venv/quickstart: pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --quiet -e '.[quickstart]'
 	@touch $@
 
-.venv/dev: .venv/quickstart
-	$(BIN)/pip install --quiet -e '.[quickstart,dev]'
-	@touch $@
+.venv/dev: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet -e '.[quickstart,sglang,dev]'
+	@touch .venv/quickstart $@
 
 quickstart: .venv/quickstart  ## teach a small model to read handwritten digits (about 6 minutes on 2 CPU cores)
 	test -f data/digits/train-000000.tar || $(BIN)/python tools/make_shards.py digits data/digits
