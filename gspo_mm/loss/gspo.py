@@ -55,13 +55,14 @@ else R).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gspo_mm.config import LossConfig
+from gspo_mm.loss.metrics import Metrics
 from gspo_mm.types import NonFiniteError
 
 
@@ -70,7 +71,7 @@ class LossOutput:
     """The part of the batch's loss and metrics that these sequences make."""
 
     loss: Tensor  # scalar, dtype of the log-probs; losses of micro-batches add up
-    metrics: dict[str, float]  # see `policy_loss`; merged by `reduce_metrics`
+    metrics: Metrics  # see `policy_loss`; merged by `reduce_metrics`, then `summarize`
 
 
 def policy_loss(
@@ -211,18 +212,6 @@ def _token_weights(
             assert config.dr_grpo_length is not None
             weight = 1.0 / (num_sequences * config.dr_grpo_length)
     return torch.full_like(lengths_S, weight, dtype=torch.float64)
-
-
-def reduce_metrics(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Merge metrics of micro-batches (or ranks): `*_min` by min, `*_max` by max, all others by addition."""
-    parts = list(parts)
-    if len({frozenset(part) for part in parts}) > 1:
-        raise ValueError(f"metrics of micro-batches have different names: {[sorted(part) for part in parts]}")
-    merge = {"_min": min, "_max": max}
-    return {
-        name: merge.get(name[-4:], math.fsum)([part[name] for part in parts])
-        for name in (parts[0] if parts else ())
-    }
 
 
 def check_clip_can_act(config: LossConfig, updates_per_batch: int) -> str | None:
