@@ -212,6 +212,33 @@ class AdvantageConfig(Section):
     )
 
 
+class CorrectionConfig(Section):
+    kind: Literal["none", "truncate", "mask"] = Field(
+        default="none",
+        description="weight of a sequence by its mismatch ratio c: truncate = min(c, high), mask = 1 within bounds, else 0",
+    )
+    low: float = Field(
+        default=0.98, description="lower bound of c, the geometric mean of policy / engine; mask only"
+    )
+    high: float = Field(
+        default=1.02, description="upper bound of c; short answers need wider bounds than long ones"
+    )
+
+    @model_validator(mode="after")
+    def _bounds_hold_one(self) -> CorrectionConfig:
+        bounds = f"loss.correction.low={self.low:g}, loss.correction.high={self.high:g}"
+        if not 0 <= self.low <= 1 <= self.high:
+            raise ValueError(
+                f"{bounds} do not hold 1, the ratio of an engine that agrees with the policy; use 0 <= low <= 1 <= high"
+            )
+        if self.kind == "mask" and self.low == self.high:
+            raise ValueError(
+                f"{bounds} with loss.correction.kind=mask masks every sequence that differs at all; leave room between "
+                "them, as in 0.98 and 1.02"
+            )
+        return self
+
+
 class LossConfig(Section):
     level: Literal["sequence", "token", "sequence_token"] = Field(
         default="sequence",
@@ -238,6 +265,7 @@ class LossConfig(Section):
         default=None,
         description="constant length of aggregation=dr_grpo; null: rollout.sampling.max_new_tokens",
     )
+    correction: CorrectionConfig = CorrectionConfig()
 
     @model_validator(mode="after")
     def _clip_fits_level(self) -> LossConfig:
