@@ -68,6 +68,24 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
     typer.echo(run(loaded))
 
 
+@app.command()
+def preflight(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Start the servers, bring them the weights and compare their log-probs with the policy's, by position.
+
+    `train` does the same before its first step; here it is done alone, for a new model, machine or version of sglang.
+    """
+    loaded = _load(config, overrides)
+    _needs_servers(loaded)
+    from gspo_mm.runtime.log import setup_logging
+    from gspo_mm.stages import preflight as run
+    from gspo_mm.sync.parity import table
+
+    setup_logging(rank=int(os.environ.get("RANK", "0")))
+    gaps = run(loaded)
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(table(gaps))
+
+
 @app.command("eval")
 def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Answer the validation shards greedily with model.path and print accuracy by task as JSON."""
@@ -134,6 +152,11 @@ def run_reporting_faults(command: Callable[[], Any]) -> None:
         message = f"{where} cannot be written ({error.strerror}); free some space, or choose another run.dir"
     typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
     sys.exit(2)
+
+
+def _needs_servers(config: Any) -> None:
+    if config.rollout.engine != "sglang":
+        raise GspoError(f"rollout.engine={config.rollout.engine} has no servers; set rollout.engine=sglang")
 
 
 def _load(path: Path, overrides: list[str] | None, *, any_world: bool = False) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from gspo_mm.rollout.replay import Replay
 from gspo_mm.rollout.scheduler import Scheduler
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks
+from gspo_mm.sync.parity import Gap, check_parity
 from gspo_mm.sync.push import WeightPush, build_push
 from gspo_mm.types import EncodedPrompt, SamplingParams
 
@@ -133,6 +134,26 @@ def build_scheduler(
         is_dead=lambda group: group_advantages([group], config.advantage).dead > 0,
         sampling=SamplingParams(**config.rollout.sampling.model_dump()),
     )
+
+
+def check_servers(config: Config, stages: Stages) -> Mapping[str, Gap]:
+    """The parity preflight on the canary prompts: `check_parity`."""
+    assert stages.engine is None or isinstance(stages.engine, SGLangEngine)
+    return check_parity(
+        stages.policy,
+        stages.engine,
+        stages.processor,
+        stages.canary,
+        threshold=config.rollout.sglang.max_logprob_gap,
+    )
+
+
+def preflight(config: Config) -> Mapping[str, Gap]:
+    """Start everything that a run needs, bring the weights to the servers and compare them with the policy."""
+    stages = build_stages(config, Ranks(), total_updates=1)
+    with stages.closing():
+        stages.weights.push(version=0)
+        return check_servers(config, stages)
 
 
 def held_out_prompts(config: Config, processor: Processor) -> list[EncodedPrompt]:

@@ -40,7 +40,8 @@ from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed
-from gspo_mm.stages import Stages, build_stages
+from gspo_mm.stages import Stages, build_stages, check_servers
+from gspo_mm.sync.parity import table
 from gspo_mm.types import GspoError, RolloutGroup, Sequence
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def train(config: Config) -> dict[str, Any]:
         loop = Loop(config, run, stages, stack)
         loop.resume()
         check_sight(stages.policy, stages.processor, stages.canary)
+        loop.bring_first_weights()
         loop.evaluate_before_training()
         stop = stack.enter_context(StopRequest())
         while loop.step < config.train.steps and not ranks.any(stop.requested):
@@ -218,9 +220,14 @@ class Loop:
         logger.info("step %d: held-out accuracy %.1f %%", self.step, 100 * metrics["eval/accuracy"])
         return metrics
 
+    def bring_first_weights(self) -> None:
+        """The policy's weights to the engine; servers must then compute what the policy computes."""
+        self.stages.weights.push(version=self.step)
+        if self.config.rollout.engine == "sglang" and not self.config.rollout.replay:
+            logger.info("servers against the policy:\n%s", table(check_servers(self.config, self.stages)))
+
     def evaluate_before_training(self) -> None:
         self._stack.enter_context(self.progress)
-        self.stages.weights.push(version=self.step)
         fresh = self.ranks.from_main(self.ranks.main and self.step == 0 and not read_metrics(self.run.path))
         metrics = self.evaluate() if fresh else {}
         if metrics and self.metrics:
