@@ -38,6 +38,7 @@ gspo_node_address() {
 # Seconds before the time limit at which the run is asked to save and stop. It must cover one step and one
 # checkpoint; Slurm may ask up to a minute earlier.
 : "${GSPO_STOP_SECONDS=600}"
+: "${GSPO_POLL_SECONDS=10}"                  # between two looks of the servers' job at the trainer's
 
 # --- container --------------------------------------------------------------------------------------------------
 # pyxis/enroot: --container-image=nvcr.io#nvidia/pytorch:25.10-py3 --container-mounts=/scratch:/scratch
