@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import closing
 from statistics import fmean
 
 from gspo_mm.config import Config
@@ -35,18 +36,18 @@ def evaluate(
 
 def evaluate_folder(config: Config) -> dict[str, float]:
     """Evaluate the model in `config.model.path` on `config.data.validation`, without a policy."""
-    from gspo_mm.checkpoint.hf import read_hf
     from gspo_mm.data.processor import Processor
     from gspo_mm.stages import build_engine, held_out_prompts, set_threads
+    from gspo_mm.sync.push import serve_folder
 
     set_threads()
     processor = Processor(config.model.path, config.data)
-    engine = build_engine(config, processor)
-    engine.load_weights(read_hf(config.model.path, config.model.experts_layout), version=0)
-    metrics, _ = evaluate(
-        engine,
-        held_out_prompts(config, processor),
-        load_reward(config.reward.file),
-        max_new_tokens=config.rollout.sampling.max_new_tokens,
-    )
+    with closing(build_engine(config, processor)) as engine:
+        serve_folder(engine, config)
+        metrics, _ = evaluate(
+            engine,
+            held_out_prompts(config, processor),
+            load_reward(config.reward.file),
+            max_new_tokens=config.rollout.sampling.max_new_tokens,
+        )
     return metrics

@@ -15,11 +15,11 @@ import torch
 
 from gspo_mm.batch import pack
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
-from gspo_mm.checkpoint.hf import export_hf
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.evaluate import evaluate
+from gspo_mm.families.write import export_hf
 from gspo_mm.observe.metrics import MetricsWriter, read_metrics
 from gspo_mm.observe.progress import Progress
 from gspo_mm.observe.report import write_report
@@ -31,7 +31,6 @@ from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.stages import Stages, build_stages
-from gspo_mm.sync.push import push_weights
 from gspo_mm.types import DataError, EncodedPrompt, GspoError, MicroBatch, Sequence, Share
 
 logger = logging.getLogger(__name__)
@@ -43,9 +42,9 @@ def sft(config: Config) -> dict[str, Any]:
     run = RunDir.open(config, ranks)
     setup_logging(run.path, rank=ranks.rank)
     stages = build_stages(config, ranks, total_updates=config.sft.steps)
-    step = resume(run, stages)
-    check_sight(stages.policy, stages.processor, stages.canary)
-    with ExitStack() as stack, run.settled():
+    with stages.closing(), ExitStack() as stack, run.settled():
+        step = resume(run, stages)
+        check_sight(stages.policy, stages.processor, stages.canary)
         metrics: MetricsWriter | None = None
         if ranks.main:
             metrics = stack.enter_context(
@@ -157,7 +156,7 @@ def supervised_step(policy: Policy, share: Share, batches: list[MicroBatch]) -> 
 def held_out(stages: Stages, step: int, phases: Phases) -> dict[str, float]:
     """Greedy accuracy on the validation shards, through the engine and the weight sync that GSPO will use."""
     with phases("eval"):
-        push_weights(stages.policy, stages.engine, version=step)
+        stages.weights.push(version=step)
         if stages.engine is None or not stages.held_out:
             return {}
         values, _ = evaluate(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,9 @@ from gspo_mm.reward.spec import RewardFunction, load_reward
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.replay import Replay
+from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks
+from gspo_mm.sync.push import WeightPush, build_push
 from gspo_mm.types import EncodedPrompt, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -43,8 +47,24 @@ class Stages:
     replay: Replay | None
     reward: RewardFunction
     policy: Policy
+    weights: WeightPush
     reference: Reference | None
     sampling: SamplingParams
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close the engine when the block is left, and tell its servers why."""
+        try:
+            yield
+        except BaseException as error:
+            self._close(f"the run stopped: {error or type(error).__name__}")
+            raise
+        self._close("the run has ended")
+
+    def _close(self, reason: str) -> None:
+        self.weights.close()
+        if self.engine:
+            self.engine.close(reason)
 
 
 def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
@@ -80,12 +100,15 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
         replay=open_replay(config.rollout.replay) if config.rollout.replay else None,
         reward=reward,
         policy=policy,
+        weights=build_push(config, policy, engine),
         reference=Reference(policy) if config.loss.kl_coef else None,
         sampling=SamplingParams(**config.rollout.sampling.model_dump()),
     )
 
 
 def build_engine(config: Config, processor: Processor) -> RolloutEngine:
+    if config.rollout.engine == "sglang":
+        return SGLangEngine(config, processor)
     return EmbeddedEngine(
         config.model.path, processor, dtype=DTYPES[config.policy.dtype], max_batch=config.rollout.max_batch
     )

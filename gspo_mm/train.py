@@ -20,10 +20,10 @@ from typing import Any
 from gspo_mm.advantage import AdvantageResult, DeadStepGuard, group_advantages
 from gspo_mm.batch import sequences_of, split_evenly
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
-from gspo_mm.checkpoint.hf import export_hf
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
 from gspo_mm.evaluate import evaluate
+from gspo_mm.families.write import export_hf
 from gspo_mm.loss.gspo import check_clip_can_act
 from gspo_mm.observe.metrics import MetricsWriter, read_metrics
 from gspo_mm.observe.progress import Progress
@@ -40,7 +40,6 @@ from gspo_mm.runtime.phases import Phases
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.stages import Stages, build_stages
-from gspo_mm.sync.push import push_weights
 from gspo_mm.types import GspoError, RolloutGroup, Sequence
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def train(config: Config) -> dict[str, Any]:
     if warning := check_clip_can_act(config.loss, config.train.updates_per_batch):
         logger.warning(warning)
     stages = build_stages(config, ranks, total_updates=config.train.steps * config.train.updates_per_batch)
-    with ExitStack() as stack, run.settled():
+    with stages.closing(), ExitStack() as stack, run.settled():
         loop = Loop(config, run, stages, stack)
         loop.resume()
         check_sight(stages.policy, stages.processor, stages.canary)
@@ -128,7 +127,7 @@ class Loop:
             )
         self.step += 1
         with phases("sync"):
-            push_weights(stages.policy, stages.engine, version=self.step)
+            stages.weights.push(version=self.step)
         evaluation = self.evaluate() if self.is_evaluation_step() else {}
         memory = {"memory/peak_gib": max(self.ranks.gather(peak_memory()))}
         if self.ranks.main:
@@ -189,7 +188,7 @@ class Loop:
 
     def evaluate_before_training(self) -> None:
         self._stack.enter_context(self.progress)
-        push_weights(self.stages.policy, self.stages.engine, version=self.step)
+        self.stages.weights.push(version=self.step)
         fresh = self.ranks.from_main(self.ranks.main and self.step == 0 and not read_metrics(self.run.path))
         metrics = self.evaluate() if fresh else {}
         if metrics and self.metrics:

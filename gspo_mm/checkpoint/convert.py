@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from gspo_mm.checkpoint.distributed import CheckpointError, load_weights, save_weights
-from gspo_mm.checkpoint.hf import Template, copy_template, template_of, write_hf
 from gspo_mm.config import ParallelConfig, PolicyConfig
 from gspo_mm.families import HfFolder, read_hf
+from gspo_mm.families.write import Template, copy_template, template_of, write_hf
 from gspo_mm.policy.engine import build_chunks, prepare
 from gspo_mm.policy.model import PolicyModel, padded_vocab
 from gspo_mm.policy.precision import DTYPES

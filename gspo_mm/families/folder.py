@@ -3,7 +3,7 @@
 A trap lies in fused experts. Published checkpoints store `gate_up_proj` [E, D, 2F] and `down_proj` [E, F, D];
 transformers keeps [E, 2F, D] and [E, D, F] in memory, and saves a model that it did not load in just that layout.
 Everything inside the program is in transformers' in-memory layout; reading decides by dims against config.json and
-refuses to guess. checkpoint/hf.py writes.
+refuses to guess. write.py writes.
 
 E experts, D hidden, F inner size of an expert.
 """

@@ -34,6 +34,9 @@ loss:
    token_mean and dr_grpo let long answers weigh more at level sequence; only sequence_mean is the paper's
    objective.
 
+Where `loss.correction` is on, o_it is multiplied by a constant w_i that answers for the mismatch between policy and
+rollout engine: correction.py. It changes nothing else above.
+
 Since S, N and C are given, losses and metrics of micro-batches add up to those of the batch, whatever the
 split.
 
@@ -55,13 +58,15 @@ else R).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gspo_mm.config import LossConfig
+from gspo_mm.config import ConfigError, LossConfig
+from gspo_mm.loss.correction import compare
+from gspo_mm.loss.metrics import Metrics
 from gspo_mm.types import NonFiniteError
 
 
@@ -70,7 +75,7 @@ class LossOutput:
     """The part of the batch's loss and metrics that these sequences make."""
 
     loss: Tensor  # scalar, dtype of the log-probs; losses of micro-batches add up
-    metrics: dict[str, float]  # see `policy_loss`; merged by `reduce_metrics`
+    metrics: Metrics  # see `policy_loss`; merged by `reduce_metrics`, then `summarize`
 
 
 def policy_loss(
@@ -97,7 +102,7 @@ def policy_loss(
     num_tokens        N of the same; needed for aggregation token_mean and for the metric clip_token_fraction
     entropy           [R] nats, for the metric only
     ref_logprobs      [R] nats, of the reference; needed where kl_coef > 0
-    rollout_logprobs  [R] nats, of the engine that sampled, for the metrics only
+    rollout_logprobs  [R] nats, of the engine that sampled, for the metrics; needed for loss.correction
     names             [S] used in errors
 
     Metrics are means over all sequences of the batch; what belongs to a token is averaged within its sequence
@@ -111,13 +116,16 @@ def policy_loss(
         approx_kl                            k3 of KL(π_old ‖ π_θ): exp(x) − 1 − x per token
         entropy, kl_ref                      per token, where given
         logprob_gap_mean, logprob_gap_max    |log π_old − log π_rollout| per token, where given
+        mismatch/k1, mismatch/k3, mismatch/ratio (a list, one number per sequence), and with loss.correction
+        mismatch/corrected_fraction          see correction.py, where rollout_logprobs are given
 
     Raises NonFiniteError naming the sequence for NaN or Inf in an input or in the loss, and ValueError for
-    shapes, counts or config values that do not fit together.
+    shapes, counts or config values that do not fit together (ConfigError where rollouts came without log-probs
+    that loss.correction needs: data decide that, so it may happen on one rank only).
     """
     lengths_S = _lengths(cu_seqlens, logprobs.numel(), names)
     names = names or [f"sequence {i}" for i in range(len(lengths_S))]
-    _check_counts(config, len(lengths_S), num_sequences, num_tokens, ref_logprobs)
+    _check_counts(config, len(lengths_S), num_sequences, num_tokens, ref_logprobs, rollout_logprobs)
     given = {
         "logprobs": logprobs,
         "old_logprobs": old_logprobs,
@@ -143,6 +151,10 @@ def policy_loss(
     if per_token and advantages.numel() == len(lengths_S):
         advantage_U = advantage_U[owner_R]
     surrogate_U, clipped = _surrogate(log_ratio_U, advantage_U, config)
+    mismatch = None
+    if rollout_logprobs is not None:
+        mismatch = compare(old_R, rollout_logprobs, lengths_S, config.correction)
+        surrogate_U = surrogate_U * (mismatch.weight[owner_R] if per_token else mismatch.weight)
 
     weight_S = _token_weights(lengths_S, config, num_sequences, num_tokens)
     weight_R = weight_S[owner_R]
@@ -157,10 +169,11 @@ def policy_loss(
             loss = loss + config.kl_coef * kl
 
     token_means = {"approx_kl": torch.expm1(x_R) - x_R, "entropy": entropy, "kl_ref": kl_R}
-    if rollout_logprobs is not None:
-        token_means["logprob_gap_mean"] = (old_R - rollout_logprobs.double()).abs()
+    if mismatch is not None:
+        token_means |= {"logprob_gap_mean": mismatch.gap.abs(), **mismatch.token_means()}
     metrics = _metrics(log_ratio_U, clipped, token_means, lengths_S, num_sequences, num_tokens)
-    return LossOutput(loss=loss, metrics=metrics)
+    of_mismatch = mismatch.metrics(num_sequences) if mismatch is not None else {}
+    return LossOutput(loss=loss, metrics={**metrics, **of_mismatch})
 
 
 @torch.no_grad()
@@ -199,7 +212,7 @@ def _token_weights(
     """a_i [S] of the equations.
 
     Denominators are those of the whole batch: one count for all micro-batches and ranks, so the split cannot
-    matter.
+    matter. A sequence that loss.correction masks adds 0 to the loss and still counts in them.
     """
     match config.aggregation:
         case "sequence_mean":
@@ -211,18 +224,6 @@ def _token_weights(
             assert config.dr_grpo_length is not None
             weight = 1.0 / (num_sequences * config.dr_grpo_length)
     return torch.full_like(lengths_S, weight, dtype=torch.float64)
-
-
-def reduce_metrics(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Merge metrics of micro-batches (or ranks): `*_min` by min, `*_max` by max, all others by addition."""
-    parts = list(parts)
-    if len({frozenset(part) for part in parts}) > 1:
-        raise ValueError(f"metrics of micro-batches have different names: {[sorted(part) for part in parts]}")
-    merge = {"_min": min, "_max": max}
-    return {
-        name: merge.get(name[-4:], math.fsum)([part[name] for part in parts])
-        for name in (parts[0] if parts else ())
-    }
 
 
 def check_clip_can_act(config: LossConfig, updates_per_batch: int) -> str | None:
@@ -286,7 +287,12 @@ def _lengths(cu_seqlens: Tensor, R: int, names: Sequence[str] | None) -> Tensor:
 
 
 def _check_counts(
-    config: LossConfig, S: int, num_sequences: int, num_tokens: int | None, ref_logprobs: Tensor | None
+    config: LossConfig,
+    S: int,
+    num_sequences: int,
+    num_tokens: int | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
 ) -> None:
     if num_sequences < S:
         raise ValueError(
@@ -304,6 +310,11 @@ def _check_counts(
     if config.kl_coef > 0 and ref_logprobs is None:
         raise ValueError(
             f"loss.kl_coef={config.kl_coef:g} needs log-probs of a reference model; pass them, or set it to 0"
+        )
+    if config.correction.kind != "none" and rollout_logprobs is None:
+        raise ConfigError(
+            f"loss.correction.kind={config.correction.kind} needs the log-probs of the engine that sampled, and "
+            "these rollouts came without them; sample anew instead of replaying, or set loss.correction.kind=none"
         )
 
 

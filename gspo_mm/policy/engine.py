@@ -27,6 +27,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from gspo_mm.config import PolicyConfig
 from gspo_mm.families import Family, family_of, read_hf
+from gspo_mm.loss.metrics import Metrics
 from gspo_mm.policy import cpu
 from gspo_mm.policy.layout import padded_tokens
 from gspo_mm.policy.load import ExpertLoad
@@ -40,7 +41,7 @@ from gspo_mm.runtime.dist import Ranks, device
 from gspo_mm.types import GspoError, MicroBatch
 
 # (micro-batch number, log-probs [R] float32, entropy [R] detached) -> (loss, metrics)
-type LossFn = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, float]]]
+type LossFn = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Metrics]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class UpdateStats:
     loss: float  # sum over micro-batches of all data-parallel ranks
     grad_norm: float  # global, before clipping
     lr: float
-    metrics: list[dict[str, float]]  # one per micro-batch of any rank, as the loss function gave them
+    metrics: list[Metrics]  # one per micro-batch of any rank, as the loss function gave them
 
 
 class Policy:
@@ -156,7 +157,7 @@ class Policy:
 
     def backward(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, *, temperature: float = 1.0
-    ) -> tuple[float, list[dict[str, float]]]:
+    ) -> tuple[float, list[Metrics]]:
         """Gradients of the summed loss, left in the gradient buffers; returns the sum and the metrics."""
         for chunk in self._ddp:
             chunk.zero_grad_buffer()

@@ -9,7 +9,8 @@ import torch
 
 from gspo_mm.batch import Pixels, deal_updates, pack
 from gspo_mm.config import Config, LossConfig, PolicyConfig
-from gspo_mm.loss.gspo import policy_loss, reduce_metrics
+from gspo_mm.loss.gspo import policy_loss
+from gspo_mm.loss.metrics import Metrics, reduce_metrics, summarize
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
 from gspo_mm.runtime.phases import Phases
@@ -71,7 +72,7 @@ def update_policy(
             else [None] * len(every_batch)
         )
         refs = reference.logprobs(every_batch, temperature) if reference else [None] * len(every_batch)
-    metrics: list[dict[str, float]] = []
+    metrics: list[Metrics] = []
     with phases("update"):
         start = 0
         for share, batches in zip(shares, batches_of_share, strict=True):
@@ -83,7 +84,7 @@ def update_policy(
     return {
         **_over_updates(metrics),
         # the first step after a rollout sees the weights that the old log-probs were computed with
-        "first_update_ratio_error": abs(metrics[0]["ratio_mean"] - 1.0),
+        "first_update_ratio_error": abs(_over_updates(metrics[:1])["ratio_mean"] - 1.0),
         **policy.expert_load(),
     }
 
@@ -102,10 +103,10 @@ def _step(
     refs: list[torch.Tensor] | list[None],
     config: LossConfig,
     temperature: float,
-) -> dict[str, float]:
+) -> Metrics:
     def loss_fn(
         index: int, logprobs_R: torch.Tensor, entropy_R: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, Metrics]:
         batch, old_R = batches[index], olds[index]
         output = policy_loss(
             logprobs_R,
@@ -129,7 +130,6 @@ def _step(
     return {**reduce_metrics(stats.metrics), "loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
 
 
-def _over_updates(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """One value per name over the step's updates: extremes stay extremes, the rest is averaged."""
-    combine = {"_min": min, "_max": max}
-    return {name: combine.get(name[-4:], fmean)([m[name] for m in metrics]) for name in metrics[0]}
+def _over_updates(metrics: list[Metrics]) -> dict[str, float]:
+    """One value per name over the step's updates: extremes stay extremes, lists are joined, the rest is averaged."""
+    return summarize(reduce_metrics(metrics, others=fmean))

@@ -56,6 +56,7 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
+        """Replace all weights by HF-named tensors (transformers' in-memory layout). Raises ValueError on a gap."""
         missing = set(self._parameters)
         for name, tensor in tensors:
             if name not in self._parameters:
@@ -84,7 +85,7 @@ class EmbeddedEngine:
             answers += self._generate_chunk(chunk, group_size, sampling, columns.to(self._device))
         return answers
 
-    def close(self) -> None:
+    def close(self, reason: str = "") -> None:
         self._parameters = {}
         del self._model
 

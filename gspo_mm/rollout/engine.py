@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import count
 from typing import Protocol
-
-import torch
 
 from gspo_mm.types import Completion, EncodedPrompt, RolloutGroup, SamplingParams
 
 
 class RolloutEngine(Protocol):
-    """Samples answers with a copy of the policy's weights. SGLang servers and in-process transformers both fit."""
+    """Samples answers with a copy of the policy's weights, which `sync/` brings: `EmbeddedEngine`, `SGLangEngine`."""
 
     @property
     def version(self) -> int:
@@ -22,15 +19,11 @@ class RolloutEngine(Protocol):
     def generate(
         self, prompts: list[EncodedPrompt], *, group_size: int, sampling: SamplingParams, seed: int
     ) -> list[list[Completion]]:
-        """Sample `group_size` completions of every prompt; equal arguments and weights give equal answers."""
+        """Sample `group_size` completions of every prompt. The embedded engine repeats itself, servers do not."""
         ...
 
-    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Replace all weights by HF-named tensors (transformers' in-memory layout). Raises ValueError on a gap."""
-        ...
-
-    def close(self) -> None:
-        """Free memory, stop servers."""
+    def close(self, reason: str = "the run has ended") -> None:
+        """Free memory, stop servers; `reason` is told to those that run elsewhere."""
         ...
 
 

@@ -1,27 +1,142 @@
-"""Bring the policy's weights to the rollout engine.
+"""Bring the policy's weights to whatever samples with them.
 
-In one process this is a copy, tensor by tensor, through the family's weight map: the same Hugging Face names
-and layout that a server or a checkpoint gets, so a fault in the map shows here first.
+One protocol, `WeightPush`. In one process it is a copy, tensor by tensor, under the Hugging Face names that a server
+or a checkpoint gets, so a fault in the weight map shows here first. For SGLang servers a push is
+
+    pause  ->  send (disk.py, tensor.py or distributed.py)  ->  compare checksums  ->  continue
+
+so that no token is computed with half of the new weights. A server that dies on the way is left out, and the push is
+done again for the others; when it is back it gets the weights at the next push, and is asked nothing before.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
+from gspo_mm.config import Config
+from gspo_mm.families import read_hf
 from gspo_mm.policy.engine import Policy
+from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
+from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.servers import ServerError
+from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.sync.checksums import Checksums
+from gspo_mm.sync.disk import DiskSender, load_folder
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 3
 
 
-def push_weights(policy: Policy, engine: RolloutEngine | None, *, version: int) -> None:
-    """Load every weight of `policy` into `engine` under `version`; raises ValueError when one is left stale.
+class WeightPush(Protocol):
+    """Makes the engine sample with the policy's weights. Every method is a collective."""
 
-    A collective: rank 0 has the engine, the other ranks give their parts of the weights.
-    """
+    def push(self, *, version: int) -> None:
+        """All weights, under `version`. Raises ValueError or a GspoError when one would be left stale."""
+        ...
 
-    def load(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        if engine is not None:
-            engine.load_weights(tensors, version=version)
+    def close(self) -> None: ...
 
-    policy.ranks.stream_to_main(policy.export(), load)
+
+class Sender(Protocol):
+    """One way for tensors to reach servers. Every method is a collective."""
+
+    def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
+        """All weights to all of `servers`, noting checksums of what is sent. Raises ServerError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def build_push(config: Config, policy: Policy, engine: RolloutEngine | None) -> WeightPush:
+    """The push that fits `rollout.engine` and `sync.mode`. `engine` is None on ranks other than 0, and when replaying."""
+    if config.rollout.engine == "embedded" or config.rollout.replay:
+        assert engine is None or isinstance(engine, EmbeddedEngine)
+        return InProcessPush(policy, engine)
+    assert engine is None or isinstance(engine, SGLangEngine)
+    return ServerPush(policy, engine, DiskSender(config, policy, engine), config)
+
+
+def serve_folder(engine: RolloutEngine, config: Config) -> None:
+    """Let the engine answer with the weights in `model.path`, without any policy."""
+    if isinstance(engine, EmbeddedEngine):
+        engine.load_weights(read_hf(config.model.path, config.model.experts_layout), version=0)
+        return
+    assert isinstance(engine, SGLangEngine)
+    servers = engine.fleet.up()
+    path = Path(config.model.path).absolute()
+    engine.run(load_folder(engine, servers, path, version=0, timeout=config.sync.timeout))
+    engine.run(engine.fleet.hold(0, servers))
+
+
+class InProcessPush:
+    """Copies into the embedded engine of rank 0; the other ranks give their parts of the weights."""
+
+    def __init__(self, policy: Policy, engine: EmbeddedEngine | None) -> None:
+        self._policy = policy
+        self._engine = engine
+
+    def push(self, *, version: int) -> None:
+        def load(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+            if self._engine is not None:
+                self._engine.load_weights(tensors, version=version)
+
+        self._policy.ranks.stream_to_main(self._policy.export(), load)
+
+    def close(self) -> None:
+        pass
+
+
+class ServerPush:
+    """Brings weights to all servers of the fleet, by one Sender."""
+
+    def __init__(self, policy: Policy, engine: SGLangEngine | None, sender: Sender, config: Config) -> None:
+        self._ranks = policy.ranks
+        self._engine = engine
+        self._sender = sender
+        self._sync = config.sync
+        self._mode = config.rollout.on_update
+
+    def push(self, *, version: int) -> None:
+        for attempt in range(1, _ATTEMPTS + 1):
+            servers = self._servers()
+            try:
+                self._push_to(servers, version)
+                return
+            except ServerError as fault:
+                if attempt == _ATTEMPTS:
+                    raise
+                logger.warning("weights of version %d did not arrive, trying again: %s", version, fault)
+
+    def close(self) -> None:
+        self._sender.close()
+
+    def _servers(self) -> list[Registration]:
+        servers: list[Registration] = []
+        with self._ranks.together():
+            if self._engine:
+                servers = self._engine.run(self._engine.fleet.reachable())
+        return self._ranks.from_main(servers)
+
+    def _push_to(self, servers: list[Registration], version: int) -> None:
+        checksums = Checksums()
+        with self._ranks.together():
+            self._tell(servers, "/pause_generation", mode=self._mode)
+        self._sender.send(servers, version=version, checksums=checksums)
+        sent = [item for of_rank in self._ranks.gather(checksums.sent) for item in of_rank.items()]
+        with self._ranks.together():
+            if self._sync.verify and self._engine:
+                self._engine.run(checksums.compare(self._engine, servers, dict(sent), self._sync.timeout))
+            self._tell(servers, "/continue_generation")
+            if self._engine:
+                self._engine.run(self._engine.fleet.hold(version, servers))
+
+    def _tell(self, servers: list[Registration], path: str, **body: Any) -> None:
+        if self._engine:
+            self._engine.run(self._engine.control_all(servers, path, timeout=self._sync.timeout, **body))

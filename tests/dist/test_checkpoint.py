@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_mm.checkpoint.hf import read_hf
+from gspo_mm.families import read_hf
 from tests.dist.launch import ROOT, torchrun
 from tests.dist.layouts import LAYOUTS
 from tests.dist.resume import steps

@@ -10,14 +10,28 @@ import pytest
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from gspo_mm.config import LossConfig
+from gspo_mm.config import CorrectionConfig, LossConfig
 from gspo_mm.loss import policy_loss
 
 LENGTHS = (3, 1, 7, 4, 2, 5)
 TRL_MAX_LENGTH = 9
 
 
-def trl_loss(new, old, advantages, mask, *, level, loss_type, low, high, beta=0.0, ref=None, delta=None):
+def trl_loss(
+    new,
+    old,
+    advantages,
+    mask,
+    *,
+    level,
+    loss_type,
+    low,
+    high,
+    beta=0.0,
+    ref=None,
+    delta=None,
+    weights=None,
+):
     """GRPOTrainer._compute_loss of TRL 1.16 on a stub: log-probs [S, T] in, scalar loss out."""
     S, T = new.shape
     trainer = SimpleNamespace(
@@ -28,8 +42,8 @@ def trl_loss(new, old, advantages, mask, *, level, loss_type, low, high, beta=0.
         beta=beta,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        use_vllm=False,
-        vllm_importance_sampling_correction=False,
+        use_vllm=weights is not None,
+        vllm_importance_sampling_correction=weights is not None,
         max_completion_length=TRL_MAX_LENGTH,
         args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
         model=SimpleNamespace(training=True),
@@ -51,6 +65,7 @@ def trl_loss(new, old, advantages, mask, *, level, loss_type, low, high, beta=0.
         "old_per_token_logps": old,
         "ref_per_token_logps": ref,
         "num_items_in_batch": mask.sum(),
+        "importance_sampling_ratio": weights,
     }
     loss = GRPOTrainer._compute_loss(trainer, None, inputs)
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
@@ -142,3 +157,61 @@ def test_loss_and_gradient_equal_trl(level, aggregation, loss_type, beta, dual_c
         "the cases must hold every kind of clipping"
     )
     assert seen["clip_token_fraction"] < 8
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+@pytest.mark.parametrize(("level", "aggregation", "loss_type"), CASES)
+def test_a_sequence_weight_enters_where_trl_lets_it(level, aggregation, loss_type, kind):
+    """On the surrogate, not on the KL term, and not in any denominator.
+
+    TRL's own weights of sequences are of another kind and are not compared: sequence_truncate and sequence_mask bound
+    the product of an answer's token ratios (which grows with its length) and keep that ratio where they do not mask.
+    """
+    bounds = {"low": 0.98, "high": 1.03}
+    config = LossConfig(
+        level=level,
+        aggregation=aggregation,
+        clip_low=3e-3,
+        clip_high=4e-3,
+        kl_coef=0.04,
+        dr_grpo_length=TRL_MAX_LENGTH,
+        correction=CorrectionConfig(kind=kind, **bounds),
+    )
+    below = above = 0
+    for seed in range(4):
+        new, old, ref, advantages, mask = batch(seed, spread=5e-3)
+        rollout = old + 0.08 * torch.randn(old.shape, generator=torch.Generator().manual_seed(seed)).double()
+        c = torch.stack([((old - rollout)[i, :L].sum() / L).exp() for i, L in enumerate(LENGTHS)])
+        below, above = below + int((c < 0.98).sum()), above + int((c > 1.03).sum())
+        weights = c.clamp(max=1.03) if kind == "truncate" else ((c >= 0.98) & (c <= 1.03)).double()
+        theirs_in, ours_in = new.clone().requires_grad_(), new[mask].clone().requires_grad_()
+        theirs, _ = trl_loss(
+            theirs_in,
+            old,
+            advantages,
+            mask,
+            level=level,
+            loss_type=loss_type,
+            low=3e-3,
+            high=4e-3,
+            beta=0.04,
+            ref=ref,
+            weights=weights[:, None],
+        )
+        ours = policy_loss(
+            ours_in,
+            old[mask],
+            advantages,
+            torch.tensor([0, *accumulate(LENGTHS)]),
+            config=config,
+            num_sequences=len(LENGTHS),
+            num_tokens=sum(LENGTHS),
+            ref_logprobs=ref[mask],
+            rollout_logprobs=rollout[mask],
+        )
+        assert ours.loss.item() == pytest.approx(theirs.item(), abs=1e-12)
+        (their_gradient,) = torch.autograd.grad(theirs, theirs_in)
+        (our_gradient,) = torch.autograd.grad(ours.loss, ours_in)
+        torch.testing.assert_close(our_gradient, their_gradient[mask], atol=1e-12, rtol=0)
+    assert below > 1
+    assert above > 1

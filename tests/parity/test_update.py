@@ -1,6 +1,7 @@
 """A step's update does not depend on how it is split, and skips the passes it does not need."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
 from gspo_mm.policy.update import share_out, update_policy
 from gspo_mm.runtime.phases import Phases
-from gspo_mm.types import Completion, Finish, RolloutGroup, Score
+from gspo_mm.types import Completion, Finish, GspoError, RolloutGroup, Score
 
 
 def config(model: Path, shards: Path, **sections: Any) -> Config:
@@ -88,7 +89,14 @@ def weights(policy: Policy) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "loss", [{}, {"aggregation": "token_mean"}, {"aggregation": "dr_grpo"}, {"level": "token"}]
+    "loss",
+    [
+        {},
+        {"aggregation": "token_mean"},
+        {"aggregation": "dr_grpo"},
+        {"level": "token"},
+        {"correction": {"kind": "mask", "low": 0.5, "high": 1.1}},
+    ],
 )
 def test_the_split_into_micro_batches_changes_nothing(
     tiny_model: Path, digit_shards: Path, groups: Any, processor: Processor, loss: dict[str, Any]
@@ -129,6 +137,50 @@ def test_one_update_skips_the_old_pass_and_gives_what_the_pass_would(
     first_half = run(double, groups, processor)[1][0]
     assert passes == [len(groups[:1]) * 2]  # one pass over both shares' micro-batches
     assert first_half["first_update_ratio_error"] < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+def test_a_correction_sees_the_same_ratios_with_and_without_an_old_pass(
+    tiny_model: Path, digit_shards: Path, groups: Any, processor: Processor, kind: str
+) -> None:
+    """One update takes the current log-probs for the old ones; of two updates, quantiles are over both together."""
+    found: list[dict[str, float]] = []
+    for updates in (1, 2):
+        correction = {"kind": kind, "low": 0.5, "high": 1.1}
+        settings = config(
+            tiny_model,
+            digit_shards,
+            loss={"correction": correction},
+            train={"updates_per_batch": updates},
+        )
+        found.append(run(settings, groups, processor)[1][0])
+    names = {name for name in found[0] if name.startswith("mismatch/")}
+    assert len(names) == 9
+    assert 0 < found[0]["mismatch/corrected_fraction"] < 1
+    assert found[0]["mismatch/ratio_p01"] < found[0]["mismatch/ratio_p50"] < found[0]["mismatch/ratio_p99"]
+    for name in names:
+        assert found[1][name] == pytest.approx(found[0][name], abs=1e-5), name
+    plain = config(tiny_model, digit_shards, train={"updates_per_batch": 1})
+    assert run(plain, groups, processor)[1][0]["grad_norm"] != found[0]["grad_norm"]
+
+
+def test_rollouts_without_log_probs_are_trained_on_unless_they_are_to_be_corrected(
+    tiny_model: Path, digit_shards: Path, groups: Any, processor: Processor
+) -> None:
+    plain = config(tiny_model, digit_shards, train={"updates_per_batch": 1})
+    masked = config(
+        tiny_model, digit_shards, train={"updates_per_batch": 1}, loss={"correction": {"kind": "mask"}}
+    )
+    policy = Policy.from_hf(plain.model.path, plain.policy, seed=0, total_steps=100)
+    bare = [[replace(s, rollout_logprobs=None) for s in sequences_of(groups)]]
+    shares, _ = share_out(policy, bare, processor=processor, config=plain.policy)
+    given = {"processor": processor, "reference": None, "phases": Phases()}
+    before = weights(policy).clone()
+    with pytest.raises(GspoError, match=r"loss\.correction\.kind=mask needs the log-probs"):
+        update_policy(policy, shares, config=masked, **given)
+    assert torch.equal(weights(policy), before)
+    metrics = update_policy(policy, shares, config=plain, **given)
+    assert not any(name.startswith("mismatch/") for name in metrics)
 
 
 def test_kl_to_the_reference_starts_at_zero_and_grows(

@@ -61,13 +61,12 @@ def masked(flops: FlopModel, length: int) -> int:
     return flops.pair * (length**2 - length * (length + 1) // 2)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("grids", "text", "rows"), [(GRIDS[0], 19, 19), (GRIDS[1], 7, 3), (GRIDS[2], 30, 1)])
 def test_forward_flops_are_those_that_torch_counts(
-    name: str, attention: str, grids: list[tuple[int, int]], text: int, rows: int
+    name: str, grids: list[tuple[int, int]], text: int, rows: int
 ) -> None:
-    model = model_of(name, attention)
+    model = model_of(name, "eager")  # torch before 2.15 counts nothing for its fused attention on a CPU
     flops = Qwen3VL().flops(model.config)
     inputs = inputs_of(model, grids, text)
     length = inputs["input_ids"].shape[1]

@@ -100,14 +100,13 @@ class OurStep:
         from gspo_mm.batch import sequences_of
         from gspo_mm.policy.update import share_out, update_policy
         from gspo_mm.rollout.engine import sample_groups
-        from gspo_mm.sync.push import push_weights
         from gspo_mm.types import Score
 
         stages, rollout = self.stages, self.config.rollout
         assert stages.engine is not None
         self.phases.take()
         with self.phases("sync"):
-            push_weights(stages.policy, stages.engine, version=self.step)
+            stages.weights.push(version=self.step)
         with self.phases("rollout"):
             groups = sample_groups(
                 stages.engine,

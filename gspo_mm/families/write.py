@@ -1,6 +1,6 @@
 """Write Hugging Face folders: the published layout always, whole or not at all.
 
-Reading is in families/folder.py, whose docstring tells of the two layouts of fused experts.
+Reading is in folder.py, whose docstring tells of the two layouts of fused experts.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from gspo_mm.config import ModelConfig
-from gspo_mm.families import family_of
 from gspo_mm.families.folder import INDEX, HfFolder, HfFolderError, expert_kind, read_hf
+from gspo_mm.families.table import family_of
 
 if TYPE_CHECKING:
     from gspo_mm.policy.engine import Policy
-
-__all__ = ["HfFolder", "HfFolderError", "export_hf", "read_hf", "write_hf"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +45,7 @@ def write_hf(
     *,
     experts_layout: str = "auto",
     shard_bytes: int = 5 * 10**9,
+    durable: bool = True,
 ) -> Path:
     """Write `tensors` (HF names, transformers' in-memory layout) as a folder like `source` with new weights.
 
@@ -54,7 +53,8 @@ def write_hf(
 
     Fused experts go out in the published layout, each tensor in the dtype it has in `source`; configuration,
     tokenizer, processor and chat template are copied. The folder appears under its name only when it is whole, and
-    replaces one that was there. `experts_layout` is that of `source`, as in `read_hf`.
+    replaces one that was there. `experts_layout` is that of `source`, as in `read_hf`;
+    with `durable` false the files need not outlive a crash of the machine.
     Raises HfFolderError when the names are not those of `source`, or when the disk refuses.
     """
     path, origin = Path(path), template_of(source, experts_layout)
@@ -64,7 +64,12 @@ def write_hf(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _fill(temporary, origin, tensors, shard_bytes)
+        if durable:
+            for item in [*temporary.iterdir(), temporary]:
+                _sync(item)
         _publish(temporary, path)
+        if durable:
+            _sync(path.parent)
     except OSError as error:
         raise HfFolderError(
             f"{path} cannot be written ({error.strerror or error}); free some space or choose another folder"
@@ -151,7 +156,6 @@ def _write_shards(
     def flush() -> None:
         name = f"part-{len(shards):05d}"
         save_file(pending, folder / name, metadata={"format": "pt"})
-        _sync(folder / name)
         shards.append((name, size, list(pending)))
         pending.clear()
 
@@ -186,15 +190,11 @@ def _name_shards(folder: Path, shards: list[_Shard]) -> None:
 
 
 def _publish(temporary: Path, path: Path) -> None:
-    for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
     old = path.with_name(f".old-{path.name}")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
     temporary.rename(path)
-    _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,0 +1,202 @@
+"""The servers that answer for a run, as the trainer sees them: which are up, and which hold the current weights.
+
+Only a server that holds the current weights is asked. A server that was started anew holds those of model.path, so it
+stands aside until the next push. With more than one server, sglang-router stands in front and spreads the prompts.
+All methods but `close` belong to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+
+from gspo_mm.config import Config
+from gspo_mm.rollout.registry import Registration, beat, forget_heartbeat, registered, servers_folder
+from gspo_mm.rollout.router import Router
+from gspo_mm.rollout.servers import ServerError, ServerHost, answers
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.5  # seconds
+_BEAT = 2.0  # seconds
+
+
+class Fleet:
+    """Watches RUN/servers. Start it with `open`."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._sglang = config.rollout.sglang
+        self._folder = servers_folder(config.run.path)
+        self._wanted = len(self._sglang.urls) or self._sglang.servers
+        self._up: dict[str, Registration] = {}
+        self._versions: dict[str, int] = {}  # by generation
+        self._version = -1
+        self._changed = asyncio.Condition()
+        self._router: Router | None = None
+        self._fault: ServerError | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._host: ServerHost | None = None
+        if self._sglang.start == "here" and not self._sglang.urls:
+            for stale in self._folder.glob("*.json"):
+                stale.unlink()
+            self._host = ServerHost(config, self._folder, prefix=socket.gethostname())
+
+    async def open(self) -> None:
+        """Start what is to be started here and wait for all servers. Raises ServerError when they do not come."""
+        forget_heartbeat(self._folder)
+        beat(self._folder)
+        if self._host:
+            self._host.start()
+        if self._wanted > 1:
+            self._router = Router(self._folder / "router.log")
+        self._task = asyncio.create_task(self._watch())
+        began = told = time.monotonic()
+        while len(self._up) < self._wanted:
+            if self._fault:
+                raise self._fault
+            now = time.monotonic()
+            if now - began > self._sglang.start_timeout:
+                raise ServerError(
+                    f"{len(self._up)} of {self._wanted} servers are up after rollout.sglang.start_timeout="
+                    f"{self._sglang.start_timeout} s; {self._whereabouts()}"
+                )
+            if now - told > 15:
+                told = now
+                logger.info("%d of %d servers are up after %.0f s", len(self._up), self._wanted, now - began)
+            await asyncio.sleep(_POLL)
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that are sampled with."""
+        return self._version
+
+    def up(self) -> list[Registration]:
+        """Servers that a push of weights must reach."""
+        return list(self._up.values())
+
+    async def reachable(self) -> list[Registration]:
+        """As `up`, once there is one. Raises ServerError after rollout.sglang.down_timeout."""
+        await self._wait_for(lambda: bool(self._up), "no server is up")
+        return self.up()
+
+    def stale(self) -> list[Registration]:
+        """Servers that came back and wait for the current weights."""
+        return [server for server in self.up() if not self._is_current(server)]
+
+    async def hold(self, version: int, servers: list[Registration]) -> None:
+        """`servers` now have the weights of `version`, which is the current one from now on."""
+        self._version = version
+        for server in servers:
+            self._versions[server.generation] = version
+        await self._route()
+
+    async def url(self) -> tuple[str, str]:
+        """Where to send a prompt, and the key; waits for a server. Raises ServerError after rollout.sglang.down_timeout."""
+        await self._wait_for(lambda: bool(self._serving()), "no server holds the current weights")
+        if self._router:
+            return self._router.url, self._router.api_key
+        server = self._serving()[0]
+        return server.url, server.api_key
+
+    async def suspect(self, url: str) -> None:
+        """A request to `url` failed: look at once whether the server is still there."""
+        for server in list(self._up.values()):
+            if self._router is not None or server.url == url:
+                alive = await asyncio.to_thread(answers, server, "/ready", timeout=10.0)
+                if not alive and self._up.get(server.name) is server:
+                    logger.warning("server %s does not answer", server.name)
+                    del self._up[server.name]
+                    await self._route()
+
+    def close(self, reason: str) -> None:
+        """End servers started here, tell the others."""
+        beat(self._folder, ended=reason)
+        if self._router:
+            self._router.close()
+        if self._host:
+            self._host.stop(reason)
+
+    async def _watch(self) -> None:
+        beaten = 0.0
+        while True:
+            if time.monotonic() - beaten > _BEAT:
+                beat(self._folder)
+                beaten = time.monotonic()
+            before = dict(self._up)
+            gone = await self._look()
+            if before != self._up:
+                await self._route()
+            if not self._up and len(gone) >= self._wanted:
+                reasons = "; ".join(f"{server.name} {server.reason}" for server in gone)
+                self._fault = ServerError(f"all servers have stopped for good: {reasons}")
+                async with self._changed:
+                    self._changed.notify_all()
+            await asyncio.sleep(_POLL)
+
+    async def _look(self) -> list[Registration]:
+        """Bring `_up` up to date; returns servers that will not come back."""
+        if self._sglang.urls:
+            found = [_external(number, url) for number, url in enumerate(self._sglang.urls)]
+        else:
+            found = registered(self._folder)
+        for server in found:
+            known = self._up.get(server.name)
+            if server.state == "up" and known != server:
+                if await asyncio.to_thread(answers, server, "/ready", timeout=10.0):
+                    self._up[server.name] = server
+            elif server.state != "up" and known:
+                logger.warning("server %s is gone: %s", server.name, server.reason.split(";")[0])
+                del self._up[server.name]
+        return [server for server in found if server.state == "stopped"]
+
+    async def _wait_for(self, ready: Callable[[], bool], trouble: str) -> None:
+        if ready():
+            return
+        logger.warning("%s: waiting for one", trouble)
+        async with self._changed:
+            try:
+                async with asyncio.timeout(self._sglang.down_timeout):
+                    await self._changed.wait_for(lambda: ready() or self._fault)
+            except TimeoutError:
+                raise ServerError(
+                    f"{trouble} for rollout.sglang.down_timeout={self._sglang.down_timeout} s; {self._whereabouts()}"
+                ) from None
+        if self._fault:
+            raise self._fault
+        logger.info("servers are back")
+
+    def _is_current(self, server: Registration) -> bool:
+        return self._versions.get(server.generation) == self._version
+
+    def _serving(self) -> list[Registration]:
+        """Servers that can be asked: current and, where there is a router, known to it."""
+        current = [server for server in self.up() if self._is_current(server)]
+        return current if self._router is None or self._router.workers else []
+
+    async def _route(self) -> None:
+        if self._router:
+            await self._router.serve([server for server in self.up() if self._is_current(server)])
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _whereabouts(self) -> str:
+        if self._sglang.urls:
+            return f"see that {', '.join(self._sglang.urls)} are running"
+        where = "their logs are in" if self._host else "`gspo-mm serve` writes their logs into"
+        return f"{where} {self._folder}"
+
+
+def _external(number: int, url: str) -> Registration:
+    return Registration(
+        name=f"external-{number}",
+        generation=url,
+        state="up",
+        url=url.rstrip("/"),
+        api_key=os.environ.get("GSPO_MM_API_KEY", ""),
+        admin_key=os.environ.get("GSPO_MM_ADMIN_KEY", ""),
+    )

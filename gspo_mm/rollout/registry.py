@@ -1,0 +1,81 @@
+"""Who serves a run: one small file per server in RUN/servers, written by whoever keeps it running.
+
+A `ServerHost` (in the trainer, or in `gspo-mm serve` on another machine) writes a registration when its server is
+ready and changes it when the server is gone; the trainer's fleet reads them. The trainer in turn leaves a heartbeat
+there, so that hosts elsewhere know when the run has ended. Files appear by rename, hence always whole, and are for
+the owner's eyes: they hold the keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+_HEARTBEAT = "trainer.beat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    """How one server is reached, or that it is gone."""
+
+    name: str
+    generation: str  # changes whenever the server is started anew: its weights are then those of model.path
+    state: Literal["up", "down", "stopped"]  # down: will be started again; stopped: it will not
+    reason: str = ""  # why it is not up
+    url: str = ""
+    api_key: str = ""
+    admin_key: str = ""
+    workers: int = 1  # GPUs, each a rank of a weight-update group
+
+
+def servers_folder(run: Path) -> Path:
+    """RUN/servers, made for the owner alone."""
+    folder = run / "servers"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder
+
+
+def register(folder: Path, registration: Registration) -> None:
+    write_private(folder / f"{registration.name}.json", json.dumps(asdict(registration)))
+
+
+def registered(folder: Path) -> list[Registration]:
+    """All registrations, by name."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found.append(Registration(**json.loads(path.read_text())))
+        except FileNotFoundError:  # removed while we were looking
+            continue
+    return found
+
+
+def beat(folder: Path, *, ended: str = "") -> None:
+    """The trainer is alive; or, with a reason, that its run has ended."""
+    write_private(folder / _HEARTBEAT, json.dumps({"time": time.time(), "ended": ended}))
+
+
+def last_beat(folder: Path) -> tuple[float, str] | None:
+    """Time of the last heartbeat, by the trainer's clock, and why the run ended ("": it has not); None: no trainer yet."""
+    try:
+        values = json.loads((folder / _HEARTBEAT).read_text())
+    except FileNotFoundError:
+        return None
+    return values["time"], values["ended"]
+
+
+def forget_heartbeat(folder: Path) -> None:
+    (folder / _HEARTBEAT).unlink(missing_ok=True)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.touch(mode=0o600)
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,290 @@
+"""Starts SGLang servers on this machine and keeps them running, each under a guard so that none outlives us.
+
+A `ServerHost` has one thread per server: start it, wait until it is ready, tell RUN/servers, watch it, and start it
+anew when it is gone. rank 0 runs a host where rollout.sglang.start=here; `gspo-mm serve` runs one elsewhere. Every
+server has its own random keys, listens on `rollout.sglang.host` only, and logs into RUN/servers.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from omegaconf import OmegaConf
+
+from gspo_mm.config import Config
+from gspo_mm.rollout import sglang_cpu
+from gspo_mm.rollout.registry import Registration, register, write_private
+from gspo_mm.runtime.guard import guarded
+from gspo_mm.runtime.seeds import derive_seed
+from gspo_mm.types import GspoError
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.2  # seconds
+_HEALTH_EVERY = 30.0  # seconds
+_STEADY = 300.0  # seconds up after which earlier failures are forgotten
+_LOG_LINES = 15  # of a server's log, shown when it fails
+
+# what torchrun and Slurm tell the trainer's ranks must not reach a server
+_RANK_VARIABLES = {
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+}  # fmt: skip
+
+
+class ServerError(GspoError):
+    """A server could not be started or kept running."""
+
+
+class ServerHost:
+    """The servers of this machine. `start` returns at once; RUN/servers tells when each is ready."""
+
+    def __init__(self, config: Config, folder: Path, *, prefix: str) -> None:
+        """Raises ServerError when sglang is not installed where `rollout.sglang.python` says."""
+        check_installed(config.rollout.sglang.python)
+        on_gpus = torch.cuda.is_available()
+        self._stop = threading.Event()
+        self._keepers = [
+            _Keeper(config, folder, f"{prefix}-{i}", number=i, on_gpus=on_gpus, stop=self._stop)
+            for i in range(config.rollout.sglang.servers)
+        ]
+
+    def start(self) -> None:
+        for keeper in self._keepers:
+            keeper.thread.start()
+
+    def running(self) -> bool:
+        """Whether any server is up, starting, or will be started again."""
+        return any(keeper.thread.is_alive() for keeper in self._keepers)
+
+    def stop(self, reason: str) -> None:
+        """End every server with all its processes; returns when they are gone."""
+        for keeper in self._keepers:
+            keeper.stop_reason = reason
+        self._stop.set()
+        for keeper in self._keepers:
+            keeper.thread.join()
+
+
+class _Keeper:
+    """Keeps one server running."""
+
+    def __init__(
+        self, config: Config, folder: Path, name: str, *, number: int, on_gpus: bool, stop: threading.Event
+    ) -> None:
+        self.thread = threading.Thread(target=self._keep, name=f"keeper of {name}", daemon=True)
+        self._config = config
+        self._sglang = config.rollout.sglang
+        self._folder = folder
+        self._name = name
+        self._number = number
+        self._on_gpus = on_gpus
+        self._ending = stop
+        self.stop_reason = "stopped"
+
+    def _keep(self) -> None:
+        failures = 0
+        while not self._ending.is_set():
+            generation = secrets.token_hex(4)
+            registration = self._registration(generation)
+            process = self._launch(registration)
+            began = time.monotonic()
+            try:
+                reason = self._await_ready(process, registration)
+                if not reason:
+                    failures = 0 if time.monotonic() - began > _STEADY else failures
+                    logger.info("server %s is ready at %s", self._name, registration.url)
+                    register(self._folder, registration)
+                    began = time.monotonic()
+                    reason = self._watch(process, registration)
+            finally:
+                process.terminate()  # the guard ends the whole tree
+                process.wait()
+            if self._ending.is_set():
+                break
+            failures = 1 if time.monotonic() - began > _STEADY else failures + 1
+            again = failures <= self._sglang.max_restarts
+            logger.warning("server %s %s%s", self._name, reason, "; starting it again" if again else "")
+            self._tell("down" if again else "stopped", generation, reason)
+            if not again or self._ending.wait(min(2.0 ** (failures - 1), 30.0)):
+                break
+        if self._ending.is_set():
+            self._tell("stopped", "", self.stop_reason)
+
+    def _registration(self, generation: str) -> Registration:
+        host = self._sglang.host
+        return Registration(
+            name=self._name,
+            generation=generation,
+            state="up",
+            url=f"http://{host}:{free_port(host)}",
+            api_key=secrets.token_urlsafe(24),
+            admin_key=secrets.token_urlsafe(24),
+            workers=self._sglang.tp,
+        )
+
+    def _launch(self, registration: Registration) -> subprocess.Popen[bytes]:
+        options = server_options(self._config, registration, number=self._number, on_gpus=self._on_gpus)
+        # in a file: a command line is for everybody to read
+        settings = self._folder / f"{self._name}.yaml"
+        write_private(settings, OmegaConf.to_yaml(OmegaConf.create(options)))
+        log = self._log()
+        log.touch(mode=0o600)
+        python = self._sglang.python or sys.executable
+        command = [python, "-m", "sglang.launch_server", "--config", str(settings)]
+        logger.info("starting server %s, log in %s", self._name, log)
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                guarded(command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,
+            )
+
+    def _environment(self) -> dict[str, str]:
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")
+        }
+        if not {"vision", "projector"} <= set(self._config.policy.freeze):
+            # SGLang keeps image features by the image's content and forgets them on no weight update: answers would
+            # go on seeing with the tower that the server started with
+            env["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
+        if not self._on_gpus:
+            env |= sglang_cpu.environment(self._folder)
+        return env
+
+    def _await_ready(self, process: subprocess.Popen[bytes], registration: Registration) -> str:
+        """Returns when the server answers, with "", or with why it will not."""
+        began = told = time.monotonic()
+        while not self._ending.wait(_POLL):
+            if process.poll() is not None:
+                return f"ended with status {process.returncode} while starting; {self._last_words()}"
+            now = time.monotonic()
+            if now - began > self._sglang.start_timeout:
+                return f"was not ready within rollout.sglang.start_timeout={self._sglang.start_timeout} s"
+            if answers(registration, "/ready", timeout=2.0):
+                return ""
+            if now - told > 15:
+                told = now
+                logger.info("server %s has been starting for %.0f s", self._name, now - began)
+        return self.stop_reason
+
+    def _watch(self, process: subprocess.Popen[bytes], registration: Registration) -> str:
+        """Returns why the server is to be started anew."""
+        healthy = asked = time.monotonic()
+        while not self._ending.wait(_POLL):
+            if process.poll() is not None:
+                return f"ended with status {process.returncode}; {self._last_words()}"
+            now = time.monotonic()
+            if now - asked > _HEALTH_EVERY:
+                asked = now
+                if answers(registration, "/health", timeout=25.0):
+                    healthy = now
+                elif now - healthy > self._config.sync.timeout:
+                    return f"has not been healthy for {now - healthy:.0f} s"
+        return self.stop_reason
+
+    def _tell(self, state: Any, generation: str, reason: str) -> None:
+        register(
+            self._folder, Registration(name=self._name, generation=generation, state=state, reason=reason)
+        )
+
+    def _log(self) -> Path:
+        return self._folder / f"{self._name}.log"
+
+    def _last_words(self) -> str:
+        lines = self._log().read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return f"the end of {self._log()}:\n" + "\n".join(f"    {line[:300]}" for line in lines)
+
+
+def server_options(
+    config: Config, registration: Registration, *, number: int, on_gpus: bool
+) -> dict[str, Any]:
+    """Options of sglang.launch_server for the `number`th server of a machine, by name."""
+    sglang = config.rollout.sglang
+    host, _, port = registration.url.removeprefix("http://").rpartition(":")
+    options: dict[str, Any] = {
+        "model-path": str(Path(config.model.path).absolute()),
+        "host": host,
+        "port": int(port),
+        "api-key": registration.api_key,
+        "admin-api-key": registration.admin_key,
+        "dtype": config.policy.dtype,
+        "mem-fraction-static": sglang.mem_fraction,
+        "context-length": sglang.context_length
+        or config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens,
+        "tp-size": sglang.tp,
+        "ep-size": sglang.ep,
+        "base-gpu-id": number * sglang.tp,
+        # servers that drew the same random numbers would give the same answers
+        "random-seed": derive_seed(config.run.seed, "server", registration.name, registration.generation)
+        % 2**31,
+        "skip-server-warmup": True,
+    }
+    if sglang.dp > 1:
+        options |= {"dp-size": sglang.dp, "enable-dp-attention": True}
+    if sglang.max_tokens:
+        options["max-total-tokens"] = sglang.max_tokens
+    if sglang.max_running:
+        options["max-running-requests"] = sglang.max_running
+    if sglang.max_images:
+        options["limit-mm-data-per-request"] = f'{{"image": {sglang.max_images}}}'
+    if config.data.min_pixels or config.data.max_pixels:
+        image = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
+        options["mm-process-config"] = json.dumps({"image": {k: v for k, v in image.items() if v}})
+    if not on_gpus:
+        options |= sglang_cpu.ARGUMENTS
+    return options | dict(sglang.extra_args)
+
+
+def answers(registration: Registration, path: str, *, timeout: float) -> bool:
+    """Whether a server says 200 at `path`."""
+    try:
+        headers = {"Authorization": f"Bearer {registration.api_key}"}
+        return httpx.get(registration.url + path, headers=headers, timeout=timeout).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def check_installed(python: str | None) -> None:
+    """Raise ServerError unless the interpreter has sglang."""
+    if python is None:
+        try:
+            importlib.metadata.version("sglang")
+        except importlib.metadata.PackageNotFoundError:
+            raise ServerError(
+                "rollout.engine=sglang needs sglang: pip install 'gspo-mm[sglang]', or name the interpreter of an "
+                "environment that has it in rollout.sglang.python"
+            ) from None
+        return
+    probe = [python, "-c", "import importlib.metadata as m; m.version('sglang')"]
+    try:
+        done = subprocess.run(probe, capture_output=True, text=True)
+    except OSError as error:
+        raise ServerError(f"rollout.sglang.python={python} cannot be run: {error.strerror}") from None
+    if done.returncode:
+        raise ServerError(f"rollout.sglang.python={python} has no sglang; pip install sglang there")
+
+
+def free_port(host: str) -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]

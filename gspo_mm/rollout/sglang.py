@@ -1,0 +1,278 @@
+"""The rollout engine of real runs: asks SGLang servers over HTTP, from an event loop beside the training thread.
+
+One request asks for all answers of a group, so that an image is sent, decoded and prefilled once. It holds the
+prompt's token ids with a single image token per image, which the server expands; the expanded ids come back with the
+answer and must be the ones that training will use. A request is sent again when the connection or the server fails,
+never when the server refuses it (4xx).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import httpx
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
+
+from gspo_mm.config import Config
+from gspo_mm.rollout.fleet import Fleet
+from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.servers import ServerError
+from gspo_mm.runtime.background import Background
+from gspo_mm.types import Completion, EncodedImage, EncodedPrompt, Finish, GspoError, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_GROUPS_AT_ONCE = (
+    256  # whose images and answers are held in memory, unless rollout.max_in_flight says otherwise
+)
+_REFUSALS = 5  # 5xx answers to one request before it is given up: the server is there and cannot answer it
+
+
+class PromptMismatchError(GspoError):
+    """A server made other token ids of a prompt than training will use."""
+
+
+class _RetryError(Exception):
+    """The request may be sent again."""
+
+
+class TokenSide(Protocol):
+    """What the engine needs of `data.Processor`."""
+
+    stop_token_ids: tuple[int, ...]
+    image_token_id: int
+
+    def decode(self, token_ids: Iterable[int]) -> str: ...
+
+
+class SGLangEngine:
+    """RolloutEngine over the run's fleet of servers; `sync/` brings them the weights."""
+
+    def __init__(self, config: Config, processor: TokenSide) -> None:
+        """Starts the servers, or finds them, and waits until they are ready. Raises ServerError when they do not come."""
+        self._processor = processor
+        self._deadline = config.rollout.sglang.request_timeout
+        self._slots = asyncio.Semaphore(config.rollout.max_in_flight or _GROUPS_AT_ONCE)
+        self._background = Background("rollouts")
+        self._client = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=10.0), limits=httpx.Limits(max_connections=None)
+        )
+        self.fleet = Fleet(config)
+        try:
+            self.run(self.fleet.open())
+        except BaseException:
+            self.close("servers did not come up")
+            raise
+
+    @property
+    def version(self) -> int:
+        return self.fleet.version
+
+    def run(self, work: Any, *, interrupted: Callable[[], bool] = lambda: False) -> Any:
+        """Run a coroutine on the engine's loop and wait for it."""
+        return self._background.run(work, interrupted=interrupted)
+
+    def generate(
+        self, prompts: list[EncodedPrompt], *, group_size: int, sampling: SamplingParams, seed: int
+    ) -> list[list[Completion]]:
+        """See RolloutEngine. `seed` is not used: servers draw from their own streams, seeded by run.seed when started."""
+
+        async def everything() -> list[list[Completion]]:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self.sample(p, group_size, sampling)) for p in prompts]
+            return [task.result() for task in tasks]
+
+        try:
+            return self.run(everything())
+        except* GspoError as faults:
+            raise _first(faults) from None
+
+    async def sample(
+        self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams
+    ) -> list[Completion]:
+        """One group. Raises PromptMismatchError, or ServerError past rollout.sglang.request_timeout."""
+        async with self._slots:
+            replies = await self.ask(request_of(prompt, self._processor, sampling, group_size))
+        return [self._completion(reply, prompt) for reply in replies]
+
+    async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """POST /generate until it is answered; one reply per sample."""
+        try:
+            async with asyncio.timeout(self._deadline):
+                async for attempt in self._attempts():
+                    with attempt:
+                        reply = await self._post(request)
+                        return reply if isinstance(reply, list) else [reply]
+        except TimeoutError:
+            raise ServerError(
+                f"a prompt was not answered within rollout.sglang.request_timeout={self._deadline} s; raise it, or "
+                "lower rollout.sampling.max_new_tokens or rollout.max_in_flight"
+            ) from None
+        raise AssertionError
+
+    async def control(
+        self, server: Registration, path: str, *, timeout: float, **body: Any
+    ) -> dict[str, Any]:
+        """An administrative call to one server. Raises ServerError when it fails or is refused."""
+        headers = {"Authorization": f"Bearer {server.admin_key}"}
+        try:
+            response = await self._client.post(
+                server.url + path, json=body, headers=headers, timeout=httpx.Timeout(timeout, connect=10.0)
+            )
+        except httpx.HTTPError as error:
+            raise ServerError(f"server {server.name} failed at {path}: {error!r}") from None
+        said = _json(response)
+        if response.status_code != 200 or said.get("success") is False:
+            raise ServerError(f"server {server.name} refused {path}: {response.status_code} {said}")
+        return said
+
+    async def control_all(
+        self, servers: list[Registration], path: str, *, timeout: float, **body: Any
+    ) -> list[dict[str, Any]]:
+        """The same call to all servers at once. Raises the first ServerError when all have answered."""
+        calls = [self.control(server, path, timeout=timeout, **body) for server in servers]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in results if not isinstance(result, BaseException)]
+
+    def close(self, reason: str = "the run has ended") -> None:
+        """End the servers that were started here."""
+        self.fleet.close(reason)
+        self._background.run(self._client.aclose())
+        self._background.close()
+
+    async def _post(self, request: dict[str, Any]) -> Any:
+        url, key = await self.fleet.url()
+        try:
+            response = await self._client.post(
+                f"{url}/generate", json=request, headers={"Authorization": f"Bearer {key}"}
+            )
+        except httpx.TransportError as error:
+            await self.fleet.suspect(url)
+            raise _RetryError(f"{url}: {error!r}") from None
+        if response.status_code >= 500:
+            await self.fleet.suspect(url)
+            raise _RetryError(f"{url} answered {response.status_code}: {response.text[:300]}")
+        if response.status_code >= 400:
+            raise ServerError(
+                f"{url} refused a prompt with status {response.status_code}: {response.text[:300]}"
+            )
+        return response.json()
+
+    def _attempts(self) -> AsyncRetrying:
+        refusals = 0
+
+        def note(state: RetryCallState) -> None:
+            nonlocal refusals
+            assert state.outcome
+            error = state.outcome.exception()
+            refusals += " answered 5" in str(error)
+            logger.warning("sending a prompt again (attempt %d): %s", state.attempt_number + 1, error)
+            if refusals > _REFUSALS:
+                raise ServerError(f"a prompt was refused {refusals} times; {error}")
+
+        return AsyncRetrying(
+            retry=retry_if_exception_type(_RetryError),
+            wait=wait_exponential_jitter(initial=0.2, max=10.0),
+            before_sleep=note,
+            reraise=True,
+        )
+
+    def _completion(self, reply: dict[str, Any], prompt: EncodedPrompt) -> Completion:
+        check_prompt(reply, prompt)
+        meta = reply["meta_info"]
+        tokens = tuple(reply["output_ids"])
+        finish = finish_of(meta["finish_reason"])
+        return Completion(
+            token_ids=tokens,
+            logprobs=tuple(entry[0] for entry in meta["output_token_logprobs"]),
+            versions=versions_of(meta, len(tokens)),
+            finish=finish,
+            text=self._processor.decode(tokens[:-1] if finish is Finish.STOP else tokens),
+        )
+
+
+def request_of(
+    prompt: EncodedPrompt, processor: TokenSide, sampling: SamplingParams, group_size: int
+) -> dict[str, Any]:
+    """Body of POST /generate."""
+    parameters = {
+        "n": group_size,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "max_new_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(processor.stop_token_ids),
+    }
+    return {
+        "input_ids": collapse_images(prompt.token_ids, processor.image_token_id, prompt.image_grid_thw),
+        "image_data": [data_url(image) for image in prompt.prompt.images] or None,
+        "sampling_params": parameters,
+        "return_logprob": True,
+        "return_prompt_token_ids": True,
+    }
+
+
+def collapse_images(token_ids: Sequence[int], image_token_id: int, grids: Any) -> list[int]:
+    """The ids with one image token per image, which is what servers expand themselves."""
+    if grids is None:
+        return list(token_ids)
+    collapsed: list[int] = []
+    for token in token_ids:
+        if token != image_token_id or not collapsed or collapsed[-1] != image_token_id:
+            collapsed.append(token)
+    assert collapsed.count(image_token_id) == len(grids), "images are set apart by other tokens"
+    return collapsed
+
+
+def data_url(image: EncodedImage) -> str:
+    """The encoded bytes; the server finds out their format by itself."""
+    return "data:image/any;base64," + base64.b64encode(image.data).decode()
+
+
+def check_prompt(reply: dict[str, Any], prompt: EncodedPrompt) -> None:
+    """Raise PromptMismatchError unless the server expanded the prompt to the ids that training will use."""
+    ids, count = reply.get("prompt_token_ids"), reply["meta_info"]["prompt_tokens"]
+    if (ids is None or tuple(ids) == prompt.token_ids) and count == len(prompt.token_ids):
+        return
+    raise PromptMismatchError(
+        f"{prompt.prompt.key}: the server made {count} tokens of a prompt that has {len(prompt.token_ids)} here, or "
+        "other ones; give the servers the processor of model.path, and data.min_pixels and data.max_pixels"
+    )
+
+
+def finish_of(reason: dict[str, Any]) -> Finish:
+    """Raises ServerError for an answer that the server gave up for another reason than an abort."""
+    kinds = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORT}
+    if reason["type"] == "abort" and reason.get("status_code"):
+        raise ServerError(f"a server gave up an answer: {reason}")
+    return kinds[reason["type"]]
+
+
+def versions_of(meta: dict[str, Any], count: int) -> tuple[int, ...]:
+    """Weight version of each token; servers before 0.5.21 tell one for all."""
+    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": count}]
+    versions = [-1] * count
+    for span in spans:
+        version = int(span["version"]) if str(span["version"]).isdecimal() else -1
+        versions[span["start"] : span["end"]] = [version] * (span["end"] - span["start"])
+    return tuple(versions[:count])
+
+
+def _first(faults: BaseExceptionGroup[GspoError]) -> GspoError:
+    error = faults.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _json(response: httpx.Response) -> dict[str, Any]:
+    try:
+        said = response.json()
+    except ValueError:
+        return {"message": response.text[:300]}
+    return said if isinstance(said, dict) else {"message": said}

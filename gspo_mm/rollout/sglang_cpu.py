@@ -1,0 +1,78 @@
+"""Runs a real SGLang server on a machine without a GPU, for laptops and tests.
+
+SGLang takes other devices as plug-ins: it asks every entry point of the group `sglang.srt.platforms` for the path of
+a platform class. Ours (see pyproject.toml) answers only where `GSPO_MM_SGLANG_CPU=1`, which `environment` sets for
+the servers that it is meant for. Server, scheduler and model code stay SGLang's own; kernels are torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from gspo_mm.types import GspoError
+
+SWITCH = "GSPO_MM_SGLANG_CPU"
+# what a server on this platform must be told, and what would not work there anyway
+ARGUMENTS = {
+    "device": "cpu",
+    "attention-backend": "torch_native",
+    "sampling-backend": "pytorch",
+    "disable-overlap-schedule": True,
+}
+
+_STUB = "libcuda.so.1"
+_STUB_SOURCE = (
+    "int cuPointerGetAttribute(void *data, int attribute, unsigned long long pointer) { return 100; }\n"
+)
+
+
+def activate() -> str | None:
+    """SGLang's question, asked in each of its processes: the platform class to use, or None to stand aside."""
+    return "gspo_mm.rollout.sglang_platform.CpuPlatform" if os.environ.get(SWITCH) == "1" else None
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Variables for a server process on this machine. Raises GspoError when the driver stub cannot be built.
+
+    sglang's kernel wheel links the CUDA driver for one function, which is never called on a CPU. Where there is no
+    driver, a library of that name with that one function (it answers "no device") is compiled into `folder`.
+    """
+    variables = {SWITCH: "1"}
+    if not _has_driver():
+        build_driver_stub(folder)
+        paths = [str(folder), os.environ.get("LD_LIBRARY_PATH", "")]
+        variables["LD_LIBRARY_PATH"] = ":".join(filter(None, paths))
+    return variables
+
+
+def build_driver_stub(folder: Path) -> Path:
+    """Compile the stub into `folder` unless it is there. Safe with several processes at once."""
+    target = folder / _STUB
+    if target.exists():
+        return target
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise GspoError(
+            f"{_STUB} is missing and there is no C compiler to build a stand-in for it; install gcc (apt-get install "
+            "gcc), or use rollout.engine=embedded"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{_STUB}.{os.getpid()}"
+    command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(temporary), f"-Wl,-soname,{_STUB}"]
+    done = subprocess.run(command, input=_STUB_SOURCE, capture_output=True, text=True)
+    if done.returncode:
+        raise GspoError(f"{compiler} could not build {target}: {done.stderr.strip()}")
+    temporary.replace(target)
+    return target
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL(_STUB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,21 @@
+"""The platform that `sglang_cpu.activate` names; imported by SGLang's own processes only."""
+
+from __future__ import annotations
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+
+class CpuPlatform(SRTPlatform, CpuDeviceMixin):
+    """A CPU without sglang's own CPU kernels: everything falls back to torch."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"

@@ -1,0 +1,71 @@
+"""Runs a command that must not outlive the process that asked for it, whatever ends that process.
+
+    python -m gspo_mm.runtime.guard COMMAND ...
+
+The guard is a process of its own between the two. It notices within a fraction of a second when its parent is gone,
+kill -9 included, and then ends the command with everything that it started: TERM first, KILL for what is left. It
+makes itself the reaper of orphans, so that grandchildren whose own parent died are found as well; the command in
+turn dies with the guard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+_POLL = 0.2  # seconds
+_GRACE = 5.0  # seconds between TERM and KILL
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def guarded(command: list[str]) -> list[str]:
+    """`command`, to be started under a guard."""
+    return [sys.executable, "-m", "gspo_mm.runtime.guard", *command]
+
+
+def main(command: list[str]) -> int:
+    """Run the command until it ends, the parent ends or a signal asks; returns an exit status."""
+    parent = os.getppid()
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda received, _: stopping.append(received))
+    child = subprocess.Popen(
+        command,
+        start_new_session=True,  # a terminal's Ctrl-C is for the trainer, which then stops us in order
+        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
+    )
+    while child.poll() is None and not stopping and os.getppid() == parent:
+        time.sleep(_POLL)
+    end_all(psutil.Process().children(recursive=True))
+    return child.wait()
+
+
+def end_all(processes: list[psutil.Process]) -> None:
+    """TERM, some seconds of grace, KILL: for the processes and whatever they start meanwhile."""
+    for process in processes:
+        _send(process, signal.SIGTERM)
+    psutil.wait_procs(processes, timeout=_GRACE)
+    while left := [
+        p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE
+    ]:
+        for process in left:
+            _send(process, signal.SIGKILL)
+        psutil.wait_procs(left, timeout=1)
+
+
+def _send(process: psutil.Process, number: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

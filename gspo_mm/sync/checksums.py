@@ -1,0 +1,71 @@
+"""Did the weights arrive? Checksums of some tensors, taken when they are sent and asked of every server afterwards.
+
+Only tensors that a server keeps whole and as they were sent can be compared: norms, routers, the vision tower's patch
+embedding. They are spread over all parts of the model, so a part that was left out or sent under a wrong name shows.
+The algorithm is that of SGLang's POST /weights_checker for tensors in host memory: the first 8 bytes of SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import torch
+
+from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.servers import ServerError
+from gspo_mm.rollout.sglang import SGLangEngine
+
+_COMPARED = re.compile(r"(norm\d?|mlp\.gate|patch_embed\.proj)\.(weight|bias)$")
+_LEFT_OUT = ["experts", "qkv_proj", "o_proj", "attn.proj", "linear_fc", "embed_tokens", "pos_embed", "lm_head"]  # by substring
+
+
+class Checksums:
+    """Collects the checksums of what this rank sends."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, str] = {}  # by the server's name of the tensor
+
+    def note(self, name: str, tensor: torch.Tensor) -> None:
+        """`name` is Hugging Face's."""
+        if _COMPARED.search(name):
+            self.sent[server_name(name)] = checksum(tensor)
+
+    @staticmethod
+    async def compare(
+        engine: SGLangEngine, servers: list[Registration], sent: dict[str, str], timeout: float
+    ) -> None:
+        """Raise ServerError naming the first tensor that a server holds another value of."""
+        replies = await engine.control_all(
+            servers, "/weights_checker", timeout=timeout, action="checksum", skip_tensor_list=_LEFT_OUT
+        )
+        for server, reply in zip(servers, replies, strict=True):
+            for rank in reply["ranks"]:
+                compare_one(server.name, sent, rank["checksums"])
+
+
+def compare_one(server: str, sent: dict[str, str], held: dict[str, str]) -> None:
+    """Raise ServerError when `held` differs from `sent`, or when they have (almost) nothing in common."""
+    common = sent.keys() & held.keys()
+    wrong = sorted(name for name in common if sent[name] != held[name])
+    if wrong:
+        raise ServerError(
+            f"server {server} holds other values of {len(wrong)} of {len(common)} compared tensors than were sent, "
+            f"first {wrong[0]}"
+        )
+    missing = sorted(sent.keys() - held.keys())
+    if missing:
+        raise ServerError(
+            f"server {server} has no tensor {missing[0]} ({len(missing)} of {len(sent)} missing)"
+        )
+
+
+def checksum(tensor: torch.Tensor) -> str:
+    """First 8 bytes of the SHA-256 of the tensor's bytes, hexadecimal."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(data)).hexdigest()[:16]
+
+
+def server_name(name: str) -> str:
+    """Hugging Face's name of a tensor -> SGLang's."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
