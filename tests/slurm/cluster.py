@@ -99,11 +99,9 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def run(self, *command: str | Path, check: bool = True) -> str:
+    def run(self, *command: object, check: bool = True) -> str:
         """Output of a command that speaks to this Slurm."""
-        done = subprocess.run(
-            [str(part) for part in command], env=self.environment, capture_output=True, text=True
-        )
+        done = subprocess.run([*map(str, command)], env=self.environment, capture_output=True, text=True)
         if check and done.returncode:
             raise AssertionError(f"{command} exited {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout

@@ -12,7 +12,7 @@ from gspo_mm.observe.metrics import read_metrics
 from tests.e2e.conftest import gspo_mm
 from tests.e2e.test_ranks import assert_same_steps
 from tests.slurm.cluster import Cluster, until
-from tests.slurm.conftest import SITE, Job
+from tests.slurm.conftest import SCRIPTS, SITE, Job
 
 Submit = Callable[..., list[Job]]
 
@@ -20,14 +20,15 @@ Submit = Callable[..., list[Job]]
 RANK = """#!/usr/bin/env python3
 import os, signal, sys, time
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES")
+mode = next(word.removeprefix("run.name=") for word in sys.argv if word.startswith("run.name="))
 def stop(number, frame):
     print("told", signal.Signals(number).name, flush=True)
-    sys.exit(2)
+    if mode == "wait" or number == signal.SIGTERM:
+        sys.exit(2)
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, stop)
 print(*(f"{name}={os.environ.get(name)}" for name in names), "arguments", *sys.argv[1:], flush=True)
-mode = next(word.removeprefix("run.name=") for word in sys.argv if word.startswith("run.name="))
-while mode == "wait" or mode == "crash" and os.environ["RANK"] == "0":
+while mode in ("wait", "slow") or mode == "crash" and os.environ["RANK"] == "0":
     time.sleep(0.1)
 if mode == "crash":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -48,7 +49,7 @@ def test_the_cluster_ends_without_a_trace(tmp_path: Path, programs: None) -> Non
     """Also of a job that left its session, and whose parent has ended."""
     with Cluster(tmp_path / "c") as cluster:
         job = cluster.run(
-            "sbatch", "--parsable", "--output=/dev/null", "--wrap", "setsid sleep 1000 & sleep 1000"
+            "sbatch", "--parsable", "--output=/dev/null", "--wrap", "(setsid sleep 1000 &); sleep 1000"
         )
         until("both", lambda: sum("sleep 1000" in p for p in cluster.processes(int(job)).values()) >= 2)
     assert cluster.processes() == {}
@@ -101,6 +102,20 @@ def test_without_requeue_a_stopped_run_stays_stopped(
     assert job.text().count("told SIGUSR1") == 2
 
 
+def test_who_cancels_a_run_that_is_already_stopping_does_not_want_it_back(
+    submit: Submit, cluster: Cluster, short_config: Path, stand_in: dict[str, str]
+) -> None:
+    (job,) = submit(short_config, "run.name=slow", "--requeue", **stand_in)
+    job.until_it_says("LOCAL_RANK=0")
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
+    job.until_it_says("told SIGUSR1")
+    cluster.run("scancel", str(job.number))
+    assert job.until_over() == "CANCELLED"
+    assert "told SIGTERM" in job.text()
+    assert "goes back into the queue" not in job.text()
+    assert cluster.job(job.number)["Restarts"] == "0"
+
+
 def test_a_job_of_higher_priority_takes_the_nodes_and_the_run_comes_back(
     submit: Submit, cluster: Cluster, short_config: Path, stand_in: dict[str, str]
 ) -> None:
@@ -121,6 +136,42 @@ def test_a_job_of_higher_priority_takes_the_nodes_and_the_run_comes_back(
     assert job.text().count("told SIGTERM") == 2
     assert "a job of higher priority needs the nodes" in job.text()
     assert cluster.job(job.number)["Restarts"] == "1"
+
+
+def test_the_servers_job_goes_and_comes_with_the_trainers(
+    submit: Submit, cluster: Cluster, short_config: Path, stand_in: dict[str, str]
+) -> None:
+    """Ranks and servers that tell each other nothing: all they know of each other is what Slurm knows."""
+    sglang = ["rollout.engine=sglang", "--rollout-nodes", 2, "--requeue"]
+    trainer, servers = submit(short_config, "run.name=wait", *sglang, GSPO_POLL_SECONDS="1", **stand_in)
+    servers.until("both servers", lambda: servers.text().count("RANK=") == 4)
+    started = re.findall(r"arguments -m gspo_mm.cli serve (.*)", servers.text())
+    address = cluster.run("hostname", "-I").split()[0]
+    where = "rollout.engine=sglang rollout.sglang.start=elsewhere"
+    assert started == [f"{short_config} run.name=wait {where} rollout.sglang.host={address}"] * 2
+
+    cluster.run("scancel", "--batch", "--signal=USR1", str(trainer.number))
+    servers.until_it_says(f"the trainer, job {trainer.number}, goes back into the queue")
+    servers.until("both servers again", lambda: servers.text().count("RANK=") == 8)
+    assert [cluster.job(job.number)["Restarts"] for job in (trainer, servers)] == ["1", "1"]
+
+    cluster.run("scancel", str(trainer.number))
+    servers.until_it_says(f"the trainer, job {trainer.number}, is CANCELLED: stopping the servers")
+    assert (trainer.until_over(), servers.until_over()) == ("CANCELLED", "FAILED")
+
+
+def test_servers_whose_trainer_is_over_do_not_start(
+    submit: Submit, cluster: Cluster, short_config: Path, stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    (trainer,) = submit(short_config, "run.name=done", **stand_in)
+    assert trainer.until_over() == "COMPLETED"
+    arguments = ["--trainer", trainer.number, short_config, "run.name=wait"]
+    number = cluster.run(
+        "sbatch", "--parsable", f"--output={tmp_path}/log", SCRIPTS / "rollout.sbatch", *arguments
+    )
+    servers = Job(cluster, int(number), tmp_path / "log")
+    assert servers.until_over() == "COMPLETED"
+    assert f"the trainer, job {trainer.number}, is COMPLETED: nothing to serve" in servers.text()
 
 
 def test_two_nodes_train_to_the_numbers_of_one_process(submit: Submit, short_config: Path) -> None:

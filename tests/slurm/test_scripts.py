@@ -111,6 +111,29 @@ def test_a_dry_run_prints_the_command_and_leaves_no_trace(short_config: Path) ->
     assert not run.exists()
 
 
+def test_servers_on_nodes_of_their_own_are_a_second_job(short_config: Path) -> None:
+    words = [short_config, "run.name=dry", "rollout.engine=sglang", "rollout.sglang.servers=4", "--requeue"]
+    site = {"GSPO_GPUS_PER_NODE": "4", "GSPO_CPUS_PER_RANK": "8", "GSPO_ROLLOUT_PARTITION": "cheap"}
+    trainer, servers = submitted(*words, "--rollout-nodes", "3", **site)
+    where = ["rollout.engine=sglang", "rollout.sglang.servers=4", "rollout.sglang.start=elsewhere"]
+    # the trainer waits for the servers of all nodes, each node starts its own
+    assert trainer[-4:] == [*where, "rollout.sglang.servers=12"]
+    at = servers.index(f"{SCRIPTS}/rollout.sbatch")
+    trainers = ["--requeue", "--trainer", "NUMBER_OF_train"]
+    assert servers[at + 1 :] == [*trainers, str(short_config), "run.name=dry", *where]
+    assert {
+        "--job-name=gspo-dry-rollout",
+        "--nodes=3",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=32",
+        "--gpus-per-node=4",
+        "--partition=cheap",
+        "--requeue",
+        "--dependency=after:NUMBER_OF_train",
+    } <= set(servers[:at])
+    assert not any(word.startswith("--partition") for word in trainer)
+
+
 def test_settings_of_the_site_become_options(short_config: Path) -> None:
     site = {
         "GSPO_ACCOUNT": "vision",
@@ -153,6 +176,7 @@ def test_words_with_spaces_and_quotes_arrive_as_they_were(short_config: Path) ->
         (["CONFIG", "--rollout-nodes", "-1"], ["--rollout-nodes needs a value"]),
         (["CONFIG", "--rollout-nodes", "x"], ["--rollout-nodes x is not a number", "0 or more"]),
         (["CONFIG", "--gpus-per-node", "all"], ["--gpus-per-node all is not a number", "0 for CPU nodes"]),
+        (["CONFIG", "--rollout-nodes", "1"], ["--rollout-nodes 1", "rollout.engine=embedded", "=sglang"]),
         (["/nowhere.yaml"], ["/nowhere.yaml does not exist"]),
         (["CONFIG", "train.stepz=3"], ["train.stepz=3", "did you mean steps?"]),
         (["CONFIG", "model.path=/nowhere"], ["model.path=/nowhere"]),
