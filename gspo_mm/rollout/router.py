@@ -37,7 +37,7 @@ class Router:
 
     def __init__(self, log: Path) -> None:
         self.url = f"http://{_HOST}:{free_port(_HOST)}"
-        self.api_key = secrets.token_urlsafe(24)
+        self.api_key = secrets.token_hex(24)
         self.workers: dict[str, str] = {}  # the router's id of each server, by URL
         self._client = httpx.AsyncClient(
             base_url=self.url, headers={"Authorization": f"Bearer {self.api_key}"}, timeout=10.0

@@ -131,8 +131,8 @@ class _Keeper:
             generation=generation,
             state="up",
             url=f"http://{host}:{free_port(host)}",
-            api_key=secrets.token_urlsafe(24),
-            admin_key=secrets.token_urlsafe(24),
+            api_key=secrets.token_hex(24),
+            admin_key=secrets.token_hex(24),
             workers=self._sglang.tp,
         )
 

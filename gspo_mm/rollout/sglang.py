@@ -105,8 +105,7 @@ class SGLangEngine:
             async with asyncio.timeout(self._deadline):
                 async for attempt in self._attempts():
                     with attempt:
-                        reply = await self._post(request)
-                        return reply if isinstance(reply, list) else [reply]
+                        return await self._post(request)
         except TimeoutError:
             raise ServerError(
                 f"a prompt was not answered within rollout.sglang.request_timeout={self._deadline} s; raise it, or "
@@ -201,7 +200,7 @@ class SGLangEngine:
 def request_of(
     prompt: EncodedPrompt, processor: TokenSide, sampling: SamplingParams, group_size: int
 ) -> dict[str, Any]:
-    """Body of POST /generate."""
+    """Body of POST /generate: a batch of one prompt, so that the reply is a list whatever `group_size` is."""
     parameters = {
         "n": group_size,
         "temperature": sampling.temperature,
@@ -210,9 +209,10 @@ def request_of(
         "max_new_tokens": sampling.max_new_tokens,
         "stop_token_ids": list(processor.stop_token_ids),
     }
+    images = [data_url(image) for image in prompt.prompt.images]
     return {
-        "input_ids": collapse_images(prompt.token_ids, processor.image_token_id, prompt.image_grid_thw),
-        "image_data": [data_url(image) for image in prompt.prompt.images] or None,
+        "input_ids": [collapse_images(prompt.token_ids, processor.image_token_id, prompt.image_grid_thw)],
+        "image_data": [images] if images else None,
         "sampling_params": parameters,
         "return_logprob": True,
         "return_prompt_token_ids": True,

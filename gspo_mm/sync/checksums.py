@@ -17,7 +17,16 @@ from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
 
 _COMPARED = re.compile(r"(norm\d?|mlp\.gate|patch_embed\.proj)\.(weight|bias)$")
-_LEFT_OUT = ["experts", "qkv_proj", "o_proj", "attn.proj", "linear_fc", "embed_tokens", "pos_embed", "lm_head"]  # by substring
+_LEFT_OUT = [
+    "experts",
+    "qkv_proj",
+    "o_proj",
+    "attn.proj",
+    "linear_fc",
+    "embed_tokens",
+    "pos_embed",
+    "lm_head",
+]  # by substring
 
 
 class Checksums:
