@@ -11,7 +11,7 @@ for program in slurmctld slurmd munged shellcheck; do
     command -v "$program" >/dev/null && continue
     packages=(slurm-wlm munge shellcheck)
     if ((EUID)) || ! command -v apt-get >/dev/null; then
-        echo "note: $program is not installed, so tests/slurm cannot run; as root: apt-get install ${packages[*]}" >&2
+        echo "note: $program is not installed, so most of tests/slurm is skipped; to run it, as root: apt-get install ${packages[*]}" >&2
         exit 0
     fi
     echo "installing ${packages[*]} for tests/slurm"
