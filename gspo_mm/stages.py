@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from gspo_mm.advantage import group_advantages
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
@@ -23,6 +24,7 @@ from gspo_mm.reward.spec import RewardFunction, load_reward
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.replay import Replay
+from gspo_mm.rollout.scheduler import Scheduler
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.sync.push import WeightPush, build_push
@@ -44,6 +46,7 @@ class Stages:
     held_out: list[EncodedPrompt]
     canary: list[EncodedPrompt]  # prompts with images, to check that the model sees
     engine: RolloutEngine | None
+    scheduler: Scheduler | None  # beside servers: groups run while the trainer trains
     replay: Replay | None
     reward: RewardFunction
     policy: Policy
@@ -62,6 +65,8 @@ class Stages:
         self._close("the run has ended")
 
     def _close(self, reason: str) -> None:
+        if self.scheduler:
+            self.scheduler.close()
         self.weights.close()
         if self.engine:
             self.engine.close(reason)
@@ -97,6 +102,9 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
         held_out=held_out,
         canary=ranks.from_main(canary),
         engine=engine,
+        scheduler=build_scheduler(config, engine, source, reward)
+        if isinstance(engine, SGLangEngine)
+        else None,
         replay=open_replay(config.rollout.replay) if config.rollout.replay else None,
         reward=reward,
         policy=policy,
@@ -111,6 +119,19 @@ def build_engine(config: Config, processor: Processor) -> RolloutEngine:
         return SGLangEngine(config, processor)
     return EmbeddedEngine(
         config.model.path, processor, dtype=DTYPES[config.policy.dtype], max_batch=config.rollout.max_batch
+    )
+
+
+def build_scheduler(
+    config: Config, engine: SGLangEngine, source: PromptSource, reward: RewardFunction
+) -> Scheduler:
+    return Scheduler(
+        config.rollout,
+        source,
+        engine,
+        score=lambda group: reward.score_groups([group])[0],
+        is_dead=lambda group: group_advantages([group], config.advantage).dead > 0,
+        sampling=SamplingParams(**config.rollout.sampling.model_dump()),
     )
 
 
