@@ -33,6 +33,7 @@ test: .venv/dev  ## lint, type check and run all tests that need no GPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	tests/slurm/install.sh
 	$(BIN)/pytest
 
 lint: .venv/dev  ## fix what ruff can fix, then type check

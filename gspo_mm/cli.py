@@ -51,6 +51,41 @@ def sft(config: ConfigPath, overrides: Overrides = None) -> None:
     _print_summary(summary, loaded.run.path)
 
 
+@app.command()
+def serve(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Keep rollout.sglang.servers SGLang servers running on this machine for a trainer elsewhere.
+
+    Start it on every rollout machine with the config of the run, where rollout.sglang.start=elsewhere; it finds the
+    trainer through the run folder, which both must see, and ends with the run.
+    """
+    loaded = _load(config, overrides, any_world=True)
+    if loaded.rollout.engine != "sglang":
+        raise GspoError(f"rollout.engine={loaded.rollout.engine} needs no servers; set rollout.engine=sglang")
+    from gspo_mm.rollout.serve import serve as run
+    from gspo_mm.runtime.log import setup_logging
+
+    setup_logging()
+    typer.echo(run(loaded))
+
+
+@app.command()
+def preflight(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Start the servers, bring them the weights and compare their log-probs with the policy's, by position.
+
+    `train` does the same before its first step; here it is done alone, for a new model, machine or version of sglang.
+    """
+    loaded = _load(config, overrides)
+    _needs_servers(loaded)
+    from gspo_mm.runtime.log import setup_logging
+    from gspo_mm.stages import preflight as run
+    from gspo_mm.sync.parity import table
+
+    setup_logging(rank=int(os.environ.get("RANK", "0")))
+    gaps = run(loaded)
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(table(gaps))
+
+
 @app.command("eval")
 def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Answer the validation shards greedily with model.path and print accuracy by task as JSON."""
@@ -119,11 +154,16 @@ def run_reporting_faults(command: Callable[[], Any]) -> None:
     sys.exit(2)
 
 
-def _load(path: Path, overrides: list[str] | None) -> Any:
+def _needs_servers(config: Any) -> None:
+    if config.rollout.engine != "sglang":
+        raise GspoError(f"rollout.engine={config.rollout.engine} has no servers; set rollout.engine=sglang")
+
+
+def _load(path: Path, overrides: list[str] | None, *, any_world: bool = False) -> Any:
     from gspo_mm.config import load_config
     from gspo_mm.preflight import check_files
 
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, any_world=any_world)
     check_files(config)
     return config
 

@@ -154,8 +154,17 @@ class RolloutConfig(Section):
     group_size: Annotated[int, Field(ge=2)] = Field(default=8, description="completions per prompt (G)")
     sampling: SamplingConfig = SamplingConfig()
     max_batch: Positive = Field(default=256, description="sequences decoded together by the embedded engine")
-    max_in_flight: Positive | None = Field(
-        default=None, description="groups asked of servers at a time; null: as many as max_staleness allows"
+    max_in_flight: Positive = Field(default=256, description="groups asked of servers at a time")
+    max_staleness: NonNegative = Field(
+        default=0,
+        description="versions that weights may be ahead of a trained token; 0: sample, then train, in turn",
+    )
+    oversample: Annotated[float, Field(ge=1.0, le=2.0)] = Field(
+        default=1.0,
+        description="groups started per group trained on; the slowest are given up, and come first in the next step",
+    )
+    drop_dead_groups: bool = Field(
+        default=False, description="start another group for each whose rewards are all equal (DAPO)"
     )
     on_update: Literal["retract", "in_place"] = Field(
         default="retract",
@@ -173,6 +182,17 @@ class RolloutConfig(Section):
                 "rollout.sampling.temperature=0 makes all completions of a group equal, so no advantage can exist; "
                 "use 1.0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> RolloutConfig:
+        if self.engine == "embedded":
+            for name, off in (("max_staleness", 0), ("oversample", 1.0), ("drop_dead_groups", False)):
+                if getattr(self, name) != off:
+                    raise ValueError(
+                        f"rollout.{name}={getattr(self, name)} needs servers that sample beside the trainer; set "
+                        f"rollout.engine=sglang, or rollout.{name}={off}"
+                    )
         return self
 
 

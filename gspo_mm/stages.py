@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from gspo_mm.advantage import group_advantages
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
@@ -23,8 +24,10 @@ from gspo_mm.reward.spec import RewardFunction, load_reward
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.replay import Replay
+from gspo_mm.rollout.scheduler import Scheduler
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks
+from gspo_mm.sync.parity import Gap, check_parity
 from gspo_mm.sync.push import WeightPush, build_push
 from gspo_mm.types import EncodedPrompt, SamplingParams
 
@@ -44,6 +47,7 @@ class Stages:
     held_out: list[EncodedPrompt]
     canary: list[EncodedPrompt]  # prompts with images, to check that the model sees
     engine: RolloutEngine | None
+    scheduler: Scheduler | None  # beside servers: groups run while the trainer trains
     replay: Replay | None
     reward: RewardFunction
     policy: Policy
@@ -62,6 +66,8 @@ class Stages:
         self._close("the run has ended")
 
     def _close(self, reason: str) -> None:
+        if self.scheduler:
+            self.scheduler.close()
         self.weights.close()
         if self.engine:
             self.engine.close(reason)
@@ -97,6 +103,9 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
         held_out=held_out,
         canary=ranks.from_main(canary),
         engine=engine,
+        scheduler=build_scheduler(config, engine, source, reward)
+        if isinstance(engine, SGLangEngine)
+        else None,
         replay=open_replay(config.rollout.replay) if config.rollout.replay else None,
         reward=reward,
         policy=policy,
@@ -112,6 +121,39 @@ def build_engine(config: Config, processor: Processor) -> RolloutEngine:
     return EmbeddedEngine(
         config.model.path, processor, dtype=DTYPES[config.policy.dtype], max_batch=config.rollout.max_batch
     )
+
+
+def build_scheduler(
+    config: Config, engine: SGLangEngine, source: PromptSource, reward: RewardFunction
+) -> Scheduler:
+    return Scheduler(
+        config.rollout,
+        source,
+        engine,
+        score=lambda group: reward.score_groups([group])[0],
+        is_dead=lambda group: group_advantages([group], config.advantage).dead > 0,
+        sampling=SamplingParams(**config.rollout.sampling.model_dump()),
+    )
+
+
+def check_servers(config: Config, stages: Stages) -> Mapping[str, Gap]:
+    """The parity preflight on the canary prompts: `check_parity`."""
+    assert stages.engine is None or isinstance(stages.engine, SGLangEngine)
+    return check_parity(
+        stages.policy,
+        stages.engine,
+        stages.processor,
+        stages.canary,
+        threshold=config.rollout.sglang.max_logprob_gap,
+    )
+
+
+def preflight(config: Config) -> Mapping[str, Gap]:
+    """Start everything that a run needs, bring the weights to the servers and compare them with the policy."""
+    stages = build_stages(config, Ranks(), total_updates=1)
+    with stages.closing():
+        stages.weights.push(version=0)
+        return check_servers(config, stages)
 
 
 def held_out_prompts(config: Config, processor: Processor) -> list[EncodedPrompt]:

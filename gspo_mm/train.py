@@ -34,12 +34,14 @@ from gspo_mm.policy.canary import check_sight
 from gspo_mm.policy.update import share_out, update_policy
 from gspo_mm.reward.spec import failed_fraction
 from gspo_mm.rollout.engine import sample_groups
+from gspo_mm.rollout.scheduler import Pause, staleness_metrics
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed
-from gspo_mm.stages import Stages, build_stages
+from gspo_mm.stages import Stages, build_stages, check_servers
+from gspo_mm.sync.parity import table
 from gspo_mm.types import GspoError, RolloutGroup, Sequence
 
 logger = logging.getLogger(__name__)
@@ -60,10 +62,11 @@ def train(config: Config) -> dict[str, Any]:
         loop = Loop(config, run, stages, stack)
         loop.resume()
         check_sight(stages.policy, stages.processor, stages.canary)
+        loop.bring_first_weights()
         loop.evaluate_before_training()
         stop = stack.enter_context(StopRequest())
         while loop.step < config.train.steps and not ranks.any(stop.requested):
-            loop.train_step()
+            loop.train_step(stop)
         if loop.step < config.train.steps:
             loop.save()
             run.settle()
@@ -93,19 +96,20 @@ class Loop:
         self.phases = Phases(on_enter=self.progress.phase)
         self._stack = stack
 
-    def train_step(self) -> None:
+    def train_step(self, stop: StopRequest) -> None:
         """One batch through the whole pipeline, in the order of the picture above.
 
-        Rank 0 samples, scores and deals; every rank trains on its share.
+        Rank 0 samples, scores and deals; every rank trains on its share. A signal while answers are awaited ends it
+        early, with nothing changed.
         """
         stages, config, phases = self.stages, self.config, self.phases
-        groups: list[RolloutGroup] = []
+        groups = self.next_groups(stop)
+        if groups is None:
+            return
         result = group_advantages((), config.advantage)
         updates: list[list[Sequence]] = []
         with self.ranks.together():
             if self.ranks.main:
-                with phases("rollout"):
-                    groups = self.next_groups()
                 with phases("reward"):
                     groups = self.score(groups)
                 result = group_advantages(groups, config.advantage)
@@ -131,18 +135,40 @@ class Loop:
         evaluation = self.evaluate() if self.is_evaluation_step() else {}
         memory = {"memory/peak_gib": max(self.ranks.gather(peak_memory()))}
         if self.ranks.main:
-            self.record({**rollout_metrics(groups, result), **update, **evaluation, **memory})
+            sampled = rollout_metrics(groups, result) | self.staleness(groups)
+            self.record({**sampled, **update, **evaluation, **memory})
         # after the step's line is on disk, so that a resumed run misses none; its time counts in the next line
         with phases("checkpoint"):
             self.keep(groups, result)
 
-    def next_groups(self) -> list[RolloutGroup]:
-        """Prompts from the shards, and the engine's answers to them (or a saved run's, when replaying)."""
+    def next_groups(self, stop: StopRequest) -> list[RolloutGroup] | None:
+        """The step's groups on rank 0, an empty list on other ranks; None when a signal came first.
+
+        A server that comes back meanwhile is brought the weights that the others sample with.
+        """
+        while True:
+            found: list[RolloutGroup] | Pause = []
+            with self.ranks.together(), self.phases("rollout"):
+                if self.ranks.main:
+                    found = self.sample(stop)
+            pause = self.ranks.from_main(found if isinstance(found, Pause) else None)
+            if pause is None:
+                assert not isinstance(found, Pause)
+                return found
+            if pause is Pause.STOP:
+                return None
+            with self.phases("sync"):
+                self.stages.weights.push(version=self.step)
+
+    def sample(self, stop: StopRequest) -> list[RolloutGroup] | Pause:
+        """Answers from servers, from the embedded engine, or from a saved run when replaying."""
         stages, config = self.stages, self.config
         if stages.replay:
             return stages.replay.groups(self.step)
         assert stages.engine is not None
         assert stages.engine.version == self.step, "the engine samples with the weights of the last step"
+        if stages.scheduler:
+            return stages.scheduler.next_batch(self.step, stopping=lambda: stop.requested)
         groups = sample_groups(
             stages.engine,
             stages.source.take(config.rollout.prompts_per_step),
@@ -155,7 +181,8 @@ class Loop:
         return groups
 
     def score(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
-        groups = self.stages.reward.score_groups(groups)
+        if not all(group.scores for group in groups):  # servers' answers were scored as they came
+            groups = self.stages.reward.score_groups(groups)
         failed, limit = failed_fraction(groups), self.config.reward.max_failed_fraction
         if failed > limit:
             first = next(s.error for g in groups for s in g.scores if s.error)
@@ -164,6 +191,13 @@ class Loop:
                 f"reward.max_failed_fraction={limit:g}; mend the reward file; first failure: {first}"
             )
         return groups
+
+    def staleness(self, groups: list[RolloutGroup]) -> dict[str, float]:
+        """How old the tokens were when they were trained on, and what else the scheduler did."""
+        scheduler = self.stages.scheduler
+        if scheduler is None:
+            return {}
+        return staleness_metrics(groups, self.step - 1) | scheduler.take_counts()
 
     def is_evaluation_step(self) -> bool:
         every = self.config.train.eval_every
@@ -186,9 +220,14 @@ class Loop:
         logger.info("step %d: held-out accuracy %.1f %%", self.step, 100 * metrics["eval/accuracy"])
         return metrics
 
+    def bring_first_weights(self) -> None:
+        """The policy's weights to the engine; servers must then compute what the policy computes."""
+        self.stages.weights.push(version=self.step)
+        if self.config.rollout.engine == "sglang" and not self.config.rollout.replay:
+            logger.info("servers against the policy:\n%s", table(check_servers(self.config, self.stages)))
+
     def evaluate_before_training(self) -> None:
         self._stack.enter_context(self.progress)
-        self.stages.weights.push(version=self.step)
         fresh = self.ranks.from_main(self.ranks.main and self.step == 0 and not read_metrics(self.run.path))
         metrics = self.evaluate() if fresh else {}
         if metrics and self.metrics:
@@ -234,9 +273,11 @@ class Loop:
             self.run.settle(wait=False)
 
     def save(self) -> None:
+        scheduler = self.stages.scheduler
         state = {
             "next_group": self.next_group,
             "source": self.stages.source.state(),
+            "scheduler": scheduler.state() if scheduler else None,
             "dead_steps": self.dead_steps.state(),
         }
         self.run.save(self.step, partial(save_policy, self.stages.policy), state)
@@ -247,6 +288,8 @@ class Loop:
         if checkpoint is not None:
             state = self.run.load(checkpoint, partial(load_policy, self.stages.policy))
             self.stages.source.load(state["source"])
+            if self.stages.scheduler and state.get("scheduler"):
+                self.stages.scheduler.load(state["scheduler"])
             self.dead_steps.load(state["dead_steps"])
             self.step, self.next_group = state["step"], state["next_group"]
             logger.info("resuming %s after step %d", self.run.path, self.step)

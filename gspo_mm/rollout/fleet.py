@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from gspo_mm.config import Config
-from gspo_mm.rollout.registry import Registration, beat, forget_heartbeat, registered, servers_folder
+from gspo_mm.rollout.registry import Registration, beat, forget_ended, registered, servers_folder
 from gspo_mm.rollout.router import Router
 from gspo_mm.rollout.servers import ServerError, ServerHost, answers
 
@@ -41,14 +41,12 @@ class Fleet:
         self._fault: ServerError | None = None
         self._task: asyncio.Task[None] | None = None
         self._host: ServerHost | None = None
+        forget_ended(self._folder)
         if self._sglang.start == "here" and not self._sglang.urls:
-            for stale in self._folder.glob("*.json"):
-                stale.unlink()
             self._host = ServerHost(config, self._folder, prefix=socket.gethostname())
 
     async def open(self) -> None:
         """Start what is to be started here and wait for all servers. Raises ServerError when they do not come."""
-        forget_heartbeat(self._folder)
         beat(self._folder)
         if self._host:
             self._host.start()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,8 +70,11 @@ def last_beat(folder: Path) -> tuple[float, str] | None:
     return values["time"], values["ended"]
 
 
-def forget_heartbeat(folder: Path) -> None:
-    (folder / _HEARTBEAT).unlink(missing_ok=True)
+def forget_ended(folder: Path) -> None:
+    """Remove what earlier runs left: servers that stopped, and those of machines that died without a word."""
+    for registration in registered(folder):
+        if registration.state == "stopped" or not _listens(registration.url):
+            (folder / f"{registration.name}.json").unlink(missing_ok=True)
 
 
 def write_private(path: Path, text: str) -> None:
@@ -79,3 +83,12 @@ def write_private(path: Path, text: str) -> None:
     temporary.touch(mode=0o600)
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def _listens(url: str) -> bool:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2.0).close()
+    except (OSError, ValueError):
+        return False
+    return True

@@ -237,6 +237,7 @@ def server_options(
         "random-seed": derive_seed(config.run.seed, "server", registration.name, registration.generation)
         % 2**31,
         "skip-server-warmup": True,
+        "enable-priority-scheduling": True,  # evaluation goes first
     }
     if sglang.dp > 1:
         options |= {"dp-size": sglang.dp, "enable-dp-attention": True}

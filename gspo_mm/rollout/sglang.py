@@ -12,6 +12,7 @@ import asyncio
 import base64
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import httpx
@@ -56,7 +57,7 @@ class SGLangEngine:
         """Starts the servers, or finds them, and waits until they are ready. Raises ServerError when they do not come."""
         self._processor = processor
         self._deadline = config.rollout.sglang.request_timeout
-        self._slots = asyncio.Semaphore(config.rollout.max_in_flight or _GROUPS_AT_ONCE)
+        self._slots = asyncio.Semaphore(config.rollout.max_in_flight)
         self._background = Background("rollouts")
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=10.0), limits=httpx.Limits(max_connections=None)
@@ -79,11 +80,14 @@ class SGLangEngine:
     def generate(
         self, prompts: list[EncodedPrompt], *, group_size: int, sampling: SamplingParams, seed: int
     ) -> list[list[Completion]]:
-        """See RolloutEngine. `seed` is not used: servers draw from their own streams, seeded by run.seed when started."""
+        """See RolloutEngine. Served before what `start` has begun: somebody waits for it.
+
+        `seed` is not used: servers draw from their own streams, seeded by run.seed when they were started.
+        """
 
         async def everything() -> list[list[Completion]]:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self.sample(p, group_size, sampling)) for p in prompts]
+                tasks = [group.create_task(self.sample(p, group_size, sampling, priority=1)) for p in prompts]
             return [task.result() for task in tasks]
 
         try:
@@ -91,26 +95,30 @@ class SGLangEngine:
         except* GspoError as faults:
             raise _first(faults) from None
 
-    async def sample(
+    def start(
         self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams
+    ) -> Future[list[Completion]]:
+        """Begin to sample one group; cancelling the future gives it up on the server as well."""
+        return self._background.start(self.sample(prompt, group_size, sampling))
+
+    def wants_weights(self) -> bool:
+        """Whether a server came back and waits for the current weights."""
+        return bool(self.fleet.stale())
+
+    async def sample(
+        self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams, *, priority: int = 0
     ) -> list[Completion]:
         """One group. Raises PromptMismatchError, or ServerError past rollout.sglang.request_timeout."""
         async with self._slots:
-            replies = await self.ask(request_of(prompt, self._processor, sampling, group_size))
+            request = request_of(prompt, self._processor, sampling, group_size)
+            replies = await self.ask(request | {"priority": priority})
         return [self._completion(reply, prompt) for reply in replies]
 
     async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
         """POST /generate until it is answered; one reply per sample."""
-        try:
-            async with asyncio.timeout(self._deadline):
-                async for attempt in self._attempts():
-                    with attempt:
-                        return await self._post(request)
-        except TimeoutError:
-            raise ServerError(
-                f"a prompt was not answered within rollout.sglang.request_timeout={self._deadline} s; raise it, or "
-                "lower rollout.sampling.max_new_tokens or rollout.max_in_flight"
-            ) from None
+        async for attempt in self._attempts():
+            with attempt:
+                return await self._post(request)
         raise AssertionError
 
     async def control(
@@ -146,9 +154,15 @@ class SGLangEngine:
     async def _post(self, request: dict[str, Any]) -> Any:
         url, key = await self.fleet.url()
         try:
-            response = await self._client.post(
-                f"{url}/generate", json=request, headers={"Authorization": f"Bearer {key}"}
-            )
+            async with asyncio.timeout(self._deadline):
+                response = await self._client.post(
+                    f"{url}/generate", json=request, headers={"Authorization": f"Bearer {key}"}
+                )
+        except TimeoutError:
+            raise ServerError(
+                f"a prompt was not answered within rollout.sglang.request_timeout={self._deadline} s; raise it, or "
+                "lower rollout.sampling.max_new_tokens or rollout.max_in_flight"
+            ) from None
         except httpx.TransportError as error:
             await self.fleet.suspect(url)
             raise _RetryError(f"{url}: {error!r}") from None

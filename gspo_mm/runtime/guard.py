@@ -38,6 +38,7 @@ def main(command: list[str]) -> int:
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _: stopping.append(received))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm may send its warning to all processes of a step
     child = subprocess.Popen(
         command,
         start_new_session=True,  # a terminal's Ctrl-C is for the trainer, which then stops us in order

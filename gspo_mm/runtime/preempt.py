@@ -19,8 +19,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopRequest:
     """Context manager that turns the first signal into a flag; handlers are restored on exit."""
 
-    def __init__(self) -> None:
+    def __init__(self, consequence: str = "stopping, with a checkpoint") -> None:
         self.requested = False
+        self._consequence = consequence  # what follows, for the log
+        self._name = ""
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -35,7 +37,10 @@ class StopRequest:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        logger.warning(
-            "%s received: stopping after this step, with a checkpoint", signal.Signals(number).name
-        )
+        self._name = signal.Signals(number).name
+        logger.warning("%s received: %s", self._name, self._consequence)
         self.requested = True
+
+    def name(self) -> str:
+        """Of the signal that asked; "" while none has."""
+        return self._name

@@ -1,0 +1,254 @@
+"""Keeps groups running on the servers while the trainer trains, and never lets them grow too old.
+
+The trainer is at version v when it takes its batch of B groups (rollout.prompts_per_step); η is
+rollout.max_staleness. Three rules:
+
+Capacity    Groups that were started and not dropped number at most (η + v) B + f B, f = rollout.oversample. With
+            f = 1 this is AReaL's (η + v + 1) B (arXiv 2505.24298, eq. 3); η = 0 is synchronous.
+Deadline    A group started at version s has to be trained on at version s + η or before. A batch is complete when B
+            groups are finished and those left over can all still meet their deadlines; it takes the earliest
+            deadlines first. So the staleness of every token is at most η, and long answers are waited for instead of
+            being passed over for short ones.
+Tail        Groups above η B that are left when a batch is complete (there are some only with f > 1) are given up, the
+            youngest first. Their prompts go first into the next batch and are not given up again.
+
+Groups whose rewards are all equal teach nothing: with rollout.drop_dead_groups they are dropped as they come and
+others are started in their place ("dynamic sampling" of DAPO, arXiv 2503.14476).
+
+Answers under way while the weights change go on with the new ones; each token knows its version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+from gspo_mm.config import RolloutConfig
+from gspo_mm.types import Completion, EncodedPrompt, RolloutGroup, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.2  # seconds between looks at what else may have happened
+_MAX_DROPPED = 4  # batches' worth of dead groups dropped for one batch before dead ones are kept
+
+type Cursor = dict[str, Any]
+
+
+class Source(Protocol):
+    """What the scheduler needs of `data.PromptSource`."""
+
+    def take(self, count: int) -> list[EncodedPrompt]: ...
+    def state(self) -> Cursor: ...
+    def load(self, state: Cursor) -> None: ...
+
+
+class Sampler(Protocol):
+    """What the scheduler needs of `SGLangEngine`."""
+
+    def start(
+        self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams
+    ) -> Future[list[Completion]]: ...
+
+    def wants_weights(self) -> bool:
+        """Whether a server came back and waits for the current weights."""
+        ...
+
+
+class Pause(Enum):
+    """Why there is no batch yet."""
+
+    WEIGHTS = "a server waits for weights"
+    STOP = "the run is to stop"
+
+
+@dataclass(kw_only=True, eq=False)
+class _Group:
+    """A prompt on its way through the servers."""
+
+    id: int
+    prompt: EncodedPrompt
+    cursor: Cursor  # of the source, before the prompt was taken
+    place: int  # how many prompts were taken before it
+    kept: bool = False  # was given up once: not again
+    version: int = 0  # when it was started
+    future: Future[list[Completion]] | None = None
+    done: RolloutGroup | None = None  # scored
+
+
+class Scheduler:
+    """Feeds the trainer from an engine whose groups run beside it. All methods belong to the training thread."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        source: Source,
+        sampler: Sampler,
+        score: Callable[[RolloutGroup], RolloutGroup],
+        is_dead: Callable[[RolloutGroup], bool],
+        sampling: SamplingParams,
+    ) -> None:
+        self._config = config
+        self._batch = config.prompts_per_step
+        self._source = source
+        self._sampler = sampler
+        self._score = score
+        self._is_dead = is_dead
+        self._sampling = sampling
+        self._open: list[_Group] = []  # started, not yet handed out
+        self._waiting: list[_Group] = []  # taken from the source, to be started first
+        self._arrived: queue.SimpleQueue[_Group] = queue.SimpleQueue()
+        self._handed_out = 0  # batches * B: what capacity counts
+        self._taken = 0
+        self._next_id = 0
+        self._counts = {"dropped": 0, "given_up": 0}
+
+    def next_batch(self, version: int, *, stopping: Callable[[], bool]) -> list[RolloutGroup] | Pause:
+        """B scored groups in the order of their ids, none staler than rollout.max_staleness at `version`.
+
+        Pause when something else has to be done first; what runs goes on running, and the next call takes it up.
+        """
+        self._handed_out = version * self._batch
+        dropped = 0
+        self._start_groups(version)
+        while (settled := self._settle(version)) is None:
+            if stopping():
+                return Pause.STOP
+            if self._sampler.wants_weights():
+                return Pause.WEIGHTS
+            with suppress(queue.Empty):
+                self._finish(self._arrived.get(timeout=_POLL))
+            dropped += self._drop_dead(_MAX_DROPPED * self._batch - dropped)
+            self._start_groups(version)
+        batch, self._open, tail = settled
+        for group in tail:
+            self._give_up(group)
+        groups = [group.done for group in sorted(batch, key=lambda g: g.id) if group.done]
+        for group in groups:
+            stale = staleness(group, version)
+            assert stale <= self._config.max_staleness, f"group {group.id} is {stale} versions old"
+        return groups
+
+    def take_counts(self) -> dict[str, float]:
+        """Groups dropped because they were dead, and given up, since the last call; groups running now."""
+        counts = {f"rollout/{name}": float(count) for name, count in self._counts.items()}
+        self._counts = dict.fromkeys(self._counts, 0)
+        return counts | {"rollout/in_flight": float(len(self._open))}
+
+    def close(self) -> None:
+        """Give up everything that runs."""
+        for group in self._open:
+            if group.future:
+                group.future.cancel()
+
+    def state(self) -> dict[str, Any]:
+        """Where the source has to go on so that no prompt is lost or taken twice; JSON."""
+        pending = sorted([*self._open, *self._waiting], key=lambda g: g.place)
+        if not pending:
+            return {"source": self._source.state(), "pending": [], "taken": 0, "next_id": self._next_id}
+        first = pending[0]
+        return {
+            "source": first.cursor,
+            "pending": [group.place - first.place for group in pending],
+            "taken": self._taken - first.place,
+            "next_id": self._next_id,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from `state`: prompts that were under way are started again first."""
+        assert not self._open
+        self._source.load(state["source"])
+        self._taken, self._next_id = 0, state["next_id"]
+        taken = [self._take() for _ in range(state["taken"])]
+        self._waiting = [taken[place] for place in state["pending"]]
+
+    def _start_groups(self, version: int) -> None:
+        limit = (self._config.max_staleness + version) * self._batch + math.ceil(
+            self._config.oversample * self._batch
+        )
+        while self._handed_out + len(self._open) < limit:
+            group = self._waiting.pop(0) if self._waiting else self._take()
+            group.version = version
+            group.future = self._sampler.start(group.prompt, self._config.group_size, self._sampling)
+            group.future.add_done_callback(lambda _, group=group: self._arrived.put(group))
+            self._open.append(group)
+
+    def _take(self) -> _Group:
+        cursor = self._source.state()
+        (prompt,) = self._source.take(1)
+        # servers decode images themselves: pixels would only fill the memory while the prompt waits
+        group = _Group(
+            id=self._next_id,
+            prompt=dataclasses.replace(prompt, pixel_values=None),
+            cursor=cursor,
+            place=self._taken,
+        )
+        self._taken += 1
+        self._next_id += 1
+        return group
+
+    def _finish(self, group: _Group) -> None:
+        assert group.future
+        if group not in self._open or group.future.cancelled():
+            return
+        group.done = self._score(
+            RolloutGroup(
+                id=group.id,
+                prompt=group.prompt.prompt,
+                prompt_ids=group.prompt.token_ids,
+                completions=tuple(group.future.result()),
+            )
+        )
+
+    def _drop_dead(self, limit: int) -> int:
+        if not self._config.drop_dead_groups:
+            return 0
+        dead = [group for group in self._open if group.done and self._is_dead(group.done)][:limit]
+        self._open = [group for group in self._open if group not in dead]
+        self._counts["dropped"] += len(dead)
+        return len(dead)
+
+    def _settle(self, version: int) -> tuple[list[_Group], list[_Group], list[_Group]] | None:
+        """The batch, what goes on running and what is given up; None while more has to be waited for."""
+        finished = [group for group in self._open if group.done]
+        batch = sorted(finished, key=lambda g: (g.version, not g.kept, g.id))[: self._batch]
+        if len(batch) < self._batch:
+            return None
+        rest = [group for group in self._open if group not in batch]
+        rest.sort(key=lambda g: (not g.kept, g.version, g.id))
+        room = self._config.max_staleness * self._batch
+        left, tail = rest[:room], rest[room:]
+        if any(group.kept for group in tail):
+            return None
+        # B of those left are trained on at each of the next versions, the earliest deadlines first
+        deadlines = sorted(group.version + self._config.max_staleness for group in left)
+        if any(deadline < version + 1 + i // self._batch for i, deadline in enumerate(deadlines)):
+            return None
+        return batch, left, tail
+
+    def _give_up(self, group: _Group) -> None:
+        assert group.future
+        group.future.cancel()
+        self._counts["given_up"] += 1
+        self._waiting.append(dataclasses.replace(group, kept=True, future=None, done=None))
+        self._waiting.sort(key=lambda g: g.place)
+
+
+def staleness(group: RolloutGroup, version: int) -> int:
+    """How many weight versions before `version` the group's oldest token was sampled with."""
+    return version - min(min(completion.versions) for completion in group.completions)
+
+
+def staleness_metrics(groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
+    """Staleness of a batch trained on at `version`, by the versions of its tokens."""
+    values = [
+        version - v for group in groups for completion in group.completions for v in completion.versions
+    ]
+    return {"rollout/staleness_mean": sum(values) / len(values), "rollout/staleness_max": float(max(values))}

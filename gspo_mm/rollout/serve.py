@@ -1,0 +1,65 @@
+"""`gspo-mm serve`: keeps servers running on this machine for a run whose trainer is elsewhere, until that run ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from gspo_mm.config import Config
+from gspo_mm.rollout.registry import last_beat, servers_folder
+from gspo_mm.rollout.servers import ServerError, ServerHost
+from gspo_mm.runtime.preempt import StopRequest
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.5  # seconds
+
+
+def serve(config: Config) -> str:
+    """Run the servers of `config` until the trainer's run has ended; returns the reason.
+
+    Raises ServerError when no trainer shows up or stays within rollout.sglang.down_timeout, or when no server can be
+    kept running. A signal ends it in order: the trainer is told.
+    """
+    folder = servers_folder(config.run.path)
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    host = ServerHost(config, folder, prefix=f"{node}-{os.getpid()}")
+    reason = "its keeper failed"
+    with StopRequest("stopping the servers") as stop:
+        host.start()
+        try:
+            reason = _wait(folder, host, patience=config.rollout.sglang.down_timeout, signalled=stop.name)
+        except ServerError as error:
+            reason = str(error)
+            raise
+        finally:
+            host.stop(reason)
+    return reason
+
+
+def _wait(folder: Path, host: ServerHost, *, patience: float, signalled: Callable[[], str]) -> str:
+    """Returns why the servers are not needed any longer."""
+    before = last_beat(folder)  # of an earlier trainer: says nothing about the one that we wait for
+    beat, heard = None, time.monotonic()
+    while True:
+        if name := signalled():
+            return f"stopped by {name}"
+        if not host.running():
+            raise ServerError(f"no server can be kept running; see the logs in {folder}")
+        now = last_beat(folder)
+        if now not in (before, beat):
+            if beat is None:
+                logger.info("the trainer is there")
+            before, beat, heard = None, now, time.monotonic()
+        if beat and beat[1]:
+            return f"the trainer's run is over: {beat[1]}"
+        if time.monotonic() - heard > patience:
+            raise ServerError(
+                f"{'no sign of the trainer' if beat else 'no trainer came'} for rollout.sglang.down_timeout="
+                f"{patience:g} s; start it with the same run.dir and run.name on a file system that both see"
+            )
+        time.sleep(_POLL)

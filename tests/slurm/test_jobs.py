@@ -1,0 +1,235 @@
+"""Jobs on a real Slurm of two nodes: they train, stop, come back and leave nothing behind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gspo_mm.observe.metrics import read_metrics
+from tests.e2e.conftest import gspo_mm
+from tests.e2e.test_ranks import assert_same_steps
+from tests.slurm.cluster import Cluster, until
+from tests.slurm.conftest import SCRIPTS, SITE, Job
+
+Submit = Callable[..., list[Job]]
+
+# a rank without a model: prints what it was told, ends as its number says, or waits for a signal
+RANK = """#!/usr/bin/env python3
+import os, signal, sys, time
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES")
+mode = next(word.removeprefix("run.name=") for word in sys.argv if word.startswith("run.name="))
+def stop(number, frame):
+    print("told", signal.Signals(number).name, flush=True)
+    if mode == "wait" or number == signal.SIGTERM:
+        sys.exit(2)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, stop)
+print(*(f"{name}={os.environ.get(name)}" for name in names), "arguments", *sys.argv[1:], flush=True)
+while mode in ("wait", "slow") or mode == "crash" and os.environ["RANK"] == "0":
+    time.sleep(0.1)
+if mode == "crash":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(3 * (mode == "status" and os.environ["RANK"] == "1"))
+"""
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Site settings under which the ranks are those of RANK; the config is still checked by the real Python."""
+    path = tmp_path_factory.mktemp("rank") / "python"
+    path.write_text(RANK)
+    path.chmod(0o755)
+    return {"GSPO_PYTHON": str(path), "GSPO_LOGIN_PYTHON": SITE["GSPO_PYTHON"]}
+
+
+def test_the_cluster_ends_without_a_trace(tmp_path: Path, programs: None) -> None:
+    """Also of a job that left its session, and whose parent has ended."""
+    with Cluster(tmp_path / "c") as cluster:
+        job = cluster.run(
+            "sbatch", "--parsable", "--output=/dev/null", "--wrap", "(setsid sleep 1000 &); sleep 1000"
+        )
+        until("both", lambda: sum("sleep 1000" in p for p in cluster.processes(int(job)).values()) >= 2)
+    assert cluster.processes() == {}
+
+
+def test_every_rank_knows_its_place_and_its_gpus(
+    submit: Submit, short_config: Path, stand_in: dict[str, str]
+) -> None:
+    (job,) = submit(
+        short_config, "run.name=place", "train.steps=5", "--nodes", 2, "--gpus-per-node", 2, **stand_in
+    )
+    assert job.until_over() == "COMPLETED"
+    lines = re.findall(r"^\d: (RANK=.*) arguments (.*)$", job.text(), re.MULTILINE)
+    ranks = [dict(word.split("=", 1) for word in line.split()) for line, _ in lines]
+    ranks.sort(key=lambda rank: rank["RANK"])
+    assert [(r["RANK"], r["LOCAL_RANK"], r["SLURMD_NODENAME"]) for r in ranks] == [
+        ("0", "0", "n1"),
+        ("1", "1", "n1"),
+        ("2", "0", "n2"),
+        ("3", "1", "n2"),
+    ]
+    # all GPUs of the node are visible to each rank, which takes that of its LOCAL_RANK
+    assert {(r["WORLD_SIZE"], r["CUDA_VISIBLE_DEVICES"]) for r in ranks} == {("4", "0,1")}
+    assert len({(r["MASTER_ADDR"], r["MASTER_PORT"]) for r in ranks}) == 1
+    assert {words for _, words in lines} == {
+        f"-m gspo_mm.cli train {short_config} run.name=place train.steps=5"
+    }
+
+
+@pytest.mark.parametrize(("name", "code"), [("status", "3:0"), ("crash", "137:0")])
+def test_a_rank_that_fails_ends_the_job_with_its_status(
+    name: str, code: str, submit: Submit, short_config: Path, stand_in: dict[str, str]
+) -> None:
+    """Killed, it leaves the other waiting for it: that one is ended as well."""
+    # what is left is ended after SLURM_WAIT seconds, a minute unless told otherwise
+    (job,) = submit(short_config, f"run.name={name}", "--nodes", 2, "--requeue", SLURM_WAIT="1", **stand_in)
+    assert job.until_over() == "FAILED"
+    assert job.exit_code() == code
+
+
+def test_without_requeue_a_stopped_run_stays_stopped(
+    submit: Submit, cluster: Cluster, short_config: Path, stand_in: dict[str, str]
+) -> None:
+    (job,) = submit(short_config, "run.name=wait", "--nodes", 2, **stand_in)
+    job.until("both ranks", lambda: job.text().count("RANK=") == 4)  # LOCAL_RANK=, RANK=
+    # what Slurm sends by --signal=B:USR1@... before the time limit
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
+    assert job.until_over() == "FAILED"
+    assert job.exit_code() == "2:0"
+    assert job.text().count("told SIGUSR1") == 2
+
+
+def test_who_cancels_a_run_that_is_already_stopping_does_not_want_it_back(
+    submit: Submit, cluster: Cluster, short_config: Path, stand_in: dict[str, str]
+) -> None:
+    (job,) = submit(short_config, "run.name=slow", "--requeue", **stand_in)
+    job.until_it_says("LOCAL_RANK=0")
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
+    job.until_it_says("told SIGUSR1")
+    cluster.run("scancel", str(job.number))
+    assert job.until_over() == "CANCELLED"
+    assert "told SIGTERM" in job.text()
+    assert "goes back into the queue" not in job.text()
+    assert cluster.job(job.number)["Restarts"] == "0"
+
+
+def test_a_job_of_higher_priority_takes_the_nodes_and_the_run_comes_back(
+    submit: Submit, cluster: Cluster, short_config: Path, stand_in: dict[str, str]
+) -> None:
+    (job,) = submit(
+        short_config, "run.name=wait", "--nodes", 2, "--requeue", GSPO_SBATCH_FLAGS="--exclusive", **stand_in
+    )
+    job.until("both ranks", lambda: job.text().count("LOCAL_RANK=") == 2)
+    cluster.run(
+        "sbatch",
+        "--partition=urgent",
+        "--nodes=2",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap",
+        "srun true",
+    )
+    job.until("both ranks again", lambda: job.text().count("LOCAL_RANK=") == 4)
+    assert job.text().count("told SIGTERM") == 2
+    assert "a job of higher priority needs the nodes" in job.text()
+    assert cluster.job(job.number)["Restarts"] == "1"
+
+
+def test_the_servers_job_goes_and_comes_with_the_trainers(
+    submit: Submit, cluster: Cluster, short_config: Path, stand_in: dict[str, str]
+) -> None:
+    """Ranks and servers that tell each other nothing: all they know of each other is what Slurm knows."""
+    sglang = ["rollout.engine=sglang", "--rollout-nodes", 2, "--requeue"]
+    trainer, servers = submit(short_config, "run.name=wait", *sglang, GSPO_POLL_SECONDS="1", **stand_in)
+    servers.until("both servers", lambda: servers.text().count("RANK=") == 4)
+    started = re.findall(r"arguments -m gspo_mm.cli serve (.*)", servers.text())
+    address = cluster.run("hostname", "-I").split()[0]
+    where = "rollout.engine=sglang rollout.sglang.start=elsewhere"
+    assert started == [f"{short_config} run.name=wait {where} rollout.sglang.host={address}"] * 2
+
+    cluster.run("scancel", "--batch", "--signal=USR1", str(trainer.number))
+    servers.until_it_says(f"the trainer, job {trainer.number}, goes back into the queue")
+    servers.until("both servers again", lambda: servers.text().count("RANK=") == 8)
+    assert [cluster.job(job.number)["Restarts"] for job in (trainer, servers)] == ["1", "1"]
+
+    cluster.run("scancel", str(trainer.number))
+    servers.until_it_says(f"the trainer, job {trainer.number}, is CANCELLED: stopping the servers")
+    assert (trainer.until_over(), servers.until_over()) == ("CANCELLED", "FAILED")
+
+
+def test_servers_whose_trainer_is_over_do_not_start(
+    submit: Submit, cluster: Cluster, short_config: Path, stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    (trainer,) = submit(short_config, "run.name=done", **stand_in)
+    assert trainer.until_over() == "COMPLETED"
+    arguments = ["--trainer", trainer.number, short_config, "run.name=wait"]
+    number = cluster.run(
+        "sbatch", "--parsable", f"--output={tmp_path}/log", SCRIPTS / "rollout.sbatch", *arguments
+    )
+    servers = Job(cluster, int(number), tmp_path / "log")
+    assert servers.until_over() == "COMPLETED"
+    assert f"the trainer, job {trainer.number}, is COMPLETED: nothing to serve" in servers.text()
+
+
+def test_two_nodes_train_to_the_numbers_of_one_process(submit: Submit, short_config: Path) -> None:
+    """Experts spread over the nodes."""
+    three = ["train.steps=3", "checkpoint.every=0", "checkpoint.export_hf=false", "observe.report=false"]
+    (job,) = submit(short_config, "run.name=nodes", "policy.parallel.ep=2", *three, "--nodes", 2)
+    gspo_mm("train", str(short_config), "run.name=process", *three, PYTHONPATH=SITE["PYTHONPATH"])
+    assert job.until_over() == "COMPLETED", job.told()
+    assert (job.state(), job.exit_code()) == ("COMPLETED", "0:0")
+    runs = short_config.parent / "runs"
+    assert job.log == runs / "nodes" / "slurm" / f"train-{job.number}.out"
+    assert_same_steps(runs / "nodes", runs / "process", steps=3)
+
+
+def test_a_run_that_reaches_its_time_limit_continues_and_scancel_ends_it(
+    submit: Submit, cluster: Cluster, short_config: Path
+) -> None:
+    (job,) = submit(
+        short_config,
+        "run.name=long",
+        "policy.parallel.ep=2",
+        "train.steps=100000",
+        "checkpoint.every=0",  # only the signals' checkpoints
+        "train.eval_every=0",
+        "--nodes",
+        2,
+        "--requeue",
+    )
+    run = short_config.parent / "runs" / "long"
+
+    def last_step() -> int:
+        return max((line["step"] for line in read_metrics(run)), default=0)
+
+    def checkpoints() -> list[int]:
+        return sorted(int(path.parent.name[5:]) for path in run.glob("checkpoints/step-*/state.json"))
+
+    job.until("a step", lambda: last_step() >= 1)
+    assert checkpoints() == []
+    # what Slurm sends by --signal=B:USR1@... before the time limit
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
+    job.until_it_says("goes back into the queue")
+    (saved,) = checkpoints()
+    assert "run.resume=auto" in job.text()
+
+    job.until_it_says(f"after step {saved}")
+    job.until("a step more", lambda: last_step() > saved)
+    assert cluster.job(job.number)["Restarts"] == "1"
+    cluster.run("scancel", str(job.number))
+    assert job.until_over() == "CANCELLED"
+    assert "gspo-mm train ended with status 2" in job.text()
+    assert checkpoints()[-1] > saved
+    steps = [line["step"] for line in read_metrics(run)]
+    assert steps == list(range(steps[-1] + 1))
+    assert cluster.job(job.number)["Restarts"] == "1"  # who cancels a run does not want it back
+
+
+def test_a_conversion_is_a_job(submit: Submit, tiny_model: Path, tmp_path: Path) -> None:
+    (job,) = submit("--convert", "to-megatron", tiny_model, tmp_path / "out", "--check")
+    assert job.until_over() == "COMPLETED", job.told()
+    assert "every bit checked" in job.text()
+    assert (tmp_path / "out" / "policy").is_dir()
