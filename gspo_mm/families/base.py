@@ -162,6 +162,15 @@ class StackExperts:
     def unshard(self, parts: list[torch.Tensor]) -> torch.Tensor:
         return MergeGateUp().unshard(parts) if self.gated else torch.cat(parts, 1)
 
+    def names_apart(self, hf: str, expert: int) -> list[str]:
+        """Names of one expert's tensors in checkpoints that store experts one by one; servers take these as well."""
+        parent = hf.rpartition(".")[0]
+        return [f"{parent}.{expert}.{x}_proj.weight" for x in (("gate", "up") if self.gated else ("down",))]
+
+    def apart(self, megatron: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of `names_apart`, from one expert's megatron tensor."""
+        return list(megatron.chunk(2)) if self.gated else [megatron]
+
 
 class Family(Protocol):
     """One model family: how its Hugging Face config, weights and vision tower map onto megatron-core."""

@@ -3,7 +3,8 @@
 One list, the family's weight map, serves loading, export, gradients and checks. Loading is local: every rank reads
 from the folder and keeps its part. Export is a collective that streams: an entry's parts are gathered over tensor-
 and expert-parallel ranks of the stage that holds it, put in Hugging Face layout and sent to the other stages, so no
-rank ever holds more than one entry whole.
+rank ever holds more than one entry whole. Weight sync takes experts one by one, and may leave them, and the stages,
+where they are: `export_own`.
 
 Parameters are known here by their global names (layers and experts counted over the whole model).
 """
@@ -11,7 +12,7 @@ Parameters are known here by their global names (layers and experts counted over
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from gspo_mm.families import Entry, HfFolder
 from gspo_mm.families.base import StackExperts
 from gspo_mm.policy.model import PolicyModel
 from gspo_mm.policy.parallel import Groups, ParallelPlan
+from gspo_mm.runtime.dist import Ranks
 
 _LAYER = re.compile(r"(?<=^language\.decoder\.layers\.)(\d+)(?=\.)")
 # megatron's plain experts, and Transformer Engine's grouped ones
@@ -86,34 +88,83 @@ class Weights:
         return exact
 
     @torch.no_grad()
-    def export(self, take: Take | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def export(
+        self, take: Take | None = None, *, experts_apart: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, whole tensor in transformers' in-memory layout) of every weight, on every rank.
 
         A collective: all ranks must run it to its end. `take` says what of a parameter is exported, its value by
-        default. Tensors may share memory with the policy: use them before the next update.
+        default. With `experts_apart`, experts come one by one, under `StackExperts.names_apart`.
+        Tensors may share memory with the policy: use them before the next update.
         """
         take = take or value_of
-        shapes = self._exchange_shapes() if self.plan.pp > 1 else []
+        shapes = self._exchange_shapes(experts_apart) if self.plan.pp > 1 else []
         for number, entry in enumerate(self.entries):
-            tensors = self._gather(entry, take)
-            if self.plan.pp > 1:
-                tensors = self._send_to_stages(tensors, shapes[number])
-            assert tensors is not None
-            yield from zip(entry.hf, tensors, strict=True)
+            for names, tensors in self._pieces(entry, take, experts_apart):
+                if self.plan.pp > 1:
+                    tensors = self._send_to_stages(tensors, shapes[number])
+                assert tensors is not None
+                yield from zip(names, tensors, strict=True)
 
-    def _gather(self, entry: Entry, take: Take) -> list[torch.Tensor] | None:
-        """The entry's Hugging Face tensors on the ranks of the stage that holds it; None on the others."""
-        mine = [take(self._parameters[name]) for name in entry.megatron if name in self._parameters]
-        if not mine:
-            return None
-        stack = torch.stack(mine) if len(mine) > 1 else mine[0].unsqueeze(0)
+    @torch.no_grad()
+    def export_own(self, sender: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `export` with experts apart, but only the share of the rank `sender`, one of `senders`, on that rank.
+
+        A collective of the ranks that hold other parts of its tensors; on those that hold none there is nothing to do.
+        """
+        if sender == _first(self.groups.tp) == _first(self.groups.tp_dp_cp):
+            for entry in self.entries:
+                if not isinstance(entry.op, StackExperts) and (whole := self._whole(entry, value_of)):
+                    yield from zip(entry.hf, entry.op.to_hf(whole), strict=True)
+        if sender == _first(self.groups.etp):
+            for entry in self.entries:
+                for number, name in enumerate(entry.megatron):
+                    if isinstance(entry.op, StackExperts) and name in self._parameters:
+                        one = entry.op.apart(self._whole_one(entry, name, value_of))
+                        yield from zip(entry.op.names_apart(entry.hf[0], number), one, strict=True)
+
+    def senders(self, ranks: Ranks) -> list[int]:
+        """The ranks whose shares make up all weights: one per pipeline stage and expert-parallel rank. A collective."""
+        places = ranks.gather((self.groups.pp.rank(), self.groups.ep.rank()))
+        return [places.index(place) for place in sorted(set(places))]
+
+    def _pieces(
+        self, entry: Entry, take: Take, experts_apart: bool
+    ) -> Iterator[tuple[Sequence[str], list[torch.Tensor] | None]]:
+        """The entry's Hugging Face names and tensors, in one piece or several; None on stages that hold another part."""
+        if not (experts_apart and isinstance(entry.op, StackExperts)):
+            whole = self._whole(entry, take)
+            if whole and self.plan.ep > 1 and isinstance(entry.op, StackExperts):
+                whole = list(torch.cat(_all_gather(torch.stack(whole), self.groups.ep)).unbind(0))
+            yield entry.hf, entry.op.to_hf(whole) if whole else None
+            return
+        each = len(entry.megatron) // self.plan.ep
+        for number in range(each):  # of every expert-parallel rank one
+            name = entry.megatron[number + each * self.groups.ep.rank()]
+            names = [
+                n
+                for rank in range(self.plan.ep)
+                for n in entry.op.names_apart(entry.hf[0], number + each * rank)
+            ]
+            tensors = None
+            if name in self._parameters:
+                one = self._whole_one(entry, name, take)
+                of_ranks = _all_gather(one, self.groups.ep) if self.plan.ep > 1 else [one]
+                tensors = [tensor for one in of_ranks for tensor in entry.op.apart(one)]
+            yield names, tensors
+
+    def _whole(self, entry: Entry, take: Take) -> list[torch.Tensor]:
+        """Those of an entry's megatron tensors that this rank holds a part of, whole."""
+        return [self._whole_one(entry, n, take) for n in entry.megatron if n in self._parameters]
+
+    def _whole_one(self, entry: Entry, name: str, take: Take) -> torch.Tensor:
+        part = take(self._parameters[name])
         size, _ = self._place(entry)
-        if size > 1:
-            parts = _all_gather(stack, self.groups.tp if entry.op.axis == "tp" else self.groups.etp)
-            stack = torch.stack([entry.op.unshard(list(of_ranks)) for of_ranks in zip(*parts, strict=True)])
-        if self.plan.ep > 1 and isinstance(entry.op, StackExperts):
-            stack = torch.cat(_all_gather(stack, self.groups.ep))
-        return entry.op.to_hf(list(stack.unbind(0)))
+        if size == 1:
+            return part
+        return entry.op.unshard(
+            _all_gather(part, self.groups.tp if entry.op.axis == "tp" else self.groups.etp)
+        )
 
     def _send_to_stages(
         self, tensors: list[torch.Tensor] | None, shapes: list[tuple[int, torch.Size, torch.dtype]]
@@ -128,8 +179,8 @@ class Weights:
             received.append(tensor)
         return received
 
-    def _exchange_shapes(self) -> list[list[tuple[int, torch.Size, torch.dtype]]]:
-        """Owner stage, shape and dtype of every Hugging Face tensor of every entry, worked out without data."""
+    def _exchange_shapes(self, experts_apart: bool) -> list[list[tuple[int, torch.Size, torch.dtype]]]:
+        """Owner stage, shape and dtype of every Hugging Face tensor of a piece of every entry, worked out without data."""
         own: dict[int, list[tuple[torch.Size, torch.dtype]]] = {}
         for number, entry in enumerate(self.entries):
             local = [self._parameters[name] for name in entry.megatron if name in self._parameters]
@@ -137,7 +188,11 @@ class Weights:
                 size, _ = self._place(entry)
                 part = torch.empty(local[0].shape, dtype=local[0].dtype, device="meta")
                 whole = entry.op.unshard([part] * size)
-                own[number] = [(t.shape, t.dtype) for t in entry.op.to_hf([whole] * len(entry.megatron))]
+                if experts_apart and isinstance(entry.op, StackExperts):
+                    hf = entry.op.apart(whole) * self.plan.ep
+                else:
+                    hf = entry.op.to_hf([whole] * len(entry.megatron))
+                own[number] = [(t.shape, t.dtype) for t in hf]
         of_stages: list[Any] = [None] * self.groups.pp.size()
         dist.all_gather_object(of_stages, own, group=self.groups.pp)
         shapes: list[list[tuple[int, torch.Size, torch.dtype]]] = []
@@ -184,6 +239,11 @@ def _global_name(name: str, chunk: PolicyModel, first_expert: int) -> str:
         return str(own.layer_number - 1)
 
     return _EXPERT.sub(lambda m: str(int(m.group()) + first_expert), _LAYER.sub(layer, name))
+
+
+def _first(group: dist.ProcessGroup) -> int:
+    """The global rank of a group's first member."""
+    return min(dist.get_process_group_ranks(group))
 
 
 def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:

@@ -132,10 +132,7 @@ class SGLangEngine:
             )
         except httpx.HTTPError as error:
             raise ServerError(f"server {server.name} failed at {path}: {error!r}") from None
-        said = _json(response)
-        if response.status_code != 200 or said.get("success") is False:
-            raise ServerError(f"server {server.name} refused {path}: {response.status_code} {said}")
-        return said
+        return admitted(server, path, response)
 
     async def control_all(
         self, servers: list[Registration], path: str, *, timeout: float, **body: Any
@@ -277,6 +274,14 @@ def versions_of(meta: dict[str, Any], count: int) -> tuple[int, ...]:
         version = int(span["version"]) if str(span["version"]).isdecimal() else -1
         versions[span["start"] : span["end"]] = [version] * (span["end"] - span["start"])
     return tuple(versions[:count])
+
+
+def admitted(server: Registration, path: str, response: httpx.Response) -> dict[str, Any]:
+    """What a server answered to an administrative call. Raises ServerError when it refused."""
+    said = _json(response)
+    if response.status_code != 200 or said.get("success") is False:
+        raise ServerError(f"server {server.name} refused {path}: {response.status_code} {said}")
+    return said
 
 
 def _first(faults: BaseExceptionGroup[GspoError]) -> GspoError:

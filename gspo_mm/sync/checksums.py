@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -39,6 +40,12 @@ class Checksums:
         """`name` is Hugging Face's."""
         if _COMPARED.search(name):
             self.sent[server_name(name)] = checksum(tensor)
+
+    def noted(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same tensors, noted as they pass."""
+        for name, tensor in tensors:
+            self.note(name, tensor)
+            yield name, tensor
 
     @staticmethod
     async def compare(

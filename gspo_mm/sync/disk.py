@@ -7,10 +7,7 @@ have read the new one.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 from gspo_mm.config import Config
 from gspo_mm.families.write import write_hf
@@ -34,13 +31,8 @@ class DiskSender:
     def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
         path = self._folder / f"v{version}"
 
-        def noted(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in tensors:
-                checksums.note(name, tensor)
-                yield name, tensor
-
         self._policy.ranks.stream_to_main(
-            noted(self._policy.export()),
+            checksums.noted(self._policy.export()),
             lambda tensors: write_hf(
                 path, self._model.path, tensors, experts_layout=self._model.experts_layout, durable=False
             ),

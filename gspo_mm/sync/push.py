@@ -28,6 +28,7 @@ from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.checksums import Checksums
 from gspo_mm.sync.disk import DiskSender, load_folder
+from gspo_mm.sync.distributed import DistributedSender
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,14 @@ def build_push(config: Config, policy: Policy, engine: RolloutEngine | None) -> 
         assert engine is None or isinstance(engine, EmbeddedEngine)
         return InProcessPush(policy, engine)
     assert engine is None or isinstance(engine, SGLangEngine)
-    return ServerPush(policy, engine, DiskSender(config, policy, engine), config)
+    return ServerPush(policy, engine, build_sender(config, policy, engine), config)
+
+
+def build_sender(config: Config, policy: Policy, engine: SGLangEngine | None) -> Sender:
+    """The sender of `sync.mode`."""
+    if config.sync.mode == "distributed":
+        return DistributedSender(config, policy)
+    return DiskSender(config, policy, engine)
 
 
 def serve_folder(engine: RolloutEngine, config: Config) -> None:

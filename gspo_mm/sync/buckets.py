@@ -1,0 +1,71 @@
+"""Many tensors as few flat ones: what travels in one piece, laid out as SGLang's `flattened_bucket` is.
+
+A bucket is one run of bytes, tensor after tensor without gaps. There are two buffers in turn, so that one can be
+filled while the other is under way, and no more memory than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Tensors one after the other."""
+
+    flat: torch.Tensor  # [bytes] uint8
+    names: list[str] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
+
+
+class Buffers:
+    """Two buffers of `size` bytes each; one that must take a larger tensor grows to it."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._size = size
+        self._device = device
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.peak_bytes = 0
+
+    def fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Bucket]:
+        """Buckets that hold all of `tensors`, in their order.
+
+        While a bucket is filled, the one before it is left alone, and the one before that is overwritten.
+        """
+        turn, start, bucket = 0, 0, None
+        for name, tensor in tensors:
+            # SGLang reads the tensors as views, which must begin at a multiple of their element's size
+            fits = bucket and start + tensor.nbytes <= len(bucket.flat) and not start % tensor.itemsize
+            if bucket and not fits:
+                yield _cut(bucket, start)
+                bucket = None
+            if bucket is None:
+                bucket, turn, start = Bucket(flat=self._buffer(turn, tensor.nbytes)), 1 - turn, 0
+            end = start + tensor.nbytes
+            bucket.flat[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            bucket.names.append(name)
+            bucket.dtypes.append(tensor.dtype)
+            bucket.shapes.append(tensor.shape)
+            start = end
+        if bucket:
+            yield _cut(bucket, start)
+
+    def _buffer(self, turn: int, least: int) -> torch.Tensor:
+        size = max(self._size, least)
+        if len(self._buffers[turn]) < size:
+            self._buffers[turn] = torch.empty(
+                0, device=self._device
+            )  # given back before the larger one is taken
+            self._buffers[turn] = torch.empty(size, dtype=torch.uint8, device=self._device)
+            self.peak_bytes = max(self.peak_bytes, sum(map(len, self._buffers)))
+        return self._buffers[turn]
+
+
+def _cut(bucket: Bucket, end: int) -> Bucket:
+    return Bucket(flat=bucket.flat[:end], names=bucket.names, dtypes=bucket.dtypes, shapes=bucket.shapes)

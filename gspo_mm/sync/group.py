@@ -1,0 +1,154 @@
+"""A process group of one trainer rank and all workers of some servers, through which buckets are broadcast.
+
+It must be the group that SGLang's `init_custom_process_group` makes on the other side: the same store, prefixes and
+group name; the helper of torch that both use is not public. The trainer's rank is 0 in it and hosts the store.
+
+The store and gloo's connections are not encrypted and ask for no key, as everywhere in torch.distributed: the machines
+of a run share a network of their own. The store listens only on the address that leads to the servers, which is
+loopback when they are all here.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import threading
+import time
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.servers import ServerError
+from gspo_mm.sync.buckets import Bucket
+from gspo_mm.sync.calls import Calls, answers
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.001  # seconds
+_FAREWELL = 5.0  # seconds that servers have to leave a group
+
+
+class UpdateGroup:
+    """Made by `connect`; `close` it."""
+
+    def __init__(self, name: str, group: dist.ProcessGroup, servers: list[Registration]) -> None:
+        self._name = name
+        self._group: Any = group
+        self._servers = servers
+
+    def send(self, bucket: Bucket, calls: Calls) -> Sending:
+        """Begin to broadcast a bucket to servers that have an update open. They load it before the call returns."""
+        told = calls.start(
+            "/update_weights_from_distributed",
+            names=bucket.names,
+            dtypes=[str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
+            shapes=[list(shape) for shape in bucket.shapes],
+            group_name=self._name,
+            load_format="flattened_bucket",
+            flush_cache=False,
+        )
+        return Sending(self._group.broadcast(bucket.flat, 0), told, calls)
+
+    def close(self, *, broken: bool = False) -> None:
+        """Leave the group, and let the servers leave it; with `broken`, whatever is under way in it."""
+        group, self._group = self._group, None
+        if broken:
+            # gloo ends a group only when its operations have ended or timed out; that must keep nobody waiting
+            threading.Thread(target=_destroy, args=(group,), name=f"end of {self._name}", daemon=True).start()
+            return
+        with Calls(self._servers, timeout=_FAREWELL) as calls:
+            try:
+                calls.all("/destroy_weights_update_group", group_name=self._name)
+            except ServerError as fault:
+                logger.info("a server did not leave its group of weight updates: %s", fault)
+        _destroy(group)
+
+
+class Sending:
+    """A bucket under way."""
+
+    def __init__(self, work: Any, told: list[Future[dict[str, Any]]], calls: Calls) -> None:
+        self._work = work
+        self._told = told
+        self._calls = calls
+
+    def wait(self) -> None:
+        """Until all servers have loaded it. Raises ServerError as soon as one fails, refuses, or takes too long."""
+        while not self._work.is_completed():
+            answers([call for call in self._told if call.done()])
+            self._calls.left()
+            time.sleep(_POLL)
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise ServerError(f"the broadcast of weights failed: {str(error).splitlines()[0]}") from None
+        answers(self._told)
+
+
+def connect(calls: Calls, *, device: torch.device) -> UpdateGroup:
+    """Make a group with all workers of the servers. Raises ServerError when one does not join."""
+    name = f"gspo-mm-{secrets.token_hex(4)}"
+    host, backend = address_towards(calls.servers), "nccl" if device.type == "cuda" else "gloo"
+    size = 1 + sum(server.workers for server in calls.servers)
+    timeout = timedelta(seconds=calls.left())
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    bodies: list[dict[str, Any]] = []
+    offset = 1
+    for server in calls.servers:
+        bodies.append(
+            {"master_address": host, "master_port": port, "rank_offset": offset, "world_size": size}
+            | {"group_name": name, "backend": backend}
+        )
+        offset += server.workers
+    joined = calls.start("/init_weights_update_group", bodies)
+    try:
+        group, _ = c10d._new_process_group_helper(
+            size,
+            0,
+            [],
+            dist.Backend(backend),
+            dist.PrefixStore(name, store),
+            group_name=c10d.GroupName(name),
+            timeout=timeout,
+        )
+    except RuntimeError as error:
+        answers([call for call in joined if call.done()])
+        raise ServerError(f"no group of weight updates came about: {str(error).splitlines()[0]}") from None
+    assert isinstance(group, dist.ProcessGroup)
+    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
+    made = UpdateGroup(name, group, calls.servers)
+    try:
+        answers(joined)
+    except ServerError:
+        made.close(broken=True)
+        raise
+    return made
+
+
+def address_towards(servers: list[Registration]) -> str:
+    """This machine's address on the way to the servers."""
+    hosts = [urlsplit(server.url).hostname or "127.0.0.1" for server in servers]
+    addresses = set()
+    for host in hosts:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing: only the route is looked up
+            addresses.add(probe.getsockname()[0])
+    return next((address for address in sorted(addresses) if not address.startswith("127.")), "127.0.0.1")
+
+
+def _destroy(group: Any) -> None:
+    try:
+        dist.destroy_process_group(group)
+    except (RuntimeError, ValueError) as error:
+        logger.info("ending a group of weight updates: %s", error)
