@@ -199,10 +199,9 @@ class RolloutConfig(Section):
 class SyncConfig(Section):
     """How new weights reach SGLang servers; the embedded engine is in the same process and copies."""
 
-    mode: Literal["disk", "tensor", "distributed"] = Field(
+    mode: Literal["disk", "distributed"] = Field(
         default="distributed",
-        description="distributed: NCCL (gloo without GPUs) straight to the servers; tensor: shared GPU memory, for "
-        "servers on the trainer's GPUs; disk: through a folder that all machines see",
+        description="distributed: NCCL (gloo without GPUs) straight to the servers; disk: through a folder that all machines see",
     )
     folder: str | None = Field(
         default=None,

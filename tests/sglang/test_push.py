@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -11,12 +10,9 @@ import torch
 from gspo_mm.batch import pack
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
-from gspo_mm.policy.canary import blank_image
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
-from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
-from gspo_mm.sync.distributed import DistributedSender
 from gspo_mm.sync.push import ServerPush, build_push
 from gspo_mm.types import Completion, EncodedPrompt, SamplingParams, Sequence
 from tests.sglang.conftest import MakeConfig
@@ -86,7 +82,9 @@ def logprobs(
     return policy.logprobs([pack([sequence], processor) for sequence in sequences])
 
 
-def gap(policy: Policy, processor: Processor, prompts: list[EncodedPrompt], answers: list[Completion]) -> float:
+def gap(
+    policy: Policy, processor: Processor, prompts: list[EncodedPrompt], answers: list[Completion]
+) -> float:
     """The largest difference between the server's log-probs and the policy's."""
     ours = logprobs(policy, processor, prompts, answers)
     return max(
