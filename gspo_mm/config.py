@@ -201,7 +201,8 @@ class SyncConfig(Section):
 
     mode: Literal["disk", "distributed"] = Field(
         default="distributed",
-        description="distributed: NCCL (gloo without GPUs) straight to the servers; disk: through a folder that all machines see",
+        description="distributed: NCCL (gloo without GPUs) straight to the servers; disk: "
+        "through a folder that all machines see",
     )
     folder: str | None = Field(
         default=None,
