@@ -201,8 +201,8 @@ class SyncConfig(Section):
 
     mode: Literal["disk", "tensor", "distributed"] = Field(
         default="distributed",
-        description="distributed: NCCL (gloo without GPUs) straight to the servers; tensor: shared GPU memory, for "
-        "servers on the trainer's GPUs; disk: through a folder that all machines see",
+        description="distributed: NCCL (gloo without GPUs) straight to the servers; tensor: through the memory of "
+        "the GPUs that trainer and servers share; disk: through a folder that all machines see",
     )
     folder: str | None = Field(
         default=None,

@@ -18,7 +18,6 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -27,6 +26,7 @@ from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PreTrainedModel
 
@@ -240,7 +240,7 @@ def transformer_config(
             **family.transformer_arguments(hf),
             **fp8_arguments(config),
             **_recompute_arguments(config),
-            **_moe_arguments(config),
+            **_moe_arguments(config, plan),
             tensor_model_parallel_size=plan.tp,
             pipeline_model_parallel_size=plan.pp,
             virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
@@ -300,12 +300,17 @@ def _recompute_arguments(config: PolicyConfig) -> dict[str, Any]:
             return {}
 
 
-def _moe_arguments(config: PolicyConfig) -> dict[str, Any]:
+def _moe_arguments(config: PolicyConfig, plan: ParallelPlan) -> dict[str, Any]:
     moe = config.moe
-    if moe.dispatcher == "flex" and not find_spec("deep_ep"):
+    if moe.dispatcher == "flex" and not HAVE_DEEP_EP:
         raise PlanError(
-            "policy.moe.dispatcher=flex needs DeepEP (the module deep_ep), which is not installed; install it, or set "
-            "policy.moe.dispatcher=alltoall"
+            "policy.moe.dispatcher=flex needs GPUs and DeepEP (the module deep_ep), which cannot be imported here; "
+            "install it, or set policy.moe.dispatcher=alltoall"
+        )
+    if moe.dispatcher == "flex" and plan.tp * plan.ep == 1:
+        raise PlanError(
+            "policy.moe.dispatcher=flex sends tokens between ranks, and policy.parallel has tp=1 and ep=1; set "
+            "policy.moe.dispatcher=alltoall, or raise policy.parallel.ep"
         )
     arguments: dict[str, Any] = {
         "moe_token_dispatcher_type": moe.dispatcher,

@@ -38,6 +38,7 @@ class Fleet:
         self._version = -1
         self._changed = asyncio.Condition()
         self._router: Router | None = None
+        self._complete = False  # whether all servers have been up
         self._fault: ServerError | None = None
         self._task: asyncio.Task[None] | None = None
         self._host: ServerHost | None = None
@@ -67,6 +68,7 @@ class Fleet:
                 told = now
                 logger.info("%d of %d servers are up after %.0f s", len(self._up), self._wanted, now - began)
             await asyncio.sleep(_POLL)
+        self._complete = True
 
     @property
     def version(self) -> int:
@@ -129,9 +131,12 @@ class Fleet:
             gone = await self._look()
             if before != self._up:
                 await self._route()
-            if not self._up and len(gone) >= self._wanted:
+            # a run may lose servers, but does not begin without one that it was promised
+            if gone and (not self._complete or (not self._up and len(gone) >= self._wanted)):
                 reasons = "; ".join(f"{server.name} {server.reason}" for server in gone)
-                self._fault = ServerError(f"all servers have stopped for good: {reasons}")
+                self._fault = ServerError(
+                    f"{len(gone)} of {self._wanted} servers have stopped for good: {reasons}"
+                )
                 async with self._changed:
                     self._changed.notify_all()
             await asyncio.sleep(_POLL)

@@ -96,6 +96,13 @@ class _Keeper:
         self.stop_reason = "stopped"
 
     def _keep(self) -> None:
+        try:
+            self._keep_running()
+        except Exception as error:  # in a thread nobody would see it, and the run would wait for this server
+            logger.exception("the keeper of server %s failed", self._name)
+            self._tell("stopped", "", f"cannot be kept running: {error!r}")
+
+    def _keep_running(self) -> None:
         failures = 0
         while not self._ending.is_set():
             generation = secrets.token_hex(4)
@@ -232,7 +239,6 @@ def server_options(
         or config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens,
         "tp-size": sglang.tp,
         "ep-size": sglang.ep,
-        "base-gpu-id": number * sglang.tp,
         # servers that drew the same random numbers would give the same answers
         "random-seed": derive_seed(config.run.seed, "server", registration.name, registration.generation)
         % 2**31,
@@ -250,7 +256,9 @@ def server_options(
     if config.data.min_pixels or config.data.max_pixels:
         image = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
         options["mm-process-config"] = json.dumps({"image": {k: v for k, v in image.items() if v}})
-    if not on_gpus:
+    if on_gpus:
+        options["base-gpu-id"] = number * sglang.tp
+    else:
         options |= sglang_cpu.ARGUMENTS
     return options | dict(sglang.extra_args)
 

@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 from gspo_mm.types import GspoError
@@ -50,7 +51,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def build_driver_stub(folder: Path) -> Path:
-    """Compile the stub into `folder` unless it is there. Safe with several processes at once."""
+    """Compile the stub into `folder` unless it is there. Safe with several at once."""
     target = folder / _STUB
     if target.exists():
         return target
@@ -61,7 +62,7 @@ def build_driver_stub(folder: Path) -> Path:
             "gcc), or use rollout.engine=embedded"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{_STUB}.{os.getpid()}"
+    temporary = folder / f".{_STUB}.{os.getpid()}.{threading.get_ident()}"
     command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(temporary), f"-Wl,-soname,{_STUB}"]
     done = subprocess.run(command, input=_STUB_SOURCE, capture_output=True, text=True)
     if done.returncode:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -17,9 +15,9 @@ from gspo_mm.types import EncodedPrompt
 
 
 @pytest.fixture
-def policy(config: Config, engine: SGLangEngine) -> Iterator[Policy]:
+def policy(config: Config, engine: SGLangEngine) -> Policy:
     serve_folder(engine, config)
-    yield Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=1)
+    return Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=1)
 
 
 def damage(policy: Policy, part: str) -> None:
