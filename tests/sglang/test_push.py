@@ -12,8 +12,10 @@ import torch
 from gspo_mm.batch import pack
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
+from gspo_mm.policy.canary import blank_image
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
+from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.calls import Calls, begin_update
 from gspo_mm.sync.checksums import Checksums, server_name
