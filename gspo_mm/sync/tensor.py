@@ -128,11 +128,21 @@ class Body:
         yield b"]}"
 
 
+class _Pickler(pickle._Pickler):
+    """Calls torch's function for storages by torch's name, which megatron-core replaces in its own processes."""
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        if obj is torch.storage._load_from_bytes:
+            self.write(pickle.GLOBAL + b"torch.storage\n_load_from_bytes\n")
+        else:
+            super().save(obj, save_persistent_id)
+
+
 def by_value(bucket: Bucket) -> bytes:
     """The pickle of a bucket in host memory, its bytes included."""
     file = io.BytesIO()
     # a tensor is pickled with all of the memory that it is a part of
-    pickle.Pickler(file, protocol=4).dump(contents(bucket, bucket.flat.clone()))
+    _Pickler(file, protocol=4).dump(contents(bucket, bucket.flat.clone()))
     return file.getvalue()
 
 
