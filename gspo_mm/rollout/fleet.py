@@ -106,12 +106,13 @@ class Fleet:
     async def suspect(self, url: str) -> None:
         """A request to `url` failed: look at once whether the server is still there."""
         for server in list(self._up.values()):
-            if self._router is not None or server.url == url:
-                if not await asyncio.to_thread(is_alive, server) and self._up.get(server.name) is server:
-                    logger.warning("server %s does not answer", server.name)
-                    del self._up[server.name]
-                    self._versions.pop(server.generation, None)  # who started it anew, if not we, did not say so
-                    await self._route()
+            if self._router is None and server.url != url:
+                continue
+            if not await asyncio.to_thread(is_alive, server) and self._up.get(server.name) is server:
+                logger.warning("server %s does not answer", server.name)
+                del self._up[server.name]
+                self._versions.pop(server.generation, None)  # whoever starts it anew may not tell
+                await self._route()
 
     def close(self, reason: str) -> None:
         """End servers started here, tell the others."""
