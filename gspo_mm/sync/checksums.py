@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
 
+from gspo_mm.families import Entry
+from gspo_mm.families.base import StackExperts
 from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.types import GspoError
 
 _COMPARED = re.compile(r"(norm\d?|mlp\.gate|patch_embed\.proj)\.(weight|bias)$")
 _LEFT_OUT = [
@@ -31,13 +35,15 @@ _LEFT_OUT = [
 
 
 class Checksums:
-    """Collects the checksums of what this rank sends."""
+    """Collects names and checksums of what this rank sends."""
 
     def __init__(self) -> None:
+        self.names: list[str] = []  # Hugging Face's, of everything sent
         self.sent: dict[str, str] = {}  # by the server's name of the tensor
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
         """`name` is Hugging Face's."""
+        self.names.append(name)
         if _COMPARED.search(name):
             self.sent[server_name(name)] = checksum(tensor)
 
@@ -58,6 +64,20 @@ class Checksums:
         for server, reply in zip(servers, replies, strict=True):
             for rank in reply["ranks"]:
                 compare_one(server.name, sent, rank["checksums"])
+
+
+def check_complete(weight_map: list[Entry], sent: Iterable[str]) -> None:
+    """Raise GspoError unless every tensor was sent once, experts in one piece or one by one."""
+    counts = Counter(sent)
+    for entry in weight_map:
+        names = list(entry.hf)
+        if isinstance(entry.op, StackExperts) and counts[names[0]] == 0:
+            names = [n for e in range(len(entry.megatron)) for n in entry.op.names_apart(entry.hf[0], e)]
+        for name in names:
+            if counts[name] != 1:
+                raise GspoError(
+                    f"a push of weights sent {name} {counts[name]} times; this is a defect, please report it"
+                )
 
 
 def compare_one(server: str, sent: dict[str, str], held: dict[str, str]) -> None:
