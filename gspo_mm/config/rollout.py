@@ -80,11 +80,10 @@ class SGLangConfig(Section):
                     f"rollout.sglang.{name}={size} does not divide rollout.sglang.tp={self.tp}; both share one server's "
                     "GPUs"
                 )
-        if self.colocate and (self.start == "elsewhere" or self.urls):
-            key = "urls" if self.urls else "start=elsewhere"
+        if self.colocate and self.urls:
             raise ValueError(
-                f"rollout.sglang.colocate=true is for servers that the run starts on its own GPUs, not for rollout.sglang."
-                f"{key}; set rollout.sglang.colocate=false"
+                "rollout.sglang.colocate=true is for servers on the trainer's own GPUs, which rollout.sglang.urls are not; "
+                "set rollout.sglang.colocate=false"
             )
         return self
 

@@ -145,7 +145,7 @@ class Fleet:
     async def _look(self) -> list[Registration]:
         """Bring `_up` up to date; returns servers that will not come back."""
         if self._sglang.urls:
-            found = [_external(number, url) for number, url in enumerate(self._sglang.urls)]
+            found = [_external(number, url, self._sglang.tp) for number, url in enumerate(self._sglang.urls)]
         else:
             found = registered(self._folder)
         for server in found:
@@ -195,7 +195,7 @@ class Fleet:
         return f"{where} {self._folder}"
 
 
-def _external(number: int, url: str) -> Registration:
+def _external(number: int, url: str, workers: int) -> Registration:
     return Registration(
         name=f"external-{number}",
         generation=url,
@@ -203,4 +203,5 @@ def _external(number: int, url: str) -> Registration:
         url=url.rstrip("/"),
         api_key=os.environ.get("GSPO_MM_API_KEY", ""),
         admin_key=os.environ.get("GSPO_MM_ADMIN_KEY", ""),
+        workers=workers,
     )

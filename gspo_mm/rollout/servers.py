@@ -143,10 +143,12 @@ class _Keeper:
             api_key=secrets.token_hex(24),
             admin_key=secrets.token_hex(24),
             workers=self._sglang.tp,
+            machine=socket.gethostname(),
+            first_gpu=self._number * self._sglang.tp,
         )
 
     def _launch(self, registration: Registration, private: Path) -> subprocess.Popen[bytes]:
-        options = server_options(self._config, registration, number=self._number, on_gpus=self._on_gpus)
+        options = server_options(self._config, registration, on_gpus=self._on_gpus)
         # in a file: a command line is for everybody to read
         settings = self._folder / f"{self._name}.yaml"
         write_private(settings, OmegaConf.to_yaml(OmegaConf.create(options)))
@@ -225,10 +227,8 @@ class _Keeper:
         return f"the end of {self._log()}:\n" + "\n".join(f"    {line[:300]}" for line in lines)
 
 
-def server_options(
-    config: Config, registration: Registration, *, number: int, on_gpus: bool
-) -> dict[str, Any]:
-    """Options of sglang.launch_server for the `number`th server of a machine, by name."""
+def server_options(config: Config, registration: Registration, *, on_gpus: bool) -> dict[str, Any]:
+    """Options of sglang.launch_server, by name."""
     sglang = config.rollout.sglang
     host, _, port = registration.url.removeprefix("http://").rpartition(":")
     options: dict[str, Any] = {
@@ -261,7 +261,7 @@ def server_options(
         image = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
         options["mm-process-config"] = json.dumps({"image": {k: v for k, v in image.items() if v}})
     if on_gpus:
-        options |= {"base-gpu-id": number * sglang.tp, "enable-memory-saver": sglang.colocate}
+        options |= {"base-gpu-id": registration.first_gpu, "enable-memory-saver": sglang.colocate}
     else:
         options |= sglang_cpu.ARGUMENTS
     return options | dict(sglang.extra_args)
