@@ -132,10 +132,10 @@ class RolloutConfig(Section):
 class SyncConfig(Section):
     """How new weights reach SGLang servers; the embedded engine is in the same process and copies."""
 
-    mode: Literal["disk", "distributed"] = Field(
+    mode: Literal["disk", "tensor", "distributed"] = Field(
         default="distributed",
-        description="distributed: NCCL (gloo without GPUs) straight to the servers; disk: "
-        "through a folder that all machines see",
+        description="distributed: NCCL (gloo without GPUs) straight to the servers; tensor: through the memory of "
+        "the GPUs that trainer and servers share; disk: through a folder that all machines see",
     )
     folder: str | None = Field(
         default=None,

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from gspo_mm.config import Config
 from gspo_mm.rollout.registry import Registration, beat, forget_ended, registered, servers_folder
 from gspo_mm.rollout.router import Router
-from gspo_mm.rollout.servers import ServerError, ServerHost, answers
+from gspo_mm.rollout.servers import ServerError, ServerHost, is_alive
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +106,13 @@ class Fleet:
     async def suspect(self, url: str) -> None:
         """A request to `url` failed: look at once whether the server is still there."""
         for server in list(self._up.values()):
-            if self._router is not None or server.url == url:
-                alive = await asyncio.to_thread(answers, server, "/ready", timeout=10.0)
-                if not alive and self._up.get(server.name) is server:
-                    logger.warning("server %s does not answer", server.name)
-                    del self._up[server.name]
-                    await self._route()
+            if self._router is None and server.url != url:
+                continue
+            if not await asyncio.to_thread(is_alive, server) and self._up.get(server.name) is server:
+                logger.warning("server %s does not answer", server.name)
+                del self._up[server.name]
+                self._versions.pop(server.generation, None)  # whoever starts it anew may not tell
+                await self._route()
 
     def close(self, reason: str) -> None:
         """End servers started here, tell the others."""
@@ -150,7 +151,7 @@ class Fleet:
         for server in found:
             known = self._up.get(server.name)
             if server.state == "up" and known != server:
-                if await asyncio.to_thread(answers, server, "/ready", timeout=10.0):
+                if await asyncio.to_thread(is_alive, server):
                     self._up[server.name] = server
             elif server.state != "up" and known:
                 logger.warning("server %s is gone: %s", server.name, server.reason.split(";")[0])

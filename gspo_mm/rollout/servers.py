@@ -15,6 +15,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -107,19 +108,20 @@ class _Keeper:
         while not self._ending.is_set():
             generation = secrets.token_hex(4)
             registration = self._registration(generation)
-            process = self._launch(registration)
             began = time.monotonic()
-            try:
-                reason = self._await_ready(process, registration)
-                if not reason:
-                    failures = 0 if time.monotonic() - began > _STEADY else failures
-                    logger.info("server %s is ready at %s", self._name, registration.url)
-                    register(self._folder, registration)
-                    began = time.monotonic()
-                    reason = self._watch(process, registration)
-            finally:
-                process.terminate()  # the guard ends the whole tree
-                process.wait()
+            with tempfile.TemporaryDirectory(prefix="gspo-mm-") as private:
+                process = self._launch(registration, Path(private))
+                try:
+                    reason = self._await_ready(process, registration)
+                    if not reason:
+                        failures = 0 if time.monotonic() - began > _STEADY else failures
+                        logger.info("server %s is ready at %s", self._name, registration.url)
+                        register(self._folder, registration)
+                        began = time.monotonic()
+                        reason = self._watch(process, registration)
+                finally:
+                    process.terminate()  # the guard ends the whole tree
+                    process.wait()
             if self._ending.is_set():
                 break
             failures = 1 if time.monotonic() - began > _STEADY else failures + 1
@@ -143,7 +145,7 @@ class _Keeper:
             workers=self._sglang.tp,
         )
 
-    def _launch(self, registration: Registration) -> subprocess.Popen[bytes]:
+    def _launch(self, registration: Registration, private: Path) -> subprocess.Popen[bytes]:
         options = server_options(self._config, registration, number=self._number, on_gpus=self._on_gpus)
         # in a file: a command line is for everybody to read
         settings = self._folder / f"{self._name}.yaml"
@@ -159,11 +161,11 @@ class _Keeper:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self._environment(),
+                env=self._environment(private),
                 start_new_session=True,
             )
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, private: Path) -> dict[str, str]:
         env = {
             k: v
             for k, v in os.environ.items()
@@ -173,6 +175,8 @@ class _Keeper:
             # SGLang keeps image features by the image's content and forgets them on no weight update: answers would
             # go on seeing with the tower that the server started with
             env["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
+        # where the server's own processes meet; a TCPStore, SGLang's default, listens on all interfaces
+        env["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{private}/store"
         if not self._on_gpus:
             env |= sglang_cpu.environment(self._folder)
         return env
@@ -268,6 +272,14 @@ def answers(registration: Registration, path: str, *, timeout: float) -> bool:
     try:
         headers = {"Authorization": f"Bearer {registration.api_key}"}
         return httpx.get(registration.url + path, headers=headers, timeout=timeout).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def is_alive(registration: Registration) -> bool:
+    """Whether a server that was ready once still answers. One that pauses for new weights says 503."""
+    try:
+        return httpx.get(registration.url + "/ready", timeout=10.0).status_code in (200, 503)
     except httpx.HTTPError:
         return False
 

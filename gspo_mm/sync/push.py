@@ -26,9 +26,10 @@ from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
-from gspo_mm.sync.checksums import Checksums
+from gspo_mm.sync.checksums import Checksums, check_complete
 from gspo_mm.sync.disk import DiskSender, load_folder
 from gspo_mm.sync.distributed import DistributedSender
+from gspo_mm.sync.tensor import TensorSender
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def build_sender(config: Config, policy: Policy, engine: SGLangEngine | None) ->
     """The sender of `sync.mode`."""
     if config.sync.mode == "distributed":
         return DistributedSender(config, policy)
+    if config.sync.mode == "tensor":
+        return TensorSender(config, policy)
     return DiskSender(config, policy, engine)
 
 
@@ -106,6 +109,7 @@ class ServerPush:
 
     def __init__(self, policy: Policy, engine: SGLangEngine | None, sender: Sender, config: Config) -> None:
         self._ranks = policy.ranks
+        self._entries = policy.weights.entries
         self._engine = engine
         self._sender = sender
         self._sync = config.sync
@@ -120,7 +124,9 @@ class ServerPush:
             except ServerError as fault:
                 if attempt == _ATTEMPTS:
                     raise
-                logger.warning("weights of version %d did not arrive, trying again: %s", version, fault)
+                if self._engine:
+                    logger.warning("weights of version %d did not arrive, trying again: %s", version, fault)
+                    self._engine.run(self._leave_out_the_dead(self._engine, servers))
 
     def close(self) -> None:
         self._sender.close()
@@ -132,15 +138,22 @@ class ServerPush:
                 servers = self._engine.run(self._engine.fleet.reachable())
         return self._ranks.from_main(servers)
 
+    @staticmethod
+    async def _leave_out_the_dead(engine: SGLangEngine, servers: list[Registration]) -> None:
+        for server in servers:
+            await engine.fleet.suspect(server.url)
+
     def _push_to(self, servers: list[Registration], version: int) -> None:
         checksums = Checksums()
         with self._ranks.together():
             self._tell(servers, "/pause_generation", mode=self._mode)
         self._sender.send(servers, version=version, checksums=checksums)
-        sent = [item for of_rank in self._ranks.gather(checksums.sent) for item in of_rank.items()]
+        of_ranks = self._ranks.gather((checksums.names, checksums.sent))
+        check_complete(self._entries, [name for names, _ in of_ranks for name in names])
+        sent = {name: value for _, sums in of_ranks for name, value in sums.items()}
         with self._ranks.together():
             if self._sync.verify and self._engine:
-                self._engine.run(checksums.compare(self._engine, servers, dict(sent), self._sync.timeout))
+                self._engine.run(checksums.compare(self._engine, servers, sent, self._sync.timeout))
             self._tell(servers, "/continue_generation")
             if self._engine:
                 self._engine.run(self._engine.fleet.hold(version, servers))
