@@ -119,6 +119,7 @@ class Loop:
             shares, balance = share_out(
                 stages.policy, updates, processor=stages.processor, config=config.policy
             )
+        stages.weights.make_room()
         update: dict[str, float] = {}
         if shares:
             update = balance | update_policy(

@@ -37,6 +37,10 @@ class SGLangConfig(Section):
         default="127.0.0.1",
         description="address that servers listen on; for start=elsewhere that of the cluster's own network",
     )
+    colocate: bool = Field(
+        default=False,
+        description="servers on the trainer's own GPUs give their memory back while the policy trains",
+    )
     tp: Positive = Field(default=1, description="GPUs of one server: its tensor-parallel size")
     ep: Positive = Field(default=1, description="expert-parallel size within tp")
     dp: Positive = Field(default=1, description="data-parallel attention groups within tp")
@@ -76,6 +80,12 @@ class SGLangConfig(Section):
                     f"rollout.sglang.{name}={size} does not divide rollout.sglang.tp={self.tp}; both share one server's "
                     "GPUs"
                 )
+        if self.colocate and (self.start == "elsewhere" or self.urls):
+            key = "urls" if self.urls else "start=elsewhere"
+            raise ValueError(
+                f"rollout.sglang.colocate=true is for servers that the run starts on its own GPUs, not for rollout.sglang."
+                f"{key}; set rollout.sglang.colocate=false"
+            )
         return self
 
 
@@ -118,6 +128,15 @@ class RolloutConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _colocated_servers_sleep(self) -> RolloutConfig:
+        if self.sglang.colocate and self.max_staleness:
+            raise ValueError(
+                f"rollout.max_staleness={self.max_staleness} samples while the policy trains, and with "
+                "rollout.sglang.colocate=true servers sleep meanwhile; set one of them to 0 or false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _engine_can(self) -> RolloutConfig:
         if self.engine == "embedded":
             for name, off in (("max_staleness", 0), ("oversample", 1.0), ("drop_dead_groups", False)):
@@ -135,7 +154,7 @@ class SyncConfig(Section):
     mode: Literal["disk", "tensor", "distributed"] = Field(
         default="distributed",
         description="distributed: NCCL (gloo without GPUs) straight to the servers; tensor: through the memory of "
-        "the GPUs that trainer and servers share; disk: through a folder that all machines see",
+        "GPUs that trainer and servers share; disk: through a folder that all machines see",
     )
     folder: str | None = Field(
         default=None,

@@ -261,7 +261,7 @@ def server_options(
         image = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
         options["mm-process-config"] = json.dumps({"image": {k: v for k, v in image.items() if v}})
     if on_gpus:
-        options["base-gpu-id"] = number * sglang.tp
+        options |= {"base-gpu-id": number * sglang.tp, "enable-memory-saver": sglang.colocate}
     else:
         options |= sglang_cpu.ARGUMENTS
     return options | dict(sglang.extra_args)

@@ -51,16 +51,26 @@ def main(command: list[str]) -> int:
 
 
 def end_all(processes: list[psutil.Process]) -> None:
-    """TERM, some seconds of grace, KILL: for the processes and whatever they start meanwhile."""
+    """TERM, some seconds of grace, KILL: for the processes and whatever they start meanwhile.
+
+    Reaps none of them, as psutil.wait_procs would: the exit status of the command is still to be asked for.
+    """
     for process in processes:
         _send(process, signal.SIGTERM)
-    psutil.wait_procs(processes, timeout=_GRACE)
-    while left := [
-        p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE
-    ]:
+    deadline = time.monotonic() + _GRACE
+    while any(_runs(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(_POLL / 4)
+    while left := [p for p in psutil.Process().children(recursive=True) if _runs(p)]:
         for process in left:
             _send(process, signal.SIGKILL)
-        psutil.wait_procs(left, timeout=1)
+        time.sleep(_POLL / 4)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _send(process: psutil.Process, number: int) -> None:

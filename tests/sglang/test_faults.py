@@ -68,6 +68,7 @@ def run(make_config: MakeConfig, tmp_path: Path) -> Iterator[Run]:
             "sampling": {"max_new_tokens": 32},
             "sglang": {"servers": 2},
         },
+        policy={"optimizer": {"lr": 1e-6}},  # else soon all answers are vowels, and nothing is left to learn
         train={"steps": 10_000, "eval_every": 0},
         checkpoint={"every": 0},
         observe={"save_rollouts_every": 1, "rollouts_per_save": 0},
