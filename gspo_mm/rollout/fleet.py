@@ -111,6 +111,8 @@ class Fleet:
                 if not alive and self._up.get(server.name) is server:
                     logger.warning("server %s does not answer", server.name)
                     del self._up[server.name]
+                    if self._sglang.urls:  # nobody tells whether it will come back with these weights
+                        self._versions.pop(server.generation, None)
                     await self._route()
 
     def close(self, reason: str) -> None:
