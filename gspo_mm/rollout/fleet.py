@@ -111,7 +111,8 @@ class Fleet:
             if not await asyncio.to_thread(is_alive, server) and self._up.get(server.name) is server:
                 logger.warning("server %s does not answer", server.name)
                 del self._up[server.name]
-                self._versions.pop(server.generation, None)  # whoever starts it anew may not tell
+                if self._sglang.urls:  # nobody tells whether it will come back with these weights
+                    self._versions.pop(server.generation, None)
                 await self._route()
 
     def close(self, reason: str) -> None:
