@@ -44,7 +44,8 @@ class Fleet:
         self._host: ServerHost | None = None
         forget_ended(self._folder)
         if self._sglang.start == "here" and not self._sglang.urls:
-            self._host = ServerHost(config, self._folder, prefix=socket.gethostname())
+            training = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            self._host = ServerHost(config, self._folder, prefix=socket.gethostname(), training=training)
 
     async def open(self) -> None:
         """Start what is to be started here and wait for all servers. Raises ServerError when they do not come."""

@@ -307,3 +307,12 @@ def test_an_external_server_that_was_away_gets_the_weights_first(
     del server.said["/ready"]
     eventually(fleet.up)
     assert urls(fleet.stale()) == [server.url]
+
+
+def test_a_server_that_pauses_for_weights_is_still_there(
+    loop: Background, folder: Path, new_server: Servers
+) -> None:
+    fleet, (server,) = opened(loop, folder, new_server)
+    server.said["/ready"] = (503, "")
+    loop.run(fleet.suspect(server.url))
+    assert fleet.up()
