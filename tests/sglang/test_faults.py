@@ -91,6 +91,8 @@ def trees(root: int) -> list[psutil.Process]:
     return [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_survives_its_servers_and_they_do_not_survive_it(run: Run) -> None:
     run.wait("two servers", lambda: len(run.up()) == 2)
     run.wait("the first steps", lambda: run.steps() >= 2)
