@@ -36,6 +36,7 @@ from gspo_mm.reward.spec import failed_fraction
 from gspo_mm.rollout.engine import sample_groups
 from gspo_mm.rollout.scheduler import Pause, staleness_metrics
 from gspo_mm.rollout.servers import ServerError
+from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Phases
@@ -200,11 +201,12 @@ class Loop:
         return groups
 
     def staleness(self, groups: list[RolloutGroup]) -> dict[str, float]:
-        """How old the tokens were when they were trained on, and what else the scheduler did."""
-        scheduler = self.stages.scheduler
+        """How old the tokens were when they were trained on, and what else scheduler and servers did."""
+        scheduler, engine = self.stages.scheduler, self.stages.engine
         if scheduler is None:
             return {}
-        return staleness_metrics(groups, self.step - 1) | scheduler.take_counts()
+        assert isinstance(engine, SGLangEngine)
+        return staleness_metrics(groups, self.step - 1) | scheduler.take_counts() | engine.fleet.take_counts()
 
     def is_evaluation_step(self) -> bool:
         every = self.config.train.eval_every

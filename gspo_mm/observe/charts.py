@@ -120,4 +120,10 @@ CHARTS = [
             "given up": "rollout/given_up",
         },
     ),
+    Chart(
+        title="Servers",
+        unit="servers",
+        about="Those that answered when the step ended, and those that had been lost and came back in the meantime.",
+        series={"up": "rollout/servers_up", "came back": "rollout/servers_back"},
+    ),
 ]

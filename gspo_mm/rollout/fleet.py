@@ -36,6 +36,7 @@ class Fleet:
         self._up: dict[str, Registration] = {}
         self._versions: dict[str, int] = {}  # by generation
         self._version = -1
+        self._back = 0  # servers that came back
         self._changed = asyncio.Condition()
         self._router: Router | None = None
         self._complete = False  # whether all servers have been up
@@ -104,6 +105,11 @@ class Fleet:
         server = self._serving()[0]
         return server.url, server.api_key
 
+    def take_counts(self) -> dict[str, float]:
+        """Servers that are up now, and that came back since the last call."""
+        back, self._back = self._back, 0
+        return {"rollout/servers_up": float(len(self._up)), "rollout/servers_back": float(back)}
+
     async def suspect(self, url: str) -> None:
         """A request to `url` failed: look at once whether the server is still there."""
         for server in list(self._up.values()):
@@ -155,6 +161,7 @@ class Fleet:
             if server.state == "up" and known != server:
                 if await asyncio.to_thread(is_alive, server):
                     self._up[server.name] = server
+                    self._back += self._complete
             elif server.state != "up" and known:
                 logger.warning("server %s is gone: %s", server.name, server.reason.split(";")[0])
                 del self._up[server.name]

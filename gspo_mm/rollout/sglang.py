@@ -28,9 +28,6 @@ from gspo_mm.types import Completion, EncodedImage, EncodedPrompt, Finish, GspoE
 
 logger = logging.getLogger(__name__)
 
-_GROUPS_AT_ONCE = (
-    256  # whose images and answers are held in memory, unless rollout.max_in_flight says otherwise
-)
 _REFUSALS = 5  # 5xx answers to one request before it is given up: the server is there and cannot answer it
 
 
