@@ -149,7 +149,7 @@ def test_a_wrong_value_of_servers_sync_or_correction_is_named_with_its_fix(
         "rollout={engine: sglang, on_update: in_place, sglang: {tp: 8, ep: 8, dp: 4}}",
         "rollout={engine: sglang, sglang: {urls: ['http://a:1'], extra_args: {attention-backend: fa3, watchdog: 9}}}",
         "sync={mode: disk, folder: /dev/shm, verify: false}",
-        "loss.correction={kind: truncate, low: 0.0, high: 1.0}",
+        "loss.correction={kind: truncate, low: 1.0, high: 1.0}",
         "loss.correction={kind: mask, low: 0.9, high: 1.0}",
     ],
 )
