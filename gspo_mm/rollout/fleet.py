@@ -17,7 +17,7 @@ from collections.abc import Callable
 from gspo_mm.config import Config
 from gspo_mm.rollout.registry import Registration, beat, forget_ended, registered, servers_folder
 from gspo_mm.rollout.router import Router
-from gspo_mm.rollout.servers import ServerError, ServerHost, answers
+from gspo_mm.rollout.servers import ServerError, ServerHost, is_alive
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ class Fleet:
         self._host: ServerHost | None = None
         forget_ended(self._folder)
         if self._sglang.start == "here" and not self._sglang.urls:
-            self._host = ServerHost(config, self._folder, prefix=socket.gethostname())
+            training = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            self._host = ServerHost(config, self._folder, prefix=socket.gethostname(), training=training)
 
     async def open(self) -> None:
         """Start what is to be started here and wait for all servers. Raises ServerError when they do not come."""
@@ -106,14 +107,14 @@ class Fleet:
     async def suspect(self, url: str) -> None:
         """A request to `url` failed: look at once whether the server is still there."""
         for server in list(self._up.values()):
-            if self._router is not None or server.url == url:
-                alive = await asyncio.to_thread(answers, server, "/ready", timeout=10.0)
-                if not alive and self._up.get(server.name) is server:
-                    logger.warning("server %s does not answer", server.name)
-                    del self._up[server.name]
-                    if self._sglang.urls:  # nobody tells whether it will come back with these weights
-                        self._versions.pop(server.generation, None)
-                    await self._route()
+            if self._router is None and server.url != url:
+                continue
+            if not await asyncio.to_thread(is_alive, server) and self._up.get(server.name) is server:
+                logger.warning("server %s does not answer", server.name)
+                del self._up[server.name]
+                if self._sglang.urls:  # nobody tells whether it will come back with these weights
+                    self._versions.pop(server.generation, None)
+                await self._route()
 
     def close(self, reason: str) -> None:
         """End servers started here, tell the others."""
@@ -146,13 +147,13 @@ class Fleet:
     async def _look(self) -> list[Registration]:
         """Bring `_up` up to date; returns servers that will not come back."""
         if self._sglang.urls:
-            found = [_external(number, url) for number, url in enumerate(self._sglang.urls)]
+            found = [_external(number, url, self._sglang.tp) for number, url in enumerate(self._sglang.urls)]
         else:
             found = registered(self._folder)
         for server in found:
             known = self._up.get(server.name)
             if server.state == "up" and known != server:
-                if await asyncio.to_thread(answers, server, "/ready", timeout=10.0):
+                if await asyncio.to_thread(is_alive, server):
                     self._up[server.name] = server
             elif server.state != "up" and known:
                 logger.warning("server %s is gone: %s", server.name, server.reason.split(";")[0])
@@ -196,7 +197,7 @@ class Fleet:
         return f"{where} {self._folder}"
 
 
-def _external(number: int, url: str) -> Registration:
+def _external(number: int, url: str, workers: int) -> Registration:
     return Registration(
         name=f"external-{number}",
         generation=url,
@@ -204,4 +205,5 @@ def _external(number: int, url: str) -> Registration:
         url=url.rstrip("/"),
         api_key=os.environ.get("GSPO_MM_API_KEY", ""),
         admin_key=os.environ.get("GSPO_MM_ADMIN_KEY", ""),
+        workers=workers,
     )

@@ -21,6 +21,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from gspo_mm.config import Config
 from gspo_mm.rollout.fleet import Fleet
 from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.replies import ReplyReader
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.background import Background
 from gspo_mm.types import Completion, EncodedImage, EncodedPrompt, Finish, GspoError, SamplingParams
@@ -59,6 +60,7 @@ class SGLangEngine:
         self._deadline = config.rollout.sglang.request_timeout
         self._slots = asyncio.Semaphore(config.rollout.max_in_flight)
         self._background = Background("rollouts")
+        self._replies = ReplyReader()
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=10.0), limits=httpx.Limits(max_connections=None)
         )
@@ -115,7 +117,7 @@ class SGLangEngine:
         return [self._completion(reply, prompt) for reply in replies]
 
     async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """POST /generate until it is answered; one reply per sample."""
+        """POST /generate until it is answered; one reply per sample, as `replies.compact` makes them."""
         async for attempt in self._attempts():
             with attempt:
                 return await self._post(request)
@@ -148,6 +150,7 @@ class SGLangEngine:
     def close(self, reason: str = "the run has ended") -> None:
         """End the servers that were started here."""
         self.fleet.close(reason)
+        self._replies.close()
         self._background.run(self._client.aclose())
         self._background.close()
 
@@ -173,7 +176,7 @@ class SGLangEngine:
             raise ServerError(
                 f"{url} refused a prompt with status {response.status_code}: {response.text[:300]}"
             )
-        return response.json()
+        return await self._replies.read(response.content)
 
     def _attempts(self) -> AsyncRetrying:
         refusals = 0
@@ -201,7 +204,7 @@ class SGLangEngine:
         finish = finish_of(meta["finish_reason"])
         return Completion(
             token_ids=tokens,
-            logprobs=tuple(entry[0] for entry in meta["output_token_logprobs"]),
+            logprobs=tuple(meta["output_token_logprobs"]),
             versions=versions_of(meta, len(tokens)),
             finish=finish,
             text=self._processor.decode(tokens[:-1] if finish is Finish.STOP else tokens),

@@ -25,18 +25,18 @@ class Bucket:
 
 
 class Buffers:
-    """Two buffers of `size` bytes each; one that must take a larger tensor grows to it."""
+    """Buffers of `size` bytes each, used in turn; one that must take a larger tensor grows to it."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, *, turns: int = 2) -> None:
         self._size = size
         self._device = device
-        self._buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(turns)]
         self.peak_bytes = 0
 
     def fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Bucket]:
         """Buckets that hold all of `tensors`, in their order.
 
-        While a bucket is filled, the one before it is left alone, and the one before that is overwritten.
+        With two turns, the bucket before the one that is being filled is left alone; with one, none is.
         """
         turn, start, bucket = 0, 0, None
         for name, tensor in tensors:
@@ -46,7 +46,7 @@ class Buffers:
                 yield _cut(bucket, start)
                 bucket = None
             if bucket is None:
-                bucket, turn, start = Bucket(flat=self._buffer(turn, tensor.nbytes)), 1 - turn, 0
+                bucket, turn, start = Bucket(flat=self._buffer(turn, tensor.nbytes)), turn + 1, 0
             end = start + tensor.nbytes
             bucket.flat[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
             bucket.names.append(name)
@@ -57,7 +57,7 @@ class Buffers:
             yield _cut(bucket, start)
 
     def _buffer(self, turn: int, least: int) -> torch.Tensor:
-        size = max(self._size, least)
+        size, turn = max(self._size, least), turn % len(self._buffers)
         if len(self._buffers[turn]) < size:
             self._buffers[turn] = torch.empty(
                 0, device=self._device

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterable, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
@@ -42,21 +44,27 @@ class Calls:
     ) -> list[Future[dict[str, Any]]]:
         """POST to every server; with `bodies`, to each its own. The futures raise ServerError."""
         each = bodies or [body] * len(self.servers)
+        return self.start_raw(path, [[json.dumps(of_server).encode()] for of_server in each])
+
+    def start_raw(self, path: str, bodies: Sequence[Iterable[bytes]]) -> list[Future[dict[str, Any]]]:
+        """As `start`, with the JSON already written, in pieces."""
         timeout = self.left()
         return [
-            self._pool.submit(self._post, server, path, of_server, timeout)
-            for server, of_server in zip(self.servers, each, strict=True)
+            self._pool.submit(self._post, server, path, body, timeout)
+            for server, body in zip(self.servers, bodies, strict=True)
         ]
 
     def all(self, path: str, **body: Any) -> list[dict[str, Any]]:
         """POST to every server and wait. Raises the first ServerError when all have answered."""
         return answers(self.start(path, **body))
 
-    def _post(self, server: Registration, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {server.admin_key}"}
+    def _post(self, server: Registration, path: str, body: Iterable[bytes], timeout: float) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {server.admin_key}", "Content-Type": "application/json"}
         limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
         try:
-            response = self._client.post(server.url + path, json=body, headers=headers, timeout=limits)
+            response = self._client.post(
+                server.url + path, content=iter(body), headers=headers, timeout=limits
+            )
         except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
             raise ServerError(f"server {server.name} failed at {path}: {error!r}") from None
         return admitted(server, path, response)

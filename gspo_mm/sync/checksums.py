@@ -2,20 +2,26 @@
 
 Only tensors that a server keeps whole and as they were sent can be compared: norms, routers, the vision tower's patch
 embedding. They are spread over all parts of the model, so a part that was left out or sent under a wrong name shows.
-The algorithm is that of SGLang's POST /weights_checker for tensors in host memory: the first 8 bytes of SHA-256.
+The algorithms are those of SGLang's POST /weights_checker: the first 8 bytes of SHA-256 in host memory, sums of mixed
+words on GPUs (sglang/kernels/ops/memory/gpu_tensor_hash.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.nn.functional as functional
 
+from gspo_mm.families import Entry
+from gspo_mm.families.base import StackExperts
 from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.types import GspoError
 
 _COMPARED = re.compile(r"(norm\d?|mlp\.gate|patch_embed\.proj)\.(weight|bias)$")
 _LEFT_OUT = [
@@ -30,14 +36,20 @@ _LEFT_OUT = [
 ]  # by substring
 
 
+_32, _64 = 2**32 - 1, 2**64 - 1
+_TILE = 8192  # words
+
+
 class Checksums:
-    """Collects the checksums of what this rank sends."""
+    """Collects names and checksums of what this rank sends."""
 
     def __init__(self) -> None:
+        self.names: list[str] = []  # Hugging Face's, of everything sent
         self.sent: dict[str, str] = {}  # by the server's name of the tensor
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
         """`name` is Hugging Face's."""
+        self.names.append(name)
         if _COMPARED.search(name):
             self.sent[server_name(name)] = checksum(tensor)
 
@@ -60,6 +72,20 @@ class Checksums:
                 compare_one(server.name, sent, rank["checksums"])
 
 
+def check_complete(weight_map: list[Entry], sent: Iterable[str]) -> None:
+    """Raise GspoError unless every tensor was sent once, experts in one piece or one by one."""
+    counts = Counter(sent)
+    for entry in weight_map:
+        names = list(entry.hf)
+        if isinstance(entry.op, StackExperts) and counts[names[0]] == 0:
+            names = [n for e in range(len(entry.megatron)) for n in entry.op.names_apart(entry.hf[0], e)]
+        for name in names:
+            if counts[name] != 1:
+                raise GspoError(
+                    f"a push of weights sent {name} {counts[name]} times; this is a defect, please report it"
+                )
+
+
 def compare_one(server: str, sent: dict[str, str], held: dict[str, str]) -> None:
     """Raise ServerError when `held` differs from `sent`, or when they have (almost) nothing in common."""
     common = sent.keys() & held.keys()
@@ -77,9 +103,38 @@ def compare_one(server: str, sent: dict[str, str], held: dict[str, str]) -> None
 
 
 def checksum(tensor: torch.Tensor) -> str:
-    """First 8 bytes of the SHA-256 of the tensor's bytes, hexadecimal."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(data)).hexdigest()[:16]
+    """16 hexadecimal digits, as a server that holds the tensor on the same kind of device computes them."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if tensor.is_cuda:
+        return f"{sum_of_mixed_words(data):016x}"
+    return hashlib.sha256(memoryview(data.numpy())).hexdigest()[:16]
+
+
+def sum_of_mixed_words(data: torch.Tensor) -> int:
+    """64 bits of [N] uint8 bytes: two 32-bit hashes per tile of 8192 words, added up and mixed once more."""
+    words = functional.pad(data, (0, -len(data) % 4)).view(torch.int32).long() & _32
+    place = torch.arange(len(words), device=words.device)
+    seed = 0x243F6A88
+    halves = []
+    for factor, offset, turn in (
+        (0x27D4EB2D, seed, 15),
+        (0x165667B1, (seed * 0x9E3779B1 ^ 0xDEADBEEF) & _32, 13),
+    ):
+        key = (place * factor + offset & _32) ^ (place << turn | place >> 32 - turn) & _32
+        mixed = _mix(words ^ key)
+        tiles = functional.pad(mixed, (0, -len(mixed) % _TILE)).view(-1, _TILE).sum(1)
+        halves.append(_mix(tiles & _32 ^ 4 * len(words) & _32))
+    total = (sum(halves[0].tolist()) << 32) + sum(halves[1].tolist()) & _64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        total = (total ^ total >> shift) * factor & _64
+    return total ^ total >> 31
+
+
+def _mix(words: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3's last step for 32-bit words, which are held in int64."""
+    words = (words ^ words >> 16) * 0x85EBCA6B & _32
+    words = (words ^ words >> 13) * 0xC2B2AE35 & _32
+    return words ^ words >> 16
 
 
 def server_name(name: str) -> str:

@@ -5,8 +5,10 @@ or a checkpoint gets, so a fault in the weight map shows here first. For SGLang 
 
     pause  ->  send (disk.py, tensor.py or distributed.py)  ->  compare checksums  ->  continue
 
-so that no token is computed with half of the new weights. A server that dies on the way is left out, and the push is
-done again for the others; when it is back it gets the weights at the next push, and is asked nothing before.
+so that no token is computed with half of the new weights. Servers on the trainer's own GPUs (rollout.sglang.colocate)
+give their memory back while the policy trains, and get it again when weights come. A server that dies on the way is left
+out, and the push is done again for the others; when it is back it gets the weights at the next push, and is asked
+nothing before.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
-from gspo_mm.sync.checksums import Checksums
+from gspo_mm.sync.checksums import Checksums, check_complete
 from gspo_mm.sync.disk import DiskSender, load_folder
 from gspo_mm.sync.distributed import DistributedSender
+from gspo_mm.sync.tensor import TensorSender
 
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
+_MEMORY = ("weights", "kv_cache")  # SGLang's names of what a server can give back
 
 
 class WeightPush(Protocol):
@@ -40,6 +44,10 @@ class WeightPush(Protocol):
 
     def push(self, *, version: int) -> None:
         """All weights, under `version`. Raises ValueError or a GspoError when one would be left stale."""
+        ...
+
+    def make_room(self) -> None:
+        """Nothing will be sampled before the next push: the engine may give its memory to training."""
         ...
 
     def close(self) -> None: ...
@@ -68,6 +76,8 @@ def build_sender(config: Config, policy: Policy, engine: SGLangEngine | None) ->
     """The sender of `sync.mode`."""
     if config.sync.mode == "distributed":
         return DistributedSender(config, policy)
+    if config.sync.mode == "tensor":
+        return TensorSender(config, policy)
     return DiskSender(config, policy, engine)
 
 
@@ -97,6 +107,9 @@ class InProcessPush:
 
         self._policy.ranks.stream_to_main(self._policy.export(), load)
 
+    def make_room(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -106,12 +119,17 @@ class ServerPush:
 
     def __init__(self, policy: Policy, engine: SGLangEngine | None, sender: Sender, config: Config) -> None:
         self._ranks = policy.ranks
+        self._entries = policy.weights.entries
         self._engine = engine
         self._sender = sender
         self._sync = config.sync
         self._mode = config.rollout.on_update
+        self._colocated = config.rollout.sglang.colocate
+        self._asleep: dict[str, set[str]] = {}  # by generation, what servers gave back of their memory
 
     def push(self, *, version: int) -> None:
+        if self._colocated and torch.cuda.is_available():
+            torch.cuda.empty_cache()
         for attempt in range(1, _ATTEMPTS + 1):
             servers = self._servers()
             try:
@@ -120,7 +138,24 @@ class ServerPush:
             except ServerError as fault:
                 if attempt == _ATTEMPTS:
                     raise
-                logger.warning("weights of version %d did not arrive, trying again: %s", version, fault)
+                if self._engine:
+                    logger.warning("weights of version %d did not arrive, trying again: %s", version, fault)
+                self._leave_out_the_dead(servers)
+
+    def make_room(self) -> None:
+        """Raises ServerError when a server keeps its memory. One that has died has given it back."""
+        if not self._colocated:
+            return
+        with self._ranks.together():
+            for server in self._engine.fleet.up() if self._engine else []:
+                try:
+                    self._tell([server], "/pause_generation", mode="abort")  # what was given up may still run
+                    self._tell([server], "/release_memory_occupation", tags=list(_MEMORY))
+                    self._asleep[server.generation] = set(_MEMORY)
+                except ServerError:
+                    self._leave_out_the_dead([server])
+                    if self._engine and server in self._engine.fleet.up():
+                        raise
 
     def close(self) -> None:
         self._sender.close()
@@ -132,18 +167,34 @@ class ServerPush:
                 servers = self._engine.run(self._engine.fleet.reachable())
         return self._ranks.from_main(servers)
 
+    def _leave_out_the_dead(self, servers: list[Registration]) -> None:
+        if self._engine:
+            for server in servers:
+                self._engine.run(self._engine.fleet.suspect(server.url))
+
     def _push_to(self, servers: list[Registration], version: int) -> None:
         checksums = Checksums()
         with self._ranks.together():
+            self._wake(servers, "weights")
             self._tell(servers, "/pause_generation", mode=self._mode)
         self._sender.send(servers, version=version, checksums=checksums)
-        sent = [item for of_rank in self._ranks.gather(checksums.sent) for item in of_rank.items()]
+        of_ranks = self._ranks.gather((checksums.names, checksums.sent))
+        check_complete(self._entries, [name for names, _ in of_ranks for name in names])
+        sent = {name: value for _, sums in of_ranks for name, value in sums.items()}
         with self._ranks.together():
             if self._sync.verify and self._engine:
-                self._engine.run(checksums.compare(self._engine, servers, dict(sent), self._sync.timeout))
+                self._engine.run(checksums.compare(self._engine, servers, sent, self._sync.timeout))
+            self._wake(servers, "kv_cache")
             self._tell(servers, "/continue_generation")
             if self._engine:
                 self._engine.run(self._engine.fleet.hold(version, servers))
+
+    def _wake(self, servers: list[Registration], memory: str) -> None:
+        """Give `memory` back to those that sleep."""
+        asleep = [server for server in servers if memory in self._asleep.get(server.generation, ())]
+        self._tell(asleep, "/resume_memory_occupation", tags=[memory])
+        for server in asleep:
+            self._asleep[server.generation].remove(memory)
 
     def _tell(self, servers: list[Registration], path: str, **body: Any) -> None:
         if self._engine:

@@ -13,8 +13,17 @@ from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.types import EncodedPrompt, Prompt
+from tests.conftest import run_tool
 
 type MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Deep enough for two pipeline stages, the first of which has all layers that DeepStack reaches."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    run_tool("make_tiny_model.py", path, "--set", "text.num_hidden_layers=4")
+    return path
 
 
 @pytest.fixture(scope="session")

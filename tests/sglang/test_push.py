@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +12,19 @@ import torch
 from gspo_mm.batch import pack
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
+from gspo_mm.policy.canary import blank_image
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
+from gspo_mm.rollout.servers import ServerError, answers
 from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.sync.calls import Calls, begin_update
+from gspo_mm.sync.checksums import Checksums, server_name
 from gspo_mm.sync.push import ServerPush, build_push
-from gspo_mm.types import Completion, EncodedPrompt, SamplingParams, Sequence
+from gspo_mm.types import Completion, EncodedPrompt, GspoError, SamplingParams, Sequence
 from tests.sglang.conftest import MakeConfig
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=6)
-MODES = ["disk", "distributed"]
+MODES = ["disk", "distributed", "tensor"]
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +122,105 @@ def test_the_server_answers_as_the_policy_before_and_after_each_of_five_updates(
         perturb(policy, seed=version)
         assert gap(policy, processor, some, answers) > 1e-3, "the server cannot have these weights yet"
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize("push", MODES, indirect=True)
+def test_when_only_the_vision_tower_changes_the_same_prompt_gets_another_answer(
+    push: ServerPush, policy: Policy, engine: SGLangEngine, processor: Processor, some: list[EncodedPrompt]
+) -> None:
+    """Neither prefixes nor image features that the old tower computed may answer: SGLang keeps both."""
+    push.push(version=1)
+    before = greedy(engine, some)
+    assert greedy(engine, some) == before, "and now the server has kept all that it keeps"
+    perturb(policy, seed=7, part="visual.")
+    push.push(version=2)
+    after = greedy(engine, some)
+    assert gap(policy, processor, some, after) <= 1e-4
+    for prompt, old, new in zip(some, before, after, strict=True):
+        moved = max(abs(a - b) for a, b in zip(old.logprobs, new.logprobs, strict=False))
+        assert (moved > 1e-4) == bool(prompt.prompt.images), prompt.prompt.key
+
+
+@pytest.mark.parametrize("push", MODES, indirect=True)
+def test_the_server_sees_after_a_push(
+    push: ServerPush, engine: SGLangEngine, some: list[EncodedPrompt]
+) -> None:
+    """The canary of a blind run: the answer's log-prob moves when its images are blanked."""
+    push.push(version=1)
+    seen = [prompt for prompt in some if prompt.prompt.images]
+    blank = [
+        dataclasses.replace(
+            p, prompt=dataclasses.replace(p.prompt, images=tuple(blank_image(i) for i in p.prompt.images))
+        )
+        for p in seen
+    ]
+    for answer, blind in zip(greedy(engine, seen), greedy(engine, blank), strict=True):
+        assert max(abs(a - b) for a, b in zip(answer.logprobs, blind.logprobs, strict=False)) > 1e-3
+
+
+@pytest.mark.parametrize("push", MODES, indirect=True)
+@pytest.mark.parametrize(
+    "name", ["model.visual.patch_embed.proj.weight", "model.language_model.layers.1.mlp.gate.weight"]
+)
+def test_a_tensor_that_arrives_changed_is_noticed(
+    push: ServerPush, name: str, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noted(
+        self: Checksums, tensors: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for sent, tensor in tensors:
+            self.note(sent, tensor)
+            yield sent, tensor * 1.001 if sent == name else tensor
+
+    monkeypatch.setattr(Checksums, "noted", noted)
+    with pytest.raises(ServerError, match=f"other values of 1 of .* first {server_name(name)}"):
+        push.push(version=3)
+
+
+@pytest.mark.parametrize("push", ["distributed", "tensor"], indirect=True)
+def test_a_tensor_that_is_left_out_is_noticed(
+    push: ServerPush, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.language_model.layers.2.self_attn.q_proj.weight"
+    for way in ("export", "export_own"):
+        whole = getattr(policy.weights, way)
+
+        def partial(*args: Any, whole: Any = whole, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+            return ((n, tensor) for n, tensor in whole(*args, **options) if n != name)
+
+        monkeypatch.setattr(policy.weights, way, partial)
+    with pytest.raises(GspoError, match=f"sent {name} 0 times"):
+        push.push(version=3)
+
+
+@pytest.mark.parametrize("push", ["distributed"], indirect=True)
+def test_an_update_that_was_interrupted_does_not_stop_the_next(
+    push: ServerPush, policy: Policy, engine: SGLangEngine, processor: Processor, some: list[EncodedPrompt]
+) -> None:
+    (server,) = engine.fleet.up()
+    with Calls([server], timeout=30) as calls:
+        begin_update(calls)
+    push.push(version=4)
+    assert gap(policy, processor, some[:2], greedy(engine, some[:2])) <= 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_server_that_gave_its_memory_back_has_it_again_after_a_push(
+    mode: str,
+    make_config: MakeConfig,
+    policy: Policy,
+    engine: SGLangEngine,
+    processor: Processor,
+    some: list[EncodedPrompt],
+) -> None:
+    config = make_config(sync={"mode": mode}, rollout={"sglang": {"colocate": True}})
+    push = build_push(config, policy, engine)
+    push.push(version=1)
+    engine.start(some[0], 2, SamplingParams(max_new_tokens=400)).cancel()  # given up, and may still run
+    push.make_room()
+    (server,) = engine.fleet.up()
+    assert not answers(server, "/ready", timeout=10)
+    perturb(policy, seed=11)
+    push.push(version=2)
+    assert gap(policy, processor, some, greedy(engine, some)) <= 1e-4
+    push.close()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
 from gspo_mm.config import Config
@@ -66,3 +68,15 @@ def test_requests_without_the_key_are_refused(engine: SGLangEngine) -> None:
     user = {"Authorization": f"Bearer {server.api_key}"}
     assert httpx.post(server.url + "/generate", json=body, headers=user, timeout=60).status_code == 200
     assert httpx.post(server.url + "/flush_cache", headers=user).status_code == 401
+
+
+def test_a_server_on_loopback_listens_nowhere_else(engine: SGLangEngine) -> None:
+    (server,) = engine.fleet.up()
+    port = urlsplit(server.url).port
+    everywhere = psutil.net_connections(kind="inet")
+    (owner,) = {c.pid for c in everywhere if c.status == "LISTEN" and c.laddr.port == port}
+    processes = [psutil.Process(owner), *psutil.Process(owner).children(recursive=True)]
+    pids = {process.pid for process in processes}
+    heard = [c.laddr for c in everywhere if c.status == "LISTEN" and c.pid in pids]
+    assert heard
+    assert {address.ip for address in heard} == {"127.0.0.1"}

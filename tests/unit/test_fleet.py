@@ -108,7 +108,7 @@ def test_a_registration_that_nobody_answers_for_is_not_up(
     loop: Background, folder: Path, new_server: Servers
 ) -> None:
     starting, ready = new_server(), new_server()
-    starting.said["/ready"] = (503, "loading")
+    starting.said["/ready"] = (502, "gone")
     register(folder, up(starting, "a"))
     register(folder, up(ready, "b"))
     fleet = new_fleet(folder)
@@ -217,7 +217,7 @@ def test_a_server_that_was_only_out_of_reach_still_has_them(
     loop: Background, folder: Path, new_server: Servers
 ) -> None:
     fleet, (server,) = opened(loop, folder, new_server)
-    server.said["/ready"] = (503, "busy")
+    server.said["/ready"] = (502, "gone")
     loop.run(fleet.suspect(server.url))
     assert fleet.up() == []
     del server.said["/ready"]
@@ -301,9 +301,18 @@ def test_an_external_server_that_was_away_gets_the_weights_first(
 ) -> None:
     """Nobody tells whether it was started anew."""
     fleet, server = external
-    server.said["/ready"] = (503, "loading")
+    server.said["/ready"] = (502, "gone")
     loop.run(fleet.suspect(server.url))
     assert fleet.up() == []
     del server.said["/ready"]
     eventually(fleet.up)
     assert urls(fleet.stale()) == [server.url]
+
+
+def test_a_server_that_pauses_for_weights_is_still_there(
+    loop: Background, folder: Path, new_server: Servers
+) -> None:
+    fleet, (server,) = opened(loop, folder, new_server)
+    server.said["/ready"] = (503, "")
+    loop.run(fleet.suspect(server.url))
+    assert fleet.up()

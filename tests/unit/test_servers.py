@@ -19,11 +19,18 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
-from gspo_mm.config import Config, parse_config
+from gspo_mm.config import Config, SGLangConfig, parse_config
 from gspo_mm.rollout import servers as module
 from gspo_mm.rollout import sglang_cpu
 from gspo_mm.rollout.registry import Registration, register, registered, servers_folder
-from gspo_mm.rollout.servers import ServerError, ServerHost, answers, check_installed, server_options
+from gspo_mm.rollout.servers import (
+    ServerError,
+    ServerHost,
+    answers,
+    check_installed,
+    first_gpus,
+    server_options,
+)
 from tests.waiting import PATIENCE, eventually
 
 # Notes what it was told in FOLDER/seen.N.json. FOLDER/broken: how it fails at its start.
@@ -89,8 +96,9 @@ def options(folder: Path, *, number: int = 0, on_gpus: bool = True, **sections: 
         url="http://10.0.0.1:4711",
         api_key="k",
         admin_key="a",
+        first_gpu=2 * number,
     )
-    return server_options(new_config(folder, **sections), registration, number=number, on_gpus=on_gpus)
+    return server_options(new_config(folder, **sections), registration, on_gpus=on_gpus)
 
 
 def test_a_server_is_told_model_address_and_keys(tmp_path: Path) -> None:
@@ -115,6 +123,28 @@ def test_parallel_sizes_are_passed_on(tmp_path: Path) -> None:
 
 def test_servers_of_a_machine_have_gpus_of_their_own(tmp_path: Path) -> None:
     assert [options(tmp_path, number=n, sglang={"tp": 2})["base-gpu-id"] for n in range(4)] == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("sglang", "training", "first"),
+    [
+        ({"servers": 4}, 4, [4, 5, 6, 7]),
+        ({"servers": 2, "tp": 2}, 4, [4, 6]),
+        ({"servers": 4, "tp": 2}, 0, [0, 2, 4, 6]),  # nobody trains there
+        ({"servers": 4, "tp": 2, "colocate": True}, 8, [0, 2, 4, 6]),
+    ],
+)
+def test_servers_stay_off_the_gpus_that_train_unless_they_share(
+    sglang: dict[str, Any], training: int, first: list[int]
+) -> None:
+    assert list(first_gpus(SGLangConfig(**sglang), training=training, present=8)) == first
+
+
+def test_too_few_gpus_are_told() -> None:
+    with pytest.raises(
+        ServerError, match=r"servers=4 of tp=2 need 8 GPUs beside the 4 that train, and .* has 8; .*colocate"
+    ):
+        first_gpus(SGLangConfig(servers=4, tp=2), training=4, present=8)
 
 
 def test_servers_draw_different_random_numbers(tmp_path: Path) -> None:
