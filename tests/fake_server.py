@@ -21,7 +21,7 @@ type Action = Callable[["Handler"], None]
 @dataclass(frozen=True, kw_only=True)
 class Request:
     path: str
-    headers: dict[str, str]
+    headers: dict[str, str]  # names as in Content-Type; of several alike the first, as in SGLang
     raw: bytes
 
     @property
@@ -33,7 +33,6 @@ class Handler(BaseHTTPRequestHandler):
     """One connection; HTTP/1.0, so that each request has its own."""
 
     server: _HttpServer  # pyright: ignore[reportIncompatibleVariableOverride]
-    request_body: bytes
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -56,8 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _respond(self, raw: bytes) -> None:
-        self.request_body = raw
-        self.server.fake.respond(self, Request(path=self.path, headers=dict(self.headers), raw=raw))
+        headers = {name.title(): self.headers[name] for name in self.headers}
+        self.server.fake.respond(self, Request(path=self.path, headers=headers, raw=raw))
 
 
 class _HttpServer(ThreadingHTTPServer):

@@ -1,6 +1,6 @@
 """Runs a command that must not outlive the process that asked for it, whatever ends that process.
 
-    python -m gspo_mm.runtime.guard COMMAND ...
+    python -m gspo_mm.runtime.guard PARENT COMMAND ...
 
 The guard is a process of its own between the two. It notices within a fraction of a second when its parent is gone,
 kill -9 included, and then ends the command with everything that it started: TERM first, KILL for what is left. It
@@ -26,13 +26,13 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def guarded(command: list[str]) -> list[str]:
-    """`command`, to be started under a guard."""
-    return [sys.executable, "-m", "gspo_mm.runtime.guard", *command]
+    """`command`, to be started under a guard by this process."""
+    # the parent is named because it may be gone before the guard could ask who it was
+    return [sys.executable, "-m", "gspo_mm.runtime.guard", str(os.getpid()), *command]
 
 
-def main(command: list[str]) -> int:
+def main(parent: int, command: list[str]) -> int:
     """Run the command until it ends, the parent ends or a signal asks; returns an exit status."""
-    parent = os.getppid()
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     stopping: list[int] = []
@@ -79,4 +79,4 @@ def _send(process: psutil.Process, number: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

@@ -118,7 +118,7 @@ def assert_told(config_file: Path, override: str, words: list[str]) -> None:
             ["rollout.drop_dead_groups=True", "rollout.engine=sglang", "rollout.drop_dead_groups=False"],
         ),
         ("rollout.on_update=abort", ["rollout.on_update='abort'", "'retract' or 'in_place'"]),
-        ("sync.mode=tensor", ["sync.mode='tensor'", "'disk' or 'distributed'"]),
+        ("sync.mode=email", ["sync.mode='email'", "'disk'", "'distributed'"]),
         ("sync.bucket_mb=0", ["sync.bucket_mb=0", "greater than or equal to 1"]),
         ("sync.timeout=0", ["sync.timeout=0", "greater than or equal to 1"]),
         ("sync.verify=2", ["sync.verify=2", "valid boolean"]),
@@ -149,7 +149,7 @@ def test_a_wrong_value_of_servers_sync_or_correction_is_named_with_its_fix(
         "rollout={engine: sglang, on_update: in_place, sglang: {tp: 8, ep: 8, dp: 4}}",
         "rollout={engine: sglang, sglang: {urls: ['http://a:1'], extra_args: {attention-backend: fa3, watchdog: 9}}}",
         "sync={mode: disk, folder: /dev/shm, verify: false}",
-        "loss.correction={kind: truncate, low: 0.0, high: 1.0}",
+        "loss.correction={kind: truncate, low: 1.0, high: 1.0}",
         "loss.correction={kind: mask, low: 0.9, high: 1.0}",
     ],
 )

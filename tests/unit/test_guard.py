@@ -102,7 +102,8 @@ def all_gone(processes: list[psutil.Process]) -> bool:
 
 def impatient(command: list[str]) -> list[str]:
     """As `guarded`, with hardly any grace between TERM and KILL."""
-    script = "import sys; from gspo_mm.runtime import guard; guard._GRACE = 0.2; sys.exit(guard.main(sys.argv[1:]))"
+    script = "import os, sys; from gspo_mm.runtime import guard; guard._GRACE = 0.2; "
+    script += "sys.exit(guard.main(os.getppid(), sys.argv[1:]))"
     return [sys.executable, "-c", script, *command]
 
 
@@ -117,9 +118,20 @@ def test_a_command_that_died_of_a_signal_has_not_succeeded() -> None:
     assert subprocess.run(guarded([sys.executable, "-c", script]), timeout=PATIENCE).returncode != 0
 
 
+def asking(command: list[str], then: str) -> list[str]:
+    """A process that starts `command` under a guard."""
+    script = "import os, subprocess; from gspo_mm.runtime.guard import guarded; "
+    return [sys.executable, "-c", f"{script}subprocess.Popen(guarded({command!r})){then}"]
+
+
+def test_a_guard_whose_parent_was_gone_before_it_began_ends_as_well() -> None:
+    # whoever holds the output is still there: the guard, and its command
+    asker = asking([sys.executable, "-c", "import signal; signal.pause()"], "; os._exit(0)")
+    subprocess.run(asker, check=True, capture_output=True, timeout=PATIENCE)
+
+
 def test_all_die_with_the_process_that_asked(tree: Tree) -> None:
-    script = f"import subprocess; subprocess.Popen({guarded(tree.command())!r}).wait()"
-    asker = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    asker = subprocess.Popen(asking(tree.command(), ".wait()"), start_new_session=True)
     members = tree.members()
     (guard,) = psutil.Process(asker.pid).children()
     assert not any(gone(process) for process in members)
