@@ -131,6 +131,20 @@ class Fleet:
             self._host.stop(reason)
 
     async def _watch(self) -> None:
+        try:
+            await self._keep_watching()
+        except (
+            Exception
+        ) as error:  # nobody waits for this task: the run would wait for servers without a word
+            logger.exception("watching the servers failed")
+            await self._fail(ServerError(f"the servers can no longer be watched: {error!r}"))
+
+    async def _fail(self, fault: ServerError) -> None:
+        self._fault = fault
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _keep_watching(self) -> None:
         beaten = 0.0
         while True:
             if time.monotonic() - beaten > _BEAT:
@@ -143,11 +157,9 @@ class Fleet:
             # a run may lose servers, but does not begin without one that it was promised
             if gone and (not self._complete or (not self._up and len(gone) >= self._wanted)):
                 reasons = "; ".join(f"{server.name} {server.reason}" for server in gone)
-                self._fault = ServerError(
-                    f"{len(gone)} of {self._wanted} servers have stopped for good: {reasons}"
+                await self._fail(
+                    ServerError(f"{len(gone)} of {self._wanted} servers have stopped for good: {reasons}")
                 )
-                async with self._changed:
-                    self._changed.notify_all()
             await asyncio.sleep(_POLL)
 
     async def _look(self) -> list[Registration]:

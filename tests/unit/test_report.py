@@ -81,6 +81,7 @@ def test_mismatch_and_staleness_are_drawn_where_servers_sampled(run_with_servers
         "Corrected answers",
         "Staleness",
         "Groups under way",
+        "Servers",
     }
     assert set(charts(run_with_servers)) == of_servers
     (corrected,) = charts(run_with_servers)["Corrected answers"]

@@ -242,15 +242,14 @@ def test_a_reply_becomes_completions(server: FakeServer, make_engine: MakeEngine
     server.answer = lambda body: [
         reply(TEXT.token_ids, [4, 5, STOP], finish_reason=stop, weight_version="3"),
         reply(TEXT.token_ids, [4, 5, 6], weight_version="3"),
-        reply(TEXT.token_ids, [4], finish_reason={"type": "abort", "message": "paused"}),
     ]
-    stopped, cut, aborted = sample(make_engine(server), group_size=3)
+    stopped, cut = sample(make_engine(server), group_size=2)
     assert stopped.token_ids == (4, 5, STOP)
     assert stopped.logprobs == (-4.5, -5.5, -99.5)
     assert stopped.versions == (3, 3, 3)
     assert stopped.text == "4 5"
     assert cut.text == "4 5 6"
-    assert [c.finish for c in (stopped, cut, aborted)] == [Finish.STOP, Finish.LENGTH, Finish.ABORT]
+    assert [c.finish for c in (stopped, cut)] == [Finish.STOP, Finish.LENGTH]
 
 
 def test_prompts_keep_their_order(server: FakeServer, make_engine: MakeEngine) -> None:
@@ -360,7 +359,14 @@ def test_what_the_server_refuses_is_not_sent_again(
     assert len(server.prompts()) == 1
 
 
-def test_an_answer_that_the_server_gave_up_is_a_fault(server: FakeServer, make_engine: MakeEngine) -> None:
+def test_an_answer_broken_off_is_asked_for_again(server: FakeServer, make_engine: MakeEngine) -> None:
+    whole, broken = reply(TEXT.token_ids, [4, 5]), reply(TEXT.token_ids, [4], finish_reason={"type": "abort"})
+    replies = iter([[whole, broken], [whole, whole]])
+    server.answer = lambda body: next(replies)
+    assert [c.token_ids for c in sample(make_engine(server), group_size=2)] == [(4, 5), (4, 5)]
+
+
+def test_an_answer_that_is_always_broken_off_is_a_fault(server: FakeServer, make_engine: MakeEngine) -> None:
     reason = {"type": "abort", "status_code": 500, "message": "image cannot be read"}
     server.answer = lambda body: [reply(TEXT.token_ids, [], finish_reason=reason)] * 2
     with pytest.raises(ServerError, match="image cannot be read"):
