@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ import pytest
 
 from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.router import Router
-from tests.fake_server import FakeServer
-from tests.waiting import PATIENCE
+from tests.fake_server import FakeServer, Handler
+from tests.waiting import PATIENCE, eventually
 
 pytest.importorskip("sglang_router")
 pytestmark = pytest.mark.slow  # its process takes long to start
@@ -97,6 +99,29 @@ def test_prompts_go_to_the_servers_that_it_was_told_of_and_to_no_other(
     for _ in range(8):
         assert ask(router).status_code == 200
     assert len(first.prompts()) == before
+
+
+def test_prompts_that_begin_alike_are_spread_over_all_servers(
+    router: Router, servers: list[FakeServer], do: Do
+) -> None:
+    """Each stands for a group of answers: eight at one server while another has nothing to do would cost half."""
+    go_on = threading.Event()
+
+    def hold(handler: Handler) -> None:
+        assert go_on.wait(PATIENCE)
+        handler.say(200, [])
+
+    for server in servers:
+        server.script.extend([hold] * 8)
+    do(router.serve([registration(server) for server in servers]))
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, router) for _ in range(8)]
+        try:
+            eventually(lambda: sum(len(server.prompts()) for server in servers) == 8)
+            assert {len(server.prompts()) for server in servers} <= {3, 4, 5}
+        finally:
+            go_on.set()
+        assert [call.result().status_code for call in asked] == [200] * 8
 
 
 def test_it_answers_nobody_without_its_key(router: Router, servers: list[FakeServer], do: Do) -> None:
