@@ -56,11 +56,12 @@ def main(
 
 
 def make_model(path: Path, gb: float) -> None:
-    """Almost all of it are experts of 12.6 MB each, as wide as they are in models of 30 billion parameters."""
+    """Almost all of it are experts of 9.4 MB each, as wide as those of Qwen3-VL-30B-A3B."""
     from make_tiny_model import make_tiny_model
 
-    layers, experts = 4, max(2, round(gb * GB / (4 * 4 * 3 * 1024 * 1024)))
-    text = {"hidden_size": 1024, "moe_intermediate_size": 1024, "num_hidden_layers": layers}
+    layers = 4
+    experts = max(2, round(gb * GB / (layers * 4 * 3 * 1024 * 768)))
+    text = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_hidden_layers": layers}
     make_tiny_model(path, text={**text, "num_experts": experts})
 
 
