@@ -249,6 +249,9 @@ def server_options(
         "skip-server-warmup": True,
         "enable-priority-scheduling": True,  # evaluation goes first
     }
+    if sglang.fp8:
+        # model.path has no weights then (families/fp8.py); a push brings them before anything is asked
+        options["load-format"] = "dummy"
     if sglang.dp > 1:
         options |= {"dp-size": sglang.dp, "enable-dp-attention": True}
     if sglang.max_tokens:

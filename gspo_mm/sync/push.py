@@ -5,13 +5,14 @@ or a checkpoint gets, so a fault in the weight map shows here first. For SGLang 
 
     pause  ->  send (disk.py, tensor.py or distributed.py)  ->  compare checksums  ->  continue
 
-so that no token is computed with half of the new weights. A server that dies on the way is left out, and the push is
+so that no token is computed with half of the new weights. Servers that hold FP8 get FP8 (quantize.py). A server that dies on the way is left out, and the push is
 done again for the others; when it is back it gets the weights at the next push, and is asked nothing before.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from gspo_mm.config import Config
-from gspo_mm.families import read_hf
+from gspo_mm.families import family_of, read_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
@@ -27,8 +28,9 @@ from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.checksums import Checksums, check_complete
-from gspo_mm.sync.disk import DiskSender, load_folder
+from gspo_mm.sync.disk import DiskSender, exchange_folder, load_folder, write_served
 from gspo_mm.sync.distributed import DistributedSender
+from gspo_mm.sync.quantize import audit, on_the_way
 from gspo_mm.sync.tensor import TensorSender
 
 logger = logging.getLogger(__name__)
@@ -82,8 +84,14 @@ def serve_folder(engine: RolloutEngine, config: Config) -> None:
     assert isinstance(engine, SGLangEngine)
     servers = engine.fleet.up()
     path = Path(config.model.path).absolute()
+    if config.rollout.sglang.fp8:
+        source = read_hf(path, config.model.experts_layout)
+        path = exchange_folder(config) / "v0"
+        write_served(path, config, on_the_way(config)(source))
     engine.run(load_folder(engine, servers, path, version=0, timeout=config.sync.timeout))
     engine.run(engine.fleet.hold(0, servers))
+    if config.rollout.sglang.fp8:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class InProcessPush:
@@ -114,6 +122,9 @@ class ServerPush:
         self._sender = sender
         self._sync = config.sync
         self._mode = config.rollout.on_update
+        family = family_of(config.model.path)
+        self._layers = family.linear_layers(family.load_config(config.model.path))
+        self._audited: set[str] = set()  # generations of servers; what they hold in FP8 is decided at their start
 
     def push(self, *, version: int) -> None:
         for attempt in range(1, _ATTEMPTS + 1):
@@ -149,14 +160,22 @@ class ServerPush:
             self._tell(servers, "/pause_generation", mode=self._mode)
         self._sender.send(servers, version=version, checksums=checksums)
         of_ranks = self._ranks.gather((checksums.names, checksums.sent))
-        check_complete(self._entries, [name for names, _ in of_ranks for name in names])
+        names = [name for names, _ in of_ranks for name in names]
+        check_complete(self._entries, names)
         sent = {name: value for _, sums in of_ranks for name, value in sums.items()}
         with self._ranks.together():
             if self._sync.verify and self._engine:
                 self._engine.run(checksums.compare(self._engine, servers, sent, self._sync.timeout))
+                self._audit(self._engine, servers, names)
             self._tell(servers, "/continue_generation")
             if self._engine:
                 self._engine.run(self._engine.fleet.hold(version, servers))
+
+    def _audit(self, engine: SGLangEngine, servers: list[Registration], sent: list[str]) -> None:
+        new = [server for server in servers if server.generation not in self._audited]
+        if new:
+            engine.run(audit(engine, new, self._layers, sent, timeout=self._sync.timeout))
+            self._audited |= {server.generation for server in new}
 
     def _tell(self, servers: list[Registration], path: str, **body: Any) -> None:
         if self._engine:
