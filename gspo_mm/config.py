@@ -141,7 +141,9 @@ class SGLangConfig(Section):
 
     @model_validator(mode="after")
     def _fp8_is_ours(self) -> SGLangConfig:
-        for name in {"load-format", "quantization", "model-path"} & self.extra_args.keys() if self.fp8 else ():
+        for name in (
+            {"load-format", "quantization", "model-path"} & self.extra_args.keys() if self.fp8 else ()
+        ):
             raise ValueError(
                 f"rollout.sglang.extra_args.{name}={self.extra_args[name]} contradicts rollout.sglang.fp8=true, which "
                 "decides what servers load; leave it out, or set fp8=false"

@@ -161,7 +161,10 @@ class Qwen3VL:
         dims = [
             ServedDim(name="hidden_size", size=text.hidden_size, ways=1),
             ServedDim(
-                name="num_attention_heads*head_dim", size=heads * head_dim, ways=attention, relief="lower rollout.sglang.tp"
+                name="num_attention_heads*head_dim",
+                size=heads * head_dim,
+                ways=attention,
+                relief="lower rollout.sglang.tp",
             ),
             # more GPUs than groups: each group is held by several, whole
             ServedDim(
@@ -173,11 +176,15 @@ class Qwen3VL:
         ]
         if not all(pattern):
             dense = text.intermediate_size
-            dims.append(ServedDim(name="intermediate_size", size=dense, ways=mlp, relief="lower rollout.sglang.tp"))
+            dims.append(
+                ServedDim(name="intermediate_size", size=dense, ways=mlp, relief="lower rollout.sglang.tp")
+            )
         if any(pattern):
             inner = text.moe_intermediate_size
             dims.append(
-                ServedDim(name="moe_intermediate_size", size=inner, ways=experts, relief="raise rollout.sglang.ep")
+                ServedDim(
+                    name="moe_intermediate_size", size=inner, ways=experts, relief="raise rollout.sglang.ep"
+                )
             )
         return dims
 

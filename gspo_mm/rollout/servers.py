@@ -250,7 +250,8 @@ def server_options(
         "enable-priority-scheduling": True,  # evaluation goes first
     }
     if sglang.fp8:
-        # model.path has no weights then (families/fp8.py); a push brings them before anything is asked
+        # model.path has no weights then (families/fp8.py); a push brings them before anything is asked. Scales of the
+        # key/value cache are drawn as well, from seed 1234: negative on CPU and CUDA, which SGLang takes for none
         options["load-format"] = "dummy"
     if sglang.dp > 1:
         options |= {"dp-size": sglang.dp, "enable-dp-attention": True}

@@ -5,8 +5,9 @@ or a checkpoint gets, so a fault in the weight map shows here first. For SGLang 
 
     pause  ->  send (disk.py, tensor.py or distributed.py)  ->  compare checksums  ->  continue
 
-so that no token is computed with half of the new weights. Servers that hold FP8 get FP8 (quantize.py). A server that dies on the way is left out, and the push is
-done again for the others; when it is back it gets the weights at the next push, and is asked nothing before.
+so that no token is computed with half of the new weights. Servers that hold FP8 get FP8 (quantize.py). A server that
+dies on the way is left out, and the push is done again for the others; when it is back it gets the weights at the next
+push, and is asked nothing before.
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ class ServerPush:
         self._mode = config.rollout.on_update
         family = family_of(config.model.path)
         self._layers = family.linear_layers(family.load_config(config.model.path))
-        self._audited: set[str] = set()  # generations of servers; what they hold in FP8 is decided at their start
+        self._audited: set[str] = (
+            set()
+        )  # generations of servers; what they hold in FP8 is decided at their start
 
     def push(self, *, version: int) -> None:
         for attempt in range(1, _ATTEMPTS + 1):

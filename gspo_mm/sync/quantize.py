@@ -76,7 +76,9 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows, columns = weight.shape
     padded = functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [row blocks, 128, column blocks, 128]
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(
+        0, (-1, BLOCK)
+    )  # [row blocks, 128, column blocks, 128]
     largest = blocks.abs().amax((1, 3))
     factors = torch.where(largest <= _TINY, 1.0, _LARGEST / largest)
     scaled = (blocks * factors[:, None, :, None]).clamp(-_LARGEST, _LARGEST)
@@ -85,7 +87,12 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 async def audit(
-    engine: SGLangEngine, servers: list[Registration], layers: Layers, sent: Collection[str], *, timeout: float
+    engine: SGLangEngine,
+    servers: list[Registration],
+    layers: Layers,
+    sent: Collection[str],
+    *,
+    timeout: float,
 ) -> None:
     """Raise ServerError unless every server holds in FP8 the layers that were sent so, and no other.
 
