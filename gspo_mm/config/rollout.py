@@ -44,7 +44,11 @@ class SGLangConfig(Section):
     tp: Positive = Field(default=1, description="GPUs of one server: its tensor-parallel size")
     ep: Positive = Field(default=1, description="expert-parallel size within tp")
     dp: Positive = Field(default=1, description="data-parallel attention groups within tp")
-    fp8: bool = Field(default=False, description="weights in FP8 with scales per 128 x 128 block")
+    fp8: bool = Field(
+        default=False,
+        description="the decoder's matrices in FP8 with a scale per 128 x 128 block; router, vision tower, output layer "
+        "and embeddings stay in policy.dtype",
+    )
     mem_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         default=0.8, description="GPU memory for weights and key/value cache"
     )
@@ -71,6 +75,17 @@ class SGLangConfig(Section):
         default=0.1,
         description="mean |log-prob of server - of policy| in nats above which `gspo-mm preflight` stops the run",
     )
+
+    @model_validator(mode="after")
+    def _fp8_is_ours(self) -> SGLangConfig:
+        for name in (
+            {"load-format", "quantization", "model-path"} & self.extra_args.keys() if self.fp8 else ()
+        ):
+            raise ValueError(
+                f"rollout.sglang.extra_args.{name}={self.extra_args[name]} contradicts rollout.sglang.fp8=true, which "
+                "decides what servers load; leave it out, or set fp8=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> SGLangConfig:
@@ -138,6 +153,11 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _engine_can(self) -> RolloutConfig:
         if self.engine == "embedded":
+            if self.sglang.fp8:
+                raise ValueError(
+                    "rollout.sglang.fp8=true with rollout.engine=embedded: only servers hold weights in FP8; set "
+                    "rollout.engine=sglang, or rollout.sglang.fp8=false"
+                )
             for name, off in (("max_staleness", 0), ("oversample", 1.0), ("drop_dead_groups", False)):
                 if getattr(self, name) != off:
                     raise ValueError(

@@ -39,6 +39,15 @@ class Config(Section):
     observe: ObserveConfig = ObserveConfig()
 
     @model_validator(mode="after")
+    def _served_in_fp8(self) -> Config:
+        if self.rollout.sglang.fp8 and self.policy.dtype != "bfloat16":
+            raise ValueError(
+                f"rollout.sglang.fp8=true with policy.dtype={self.policy.dtype}: SGLang wants what is not FP8 in "
+                "bfloat16; set policy.dtype=bfloat16, or rollout.sglang.fp8=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sections_agree(self, info: ValidationInfo) -> Config:
         if (info.context or {}).get("any_world"):
             return self

@@ -172,6 +172,16 @@ class StackExperts:
         return list(megatron.chunk(2)) if self.gated else [megatron]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServedDim:
+    """One dim of the matrices of `Family.linear_layers`."""
+
+    name: str  # key of config.json's text_config, or a product of two
+    size: int
+    ways: int  # over how many GPUs it is cut
+    relief: str = ""  # what makes them fewer
+
+
 class Family(Protocol):
     """One model family: how its Hugging Face config, weights and vision tower map onto megatron-core."""
 
@@ -199,6 +209,17 @@ class Family(Protocol):
 
     def expert_shapes(self, hf: Any) -> Mapping[str, tuple[int, int]]:
         """[out, in] of the fused expert tensors by the last part of their name; empty for dense models."""
+        ...
+
+    def linear_layers(self, hf: Any) -> Mapping[str, tuple[str, ...]]:
+        """The decoder's matrices [out, in] as SGLang merges them: its name of each -> Hugging Face's of what is in it.
+
+        Experts are named one by one. These are the weights that servers may hold in FP8.
+        """
+        ...
+
+    def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
+        """Dims of those matrices when a server cuts them that many ways."""
         ...
 
     def build_vision(self, hf: Any) -> torch.nn.Module: ...

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gspo_mm.batch.cost import FlopModel
-from gspo_mm.families.base import Copy, Entry, MergeGateUp, MergeQkv, StackExperts, VocabPad
+from gspo_mm.families.base import Copy, Entry, MergeGateUp, MergeQkv, ServedDim, StackExperts, VocabPad
 from gspo_mm.policy.parallel import ModelDims
 
 _HF_TEXT = "model.language_model"
@@ -134,6 +134,59 @@ class Qwen3VL:
             return {}
         hidden, inner = text.hidden_size, text.moe_intermediate_size
         return {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+
+    def linear_layers(self, hf: Any) -> Mapping[str, tuple[str, ...]]:
+        layers: dict[str, tuple[str, ...]] = {}
+        for number, is_moe in enumerate(moe_layers(hf.text_config)):
+            ours, servers = f"{_HF_TEXT}.layers.{number}", f"model.layers.{number}"
+            attention = f"{ours}.self_attn"
+            layers[f"{servers}.self_attn.qkv_proj.weight"] = tuple(
+                f"{attention}.{x}_proj.weight" for x in "qkv"
+            )
+            layers[f"{servers}.self_attn.o_proj.weight"] = (f"{attention}.o_proj.weight",)
+            if is_moe:
+                experts = [f"{ours}.mlp.experts.{e}" for e in range(hf.text_config.num_experts)]
+                gate_up = tuple(f"{e}.{x}_proj.weight" for e in experts for x in ("gate", "up"))
+                layers[f"{servers}.mlp.experts.w13_weight"] = gate_up
+                layers[f"{servers}.mlp.experts.w2_weight"] = tuple(f"{e}.down_proj.weight" for e in experts)
+            else:
+                gate_up = tuple(f"{ours}.mlp.{x}_proj.weight" for x in ("gate", "up"))
+                layers[f"{servers}.mlp.gate_up_proj.weight"] = gate_up
+                layers[f"{servers}.mlp.down_proj.weight"] = (f"{ours}.mlp.down_proj.weight",)
+        return layers
+
+    def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
+        text, pattern = hf.text_config, moe_layers(hf.text_config)
+        heads, groups, head_dim = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+        dims = [
+            ServedDim(name="hidden_size", size=text.hidden_size, ways=1),
+            ServedDim(
+                name="num_attention_heads*head_dim",
+                size=heads * head_dim,
+                ways=attention,
+                relief="lower rollout.sglang.tp",
+            ),
+            # more GPUs than groups: each group is held by several, whole
+            ServedDim(
+                name="num_key_value_heads*head_dim",
+                size=groups * head_dim,
+                ways=min(attention, groups),
+                relief="lower rollout.sglang.tp",
+            ),
+        ]
+        if not all(pattern):
+            dense = text.intermediate_size
+            dims.append(
+                ServedDim(name="intermediate_size", size=dense, ways=mlp, relief="lower rollout.sglang.tp")
+            )
+        if any(pattern):
+            inner = text.moe_intermediate_size
+            dims.append(
+                ServedDim(
+                    name="moe_intermediate_size", size=inner, ways=experts, relief="raise rollout.sglang.ep"
+                )
+            )
+        return dims
 
     def build_vision(self, hf: Any) -> torch.nn.Module:
         from transformers import AutoModel

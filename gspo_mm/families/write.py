@@ -107,12 +107,13 @@ def template_of(source: str | Path, experts_layout: str = "auto") -> HfFolder | 
 def copy_template(origin: HfFolder, folder: Path) -> None:
     """Everything of a Hugging Face folder but the weights, whose names and dtypes are noted."""
     folder.mkdir(parents=True)
-    _copy_files(origin.path, folder)
+    copy_files(origin.path, folder)
     dtypes = {name: str(origin.dtype(name)).removeprefix("torch.") for name in origin.names()}
     (folder / TEMPLATE).write_text(json.dumps(dtypes, indent=1) + "\n")
 
 
-def _copy_files(origin: Path, folder: Path) -> None:
+def copy_files(origin: Path, folder: Path) -> None:
+    """Everything of a Hugging Face folder but the weights."""
     for file in sorted(origin.iterdir()):
         weights = file.name.endswith(_WEIGHT_SUFFIXES) or file.name == TEMPLATE
         if file.is_file() and not file.name.startswith(".") and not weights:
@@ -129,7 +130,7 @@ def _fill(
             f"{len(missing)} tensors of {origin.path} were not given, first {min(missing)}; export the whole model"
         )
     _name_shards(folder, shards)
-    _copy_files(origin.path, folder)
+    copy_files(origin.path, folder)
 
 
 def _warn_of_square_experts(origin: HfFolder | Template) -> None:

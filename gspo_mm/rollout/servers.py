@@ -264,6 +264,10 @@ def server_options(config: Config, registration: Registration, *, on_gpus: bool)
         "skip-server-warmup": True,
         "enable-priority-scheduling": True,  # evaluation goes first
     }
+    if sglang.fp8:
+        # model.path has no weights then (families/fp8.py); a push brings them before anything is asked. Scales of the
+        # key/value cache are drawn as well, from seed 1234: negative on CPU and CUDA, which SGLang takes for none
+        options["load-format"] = "dummy"
     if sglang.dp > 1:
         options |= {"dp-size": sglang.dp, "enable-dp-attention": True}
     if sglang.max_tokens:

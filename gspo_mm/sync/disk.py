@@ -7,14 +7,20 @@ have read the new one.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from gspo_mm.config import Config
+from gspo_mm.families.fp8 import fp8_template
 from gspo_mm.families.write import write_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.sync.buckets import MIB
 from gspo_mm.sync.checksums import Checksums
+from gspo_mm.sync.quantize import on_the_way
 
 
 class DiskSender:
@@ -23,25 +29,20 @@ class DiskSender:
     def __init__(self, config: Config, policy: Policy, engine: SGLangEngine | None) -> None:
         self._policy = policy
         self._engine = engine
-        self._model = config.model
-        self._timeout = config.sync.timeout
-        base = Path(config.sync.folder) / config.run.name if config.sync.folder else config.run.path
-        self._folder = base.absolute() / "sync"
+        self._config = config
+        self._on_the_way = on_the_way(config)
+        self._folder = exchange_folder(config)
 
     def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
         path = self._folder / f"v{version}"
-
         self._policy.ranks.stream_to_main(
-            checksums.noted(self._policy.export()),
-            lambda tensors: write_hf(
-                path, self._model.path, tensors, experts_layout=self._model.experts_layout, durable=False
-            ),
+            checksums.noted(self._on_the_way(self._policy.export())),
+            lambda tensors: write_served(path, self._config, tensors),
         )
         with self._policy.ranks.together():
             if self._engine:
-                self._engine.run(
-                    load_folder(self._engine, servers, path, version=version, timeout=self._timeout)
-                )
+                timeout = self._config.sync.timeout
+                self._engine.run(load_folder(self._engine, servers, path, version=version, timeout=timeout))
                 for old in self._folder.iterdir():
                     if old != path:
                         shutil.rmtree(old, ignore_errors=True)
@@ -51,6 +52,31 @@ class DiskSender:
             shutil.rmtree(self._folder, ignore_errors=True)
             if not any(self._folder.parent.glob("*")):  # a folder of its own in sync.folder
                 self._folder.parent.rmdir()
+
+
+def exchange_folder(config: Config) -> Path:
+    """Where folders for servers come and go."""
+    base = Path(config.sync.folder) / config.run.name if config.sync.folder else config.run.path
+    return base.absolute() / "sync"
+
+
+def write_served(path: Path, config: Config, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """A folder like the one that the run's servers started from, with these weights, in files of half a bucket.
+
+    Half, because safetensors copies what it writes.
+    """
+    model, size = config.model, config.sync.bucket_mb * MIB // 2
+    if config.rollout.sglang.fp8:
+        write_hf(path, fp8_template(config), tensors, durable=False, shard_bytes=size)
+    else:
+        write_hf(
+            path,
+            model.path,
+            tensors,
+            experts_layout=model.experts_layout,
+            durable=False,
+            shard_bytes=size,
+        )
 
 
 async def load_folder(
@@ -63,5 +89,6 @@ async def load_folder(
         timeout=timeout,
         model_path=str(path),
         weight_version=str(version),
+        load_format="auto",  # those of FP8 servers is "dummy", which would be random weights
         flush_cache=True,
     )

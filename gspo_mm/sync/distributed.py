@@ -20,6 +20,7 @@ from gspo_mm.sync.buckets import MIB, Buffers
 from gspo_mm.sync.calls import Calls, begin_update, end_update
 from gspo_mm.sync.checksums import Checksums
 from gspo_mm.sync.group import UpdateGroup, connect
+from gspo_mm.sync.quantize import on_the_way
 from gspo_mm.types import GspoError
 
 
@@ -31,6 +32,7 @@ class DistributedSender:
         self._ranks = policy.ranks
         self._sync = config.sync
         self._flush = config.rollout.on_update == "retract"
+        self._on_the_way = on_the_way(config)
         self._senders = policy.weights.senders(policy.ranks)
         self._group: UpdateGroup | None = None  # of this rank, if it is a sender
         self._members: list[str] = []  # generations of the servers in it
@@ -64,7 +66,7 @@ class DistributedSender:
         try:
             if self._ranks.rank == sender:
                 self._group = self._group or connect(calls, device=device())
-                self._send(self._group, checksums.noted(tensors), calls)
+                self._send(self._group, checksums.noted(self._on_the_way(tensors)), calls)
         finally:
             for _ in (
                 tensors

@@ -5,15 +5,16 @@ or a checkpoint gets, so a fault in the weight map shows here first. For SGLang 
 
     pause  ->  send (disk.py, tensor.py or distributed.py)  ->  compare checksums  ->  continue
 
-so that no token is computed with half of the new weights. Servers on the trainer's own GPUs (rollout.sglang.colocate)
-give their memory back while the policy trains, and get it again when weights come. A server that dies on the way is left
-out, and the push is done again for the others; when it is back it gets the weights at the next push, and is asked
-nothing before.
+so that no token is computed with half of the new weights. Servers that hold FP8 get FP8 (quantize.py). Servers on the
+trainer's own GPUs (rollout.sglang.colocate) give their memory back while the policy trains, and get it again when weights
+come. A server that dies on the way is left out, and the push is done again for the others; when it is back it gets the
+weights at the next push, and is asked nothing before.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from gspo_mm.config import Config
-from gspo_mm.families import read_hf
+from gspo_mm.families import family_of, read_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
@@ -29,8 +30,9 @@ from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.checksums import Checksums, check_complete
-from gspo_mm.sync.disk import DiskSender, load_folder
+from gspo_mm.sync.disk import DiskSender, exchange_folder, load_folder, write_served
 from gspo_mm.sync.distributed import DistributedSender
+from gspo_mm.sync.quantize import audit, on_the_way
 from gspo_mm.sync.tensor import TensorSender
 
 logger = logging.getLogger(__name__)
@@ -89,8 +91,14 @@ def serve_folder(engine: RolloutEngine, config: Config) -> None:
     assert isinstance(engine, SGLangEngine)
     servers = engine.fleet.up()
     path = Path(config.model.path).absolute()
+    if config.rollout.sglang.fp8:
+        source = read_hf(path, config.model.experts_layout)
+        path = exchange_folder(config) / "v0"
+        write_served(path, config, on_the_way(config)(source))
     engine.run(load_folder(engine, servers, path, version=0, timeout=config.sync.timeout))
     engine.run(engine.fleet.hold(0, servers))
+    if config.rollout.sglang.fp8:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class InProcessPush:
@@ -126,6 +134,9 @@ class ServerPush:
         self._mode = config.rollout.on_update
         self._colocated = config.rollout.sglang.colocate
         self._asleep: dict[str, set[str]] = {}  # by generation, what servers gave back of their memory
+        family = family_of(config.model.path)
+        self._layers = family.linear_layers(family.load_config(config.model.path))
+        self._audited: set[str] = set()  # generations; what a server holds in FP8 is decided at its start
 
     def push(self, *, version: int) -> None:
         if self._colocated and torch.cuda.is_available():
@@ -179,11 +190,13 @@ class ServerPush:
             self._tell(servers, "/pause_generation", mode=self._mode)
         self._sender.send(servers, version=version, checksums=checksums)
         of_ranks = self._ranks.gather((checksums.names, checksums.sent))
-        check_complete(self._entries, [name for names, _ in of_ranks for name in names])
+        names = [name for names, _ in of_ranks for name in names]
+        check_complete(self._entries, names)
         sent = {name: value for _, sums in of_ranks for name, value in sums.items()}
         with self._ranks.together():
             if self._sync.verify and self._engine:
                 self._engine.run(checksums.compare(self._engine, servers, sent, self._sync.timeout))
+                self._audit(self._engine, servers, names)
             self._wake(servers, "kv_cache")
             self._tell(servers, "/continue_generation")
             if self._engine:
@@ -195,6 +208,12 @@ class ServerPush:
         self._tell(asleep, "/resume_memory_occupation", tags=[memory])
         for server in asleep:
             self._asleep[server.generation].remove(memory)
+
+    def _audit(self, engine: SGLangEngine, servers: list[Registration], sent: list[str]) -> None:
+        new = [server for server in servers if server.generation not in self._audited]
+        if new:
+            engine.run(audit(engine, new, self._layers, sent, timeout=self._sync.timeout))
+            self._audited |= {server.generation for server in new}
 
     def _tell(self, servers: list[Registration], path: str, **body: Any) -> None:
         if self._engine:

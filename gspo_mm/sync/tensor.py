@@ -33,6 +33,7 @@ from gspo_mm.runtime.dist import device
 from gspo_mm.sync.buckets import MIB, Bucket, Buffers
 from gspo_mm.sync.calls import Calls, answers, begin_update, end_update
 from gspo_mm.sync.checksums import Checksums
+from gspo_mm.sync.quantize import on_the_way
 
 _COPIES = (
     4  # of a bucket that travels by value: the bucket, one cut to size, torch's bytes of it, the request's
@@ -47,6 +48,7 @@ class TensorSender:
         self._policy = policy
         self._ranks = policy.ranks
         self._sync = config.sync
+        self._on_the_way = on_the_way(config)
         self._flush = config.rollout.on_update == "retract"
         self._by_value = device().type == "cpu"
         self._gpus = self._ranks.gather((socket.gethostname(), device().index))  # of all ranks
@@ -58,7 +60,7 @@ class TensorSender:
             with self._ranks.together():
                 if self._ranks.main:
                     begin_update(calls)
-            self._send(checksums.noted(tensors), calls)
+            self._send(checksums.noted(self._on_the_way(tensors)), calls)
             with self._ranks.together():
                 if self._ranks.main:
                     end_update(calls, version=version, flush=self._flush)

@@ -1,0 +1,139 @@
+"""Servers that hold the decoder's matrices in FP8: which ones, and the folder that such servers start from.
+
+The format is DeepSeek-V3's, in which Qwen publishes its -FP8 checkpoints: float8_e4m3fn with one float32 scale per
+block of 128 x 128, activations quantised as they come. Router, vision tower, output layer, embeddings and norms stay
+as they are. What is quantised is `Family.linear_layers` and nothing else, name by name; what is kept is the rest of the
+weight map. `sync/quantize.py` quantises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gspo_mm.config import Config
+from gspo_mm.families.base import Entry, Family, StackExperts
+from gspo_mm.families.table import family_of
+from gspo_mm.families.write import TEMPLATE, copy_files
+from gspo_mm.rollout.registry import servers_folder
+from gspo_mm.types import GspoError
+
+BLOCK = 128
+SCALE = "_scale_inv"  # of the scales' name, after that of the weight
+
+
+class BlockSizeError(GspoError, ValueError):
+    """A model whose matrices, as a server cuts them over its GPUs, are not made of whole blocks."""
+
+
+def served(config: Config) -> Config:
+    """`config` for whoever starts servers: with rollout.sglang.fp8, model.path is a folder that they load as FP8.
+
+    That folder is model.path without its weights; servers start with random ones and get the right ones by a push.
+    Raises BlockSizeError when SGLang could not cut the model into blocks.
+    """
+    if not config.rollout.sglang.fp8:
+        return config
+    path = str(fp8_template(config))
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+
+
+def fp8_template(config: Config) -> Path:
+    """The folder of `served`, also a template for `write_hf`. Its name tells its contents, so it is never changed."""
+    check_blocks(config)
+    source, parent = Path(config.model.path), servers_folder(config.run.path)
+    family = family_of(source)
+    hf = family.load_config(str(source))
+    settings = json.loads((source / "config.json").read_text())
+    settings["quantization_config"] = quantization_config(family, hf)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".model-") as made:
+        folder = Path(made) / "model"
+        folder.mkdir()
+        copy_files(source, folder)
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        dtypes = tensor_dtypes(family, hf, kept=config.policy.dtype)
+        (folder / TEMPLATE).write_text(json.dumps(dtypes, indent=1) + "\n")
+        target = parent / f"model-{_digest(folder)}"
+        with suppress(OSError):  # it is there already
+            folder.rename(target)
+    return target
+
+
+def quantization_config(family: Family, hf: Any) -> dict[str, Any]:
+    """What config.json says about a folder in this format, as transformers and SGLang read it."""
+    quantized = quantized_names(family, hf)
+    kept = {name.rpartition(".")[0] for name in tensor_names(family, hf) if name not in quantized}
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": sorted(kept - {name.rpartition(".")[0] for name in quantized}),
+    }
+
+
+def quantized_names(family: Family, hf: Any) -> frozenset[str]:
+    """Hugging Face's names of the weights that are quantised, experts one by one."""
+    return frozenset(name for parts in family.linear_layers(hf).values() for name in parts)
+
+
+def tensor_names(family: Family, hf: Any) -> Iterator[str]:
+    """Hugging Face's names of all tensors of the model, experts one by one."""
+    for entry in weight_map(family, hf):
+        if isinstance(entry.op, StackExperts):
+            for expert in range(len(entry.megatron)):
+                yield from entry.op.names_apart(entry.hf[0], expert)
+        else:
+            yield from entry.hf
+
+
+def tensor_dtypes(family: Family, hf: Any, *, kept: str) -> dict[str, str]:
+    """Names and dtypes of all tensors of a folder in this format; `kept`: dtype of what is not quantised."""
+    quantized = quantized_names(family, hf)
+    dtypes: dict[str, str] = {}
+    for name in tensor_names(family, hf):
+        if name in quantized:
+            dtypes |= {name: "float8_e4m3fn", name + SCALE: "float32"}
+        else:
+            dtypes[name] = kept
+    return dtypes
+
+
+def weight_map(family: Family, hf: Any) -> list[Entry]:
+    return family.weight_map(hf, padded_vocab=hf.text_config.vocab_size, fused=False)
+
+
+def check_blocks(config: Config) -> None:
+    """Raise BlockSizeError unless every server GPU gets whole blocks of every merged matrix.
+
+    SGLang's demands (layers/quantization/fp8.py): `validate_block_quant_shapes` of linear layers,
+    `create_fp8_moe_weight_` of experts, and `per_token_group_quant_fp8` of what is multiplied with them.
+    """
+    sglang, path = config.rollout.sglang, config.model.path
+    if not sglang.fp8:
+        return
+    family = family_of(path)
+    hf = family.load_config(path)
+    attention, experts = sglang.tp // sglang.dp, sglang.tp // sglang.ep
+    for dim in family.linear_dims(hf, attention=attention, mlp=sglang.tp, experts=experts):
+        if dim.size % (BLOCK * dim.ways):
+            cut = f" over {dim.ways} GPUs" if dim.ways > 1 else ""
+            fix = f"{dim.relief}, or set " if dim.ways > 1 and dim.size % BLOCK == 0 else "set "
+            raise BlockSizeError(
+                f"rollout.sglang.fp8=true with rollout.sglang.tp={sglang.tp} ep={sglang.ep} dp={sglang.dp}: "
+                f"{dim.name}={dim.size} of {path}{cut} is not made of whole blocks of {BLOCK}; {fix}"
+                "rollout.sglang.fp8=false"
+            )
+
+
+def _digest(folder: Path) -> str:
+    """Of all files' names and contents."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
