@@ -16,7 +16,7 @@ from gspo_mm.advantage import group_advantages
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
-from gspo_mm.families.fp8 import check_blocks, served
+from gspo_mm.families.served import check_blocks, served
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.precision import DTYPES

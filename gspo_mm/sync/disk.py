@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gspo_mm.config import Config
-from gspo_mm.families.fp8 import fp8_template
+from gspo_mm.families.served import served_template
 from gspo_mm.families.write import write_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.registry import Registration
@@ -36,7 +36,7 @@ class DiskSender:
     def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
         path = self._folder / f"v{version}"
         self._policy.ranks.stream_to_main(
-            checksums.noted(self._on_the_way(self._policy.export())),
+            checksums.noted(self._on_the_way(self._policy.weights.export(experts_apart=True))),
             lambda tensors: write_served(path, self._config, tensors),
         )
         with self._policy.ranks.together():
@@ -61,22 +61,9 @@ def exchange_folder(config: Config) -> Path:
 
 
 def write_served(path: Path, config: Config, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """A folder like the one that the run's servers started from, with these weights, in files of half a bucket.
-
-    Half, because safetensors copies what it writes.
-    """
-    model, size = config.model, config.sync.bucket_mb * MIB // 2
-    if config.rollout.sglang.fp8:
-        write_hf(path, fp8_template(config), tensors, durable=False, shard_bytes=size)
-    else:
-        write_hf(
-            path,
-            model.path,
-            tensors,
-            experts_layout=model.experts_layout,
-            durable=False,
-            shard_bytes=size,
-        )
+    """A folder of these weights for servers to load, in files of half a bucket: safetensors copies what it writes."""
+    size = config.sync.bucket_mb * MIB // 2
+    write_hf(path, served_template(config), tensors, durable=False, shard_bytes=size)
 
 
 async def load_folder(

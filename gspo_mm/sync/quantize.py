@@ -1,6 +1,6 @@
 """FP8 on the way to servers that hold their weights so, and an audit that both sides mean the same layers.
 
-`families/fp8.py` tells the format and which weights it is for. A tensor is quantised when it is whole, on the rank that
+`families/served.py` tells the format and which weights it is for. A tensor is quantised when it is whole, on the rank that
 sends it, so that no block straddles a cut between the trainer's ranks; the server cuts blocks, not elements.
 
 A server that gets a layer in another format than it holds does not say so: bytes are cast, scales without a place are
@@ -19,7 +19,7 @@ import torch.nn.functional as functional
 from gspo_mm.config import Config
 from gspo_mm.families import Family, family_of
 from gspo_mm.families.base import StackExperts
-from gspo_mm.families.fp8 import BLOCK, SCALE, quantized_names, weight_map
+from gspo_mm.families.served import BLOCK, SCALE, quantized_names, weight_map
 from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine

@@ -11,13 +11,13 @@ import torch
 
 from gspo_mm.config import ConfigError
 from gspo_mm.families import family_of, read_hf
-from gspo_mm.families.fp8 import (
+from gspo_mm.families.served import (
     SCALE,
     BlockSizeError,
     check_blocks,
-    fp8_template,
     quantized_names,
     served,
+    served_template,
     tensor_names,
 )
 from gspo_mm.families.write import write_hf
@@ -108,7 +108,10 @@ def test_a_written_folder_holds_the_model_in_fp8(wide: Path, tmp_path: Path) -> 
 
     original = dict(apart(iter(read_hf(wide))))
     path = write_hf(
-        tmp_path / "out", fp8_template(config(wide, tmp_path)), quantizer(wide)(read_hf(wide)), durable=False
+        tmp_path / "out",
+        served_template(config(wide, tmp_path)),
+        quantizer(wide)(read_hf(wide)),
+        durable=False,
     )
     written = load_file(path / "model.safetensors")
     assert json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"

@@ -1,9 +1,9 @@
-"""Servers that hold the decoder's matrices in FP8: which ones, and the folder that such servers start from.
+"""The folders that servers load: like model.path, with experts one by one, and in FP8 where that is asked for.
 
-The format is DeepSeek-V3's, in which Qwen publishes its -FP8 checkpoints: float8_e4m3fn with one float32 scale per
-block of 128 x 128, activations quantised as they come. Router, vision tower, output layer, embeddings and norms stay
-as they are. What is quantised is `Family.linear_layers` and nothing else, name by name; what is kept is the rest of the
-weight map. `sync/quantize.py` quantises.
+With rollout.sglang.fp8 the decoder's matrices are in DeepSeek-V3's format, in which Qwen publishes its -FP8 checkpoints:
+float8_e4m3fn with one float32 scale per block of 128 x 128, activations quantised as they come. Router, vision tower,
+output layer, embeddings and norms stay as they are. What is quantised is `Family.linear_layers` and nothing else, name
+by name; what is kept is the rest of the weight map. `sync/quantize.py` quantises.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,24 +39,31 @@ def served(config: Config) -> Config:
     """
     if not config.rollout.sglang.fp8:
         return config
-    path = str(fp8_template(config))
+    path = str(served_template(config))
     return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
 
 
-def fp8_template(config: Config) -> Path:
-    """The folder of `served`, also a template for `write_hf`. Its name tells its contents, so it is never changed."""
+def served_template(config: Config) -> Path:
+    """A folder without weights, for `write_hf`, and for FP8 servers to start from.
+
+    Experts are named one by one, so that nothing larger than a matrix is ever gathered. The folder's name tells its
+    contents, so it is never changed. Raises BlockSizeError.
+    """
     check_blocks(config)
     source, parent = Path(config.model.path), servers_folder(config.run.path)
     family = family_of(source)
     hf = family.load_config(str(source))
     settings = json.loads((source / "config.json").read_text())
-    settings["quantization_config"] = quantization_config(family, hf)
+    quantized: Collection[str] = ()
+    if config.rollout.sglang.fp8:
+        settings["quantization_config"] = quantization_config(family, hf)
+        quantized = quantized_names(family, hf)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".model-") as made:
         folder = Path(made) / "model"
         folder.mkdir()
         copy_files(source, folder)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        dtypes = tensor_dtypes(family, hf, kept=config.policy.dtype)
+        dtypes = tensor_dtypes(tensor_names(family, hf), quantized=quantized, kept=config.policy.dtype)
         (folder / TEMPLATE).write_text(json.dumps(dtypes, indent=1) + "\n")
         target = parent / f"model-{_digest(folder)}"
         with suppress(OSError):  # it is there already
@@ -92,11 +99,10 @@ def tensor_names(family: Family, hf: Any) -> Iterator[str]:
             yield from entry.hf
 
 
-def tensor_dtypes(family: Family, hf: Any, *, kept: str) -> dict[str, str]:
-    """Names and dtypes of all tensors of a folder in this format; `kept`: dtype of what is not quantised."""
-    quantized = quantized_names(family, hf)
+def tensor_dtypes(names: Iterable[str], *, quantized: Collection[str], kept: str) -> dict[str, str]:
+    """Names and dtypes of all tensors of a folder; `kept`: dtype of what is not quantised."""
     dtypes: dict[str, str] = {}
-    for name in tensor_names(family, hf):
+    for name in names:
         if name in quantized:
             dtypes |= {name: "float8_e4m3fn", name + SCALE: "float32"}
         else:
