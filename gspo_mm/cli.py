@@ -151,6 +151,9 @@ def run_reporting_faults(command: Callable[[], Any]) -> None:
             raise
         where = error.filename or "a file of the run"
         message = f"{where} cannot be written ({error.strerror}); free some space, or choose another run.dir"
+    from gspo_mm.runtime.log import log_to_file
+
+    log_to_file(message)
     typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
     sys.exit(2)
 

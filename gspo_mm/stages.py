@@ -1,4 +1,4 @@
-"""Builds every stage of the pipeline from its section of the config. Imports torch; `config.py` does not."""
+"""Builds every stage of the pipeline from its section of the config. Imports torch; `config` does not."""
 
 from __future__ import annotations
 

@@ -35,6 +35,8 @@ from gspo_mm.policy.update import share_out, update_policy
 from gspo_mm.reward.spec import failed_fraction
 from gspo_mm.rollout.engine import sample_groups
 from gspo_mm.rollout.scheduler import Pause, staleness_metrics
+from gspo_mm.rollout.servers import ServerError
+from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Phases
@@ -103,7 +105,12 @@ class Loop:
         early, with nothing changed.
         """
         stages, config, phases = self.stages, self.config, self.phases
-        groups = self.next_groups(stop)
+        try:
+            groups = self.next_groups(stop)
+        except ServerError as fault:
+            if fault.on_all_ranks:  # servers can be started again, and the run goes on from here
+                self.save()
+            raise
         if groups is None:
             return
         result = group_advantages((), config.advantage)
@@ -119,6 +126,7 @@ class Loop:
             shares, balance = share_out(
                 stages.policy, updates, processor=stages.processor, config=config.policy
             )
+        stages.weights.make_room()
         update: dict[str, float] = {}
         if shares:
             update = balance | update_policy(
@@ -193,11 +201,12 @@ class Loop:
         return groups
 
     def staleness(self, groups: list[RolloutGroup]) -> dict[str, float]:
-        """How old the tokens were when they were trained on, and what else the scheduler did."""
-        scheduler = self.stages.scheduler
+        """How old the tokens were when they were trained on, and what else scheduler and servers did."""
+        scheduler, engine = self.stages.scheduler, self.stages.engine
         if scheduler is None:
             return {}
-        return staleness_metrics(groups, self.step - 1) | scheduler.take_counts()
+        assert isinstance(engine, SGLangEngine)
+        return staleness_metrics(groups, self.step - 1) | scheduler.take_counts() | engine.fleet.take_counts()
 
     def is_evaluation_step(self) -> bool:
         every = self.config.train.eval_every

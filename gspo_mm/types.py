@@ -53,7 +53,6 @@ class Finish(StrEnum):
 
     STOP = "stop"  # it sampled a stop token
     LENGTH = "length"  # it reached `rollout.sampling.max_new_tokens`
-    ABORT = "abort"  # the engine gave it up
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+# folders whose tests share what takes long to start, a server or a cluster; the others share within a file
+TOGETHER = ("sglang", "slurm")
 TOOLS = Path(__file__).parents[1] / "tools"
 
 
@@ -27,3 +29,23 @@ def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("digits")
     run_tool("make_shards.py", "digits", path, "--train", 200, "--validation", 40, "--samples-per-shard", 50)
     return path
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n`: what shares a fixture runs in one process, and what takes longest begins first."""
+    groups = {item: _group(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    first = ["sglang/test_faults", *TOGETHER, "e2e", "dist"]
+    items.sort(
+        key=lambda item: next(
+            (i for i, name in enumerate(first) if groups[item].startswith(name)), len(first)
+        )
+    )
+
+
+def _group(item: pytest.Item) -> str:
+    folder, file = item.path.parent.name, item.path.stem
+    alone = folder not in TOGETHER or file == "test_faults"
+    return f"{folder}/{file}" if alone else folder

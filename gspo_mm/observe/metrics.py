@@ -65,6 +65,8 @@ METRICS = {
     "rollout/dropped": "dead groups replaced by others (rollout.drop_dead_groups)",
     "rollout/given_up": "groups given up because enough others were finished (rollout.oversample)",
     "rollout/in_flight": "groups on the servers, or answered and waiting, while the step trained",
+    "rollout/servers_up": "servers that answered when the step ended",
+    "rollout/servers_back": "servers that had been lost and came back since the last step",
     "batch/imbalance": "estimated cost of the costliest data-parallel rank above the mean rank",
     "batch/slot_imbalance": "the same where ranks meet at every micro-batch, as with experts spread over them",
     "batch/padding": "fraction of the tokens that only rounds sequences up for context parallelism",

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from gspo_mm.observe.charts import CHARTS, Chart
 from gspo_mm.observe.metrics import finite, read_metrics
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
 from gspo_mm.types import GspoError, RolloutGroup
@@ -22,32 +23,6 @@ from gspo_mm.types import GspoError, RolloutGroup
 MAX_SAVES = 8  # saved steps shown, spread over the run
 MAX_GROUPS = 6  # groups of a step shown
 MAX_COMPLETIONS = 8  # completions of a group shown
-
-# title, unit of the vertical axis, {legend: metric}
-CHARTS: list[tuple[str, str, dict[str, str]]] = [
-    ("Accuracy", "fraction", {"sampled": "accuracy", "held-out, greedy": "eval/accuracy"}),
-    (
-        "Reward",
-        "reward",
-        {"mean": "reward/mean", "standard deviation": "reward/std", "held-out": "eval/reward"},
-    ),
-    ("Importance ratio", "ratio", {"mean": "ratio_mean", "min": "ratio_min", "max": "ratio_max"}),
-    (
-        "Clipped",
-        "fraction",
-        {"low": "clip_low_fraction", "high": "clip_high_fraction", "tokens": "clip_token_fraction"},
-    ),
-    ("Response length", "tokens", {"mean": "length/mean", "max": "length/max"}),
-    (
-        "Entropy and KL",
-        "nats per token",
-        {"entropy": "entropy", "KL to old": "approx_kl", "KL to reference": "kl_ref"},
-    ),
-    ("Groups", "groups", {"live": "groups/live", "dead": "groups/dead", "failed": "groups/failed"}),
-    ("Supervised loss", "nats per token", {"loss": "sft/loss"}),
-    ("Gradient norm", "norm", {"before clipping": "grad_norm"}),
-    ("Engine against policy", "nats", {"mean": "logprob_gap_mean", "max": "logprob_gap_max"}),
-]
 # name in summary.json -> (label, how to show it)
 HEADLINES = {
     "accuracy_before": ("held-out accuracy before", "{:.1%}"),
@@ -76,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
     page = template.render(
         name=run_dir.name,
         headlines=_headlines(run_dir),
-        charts=[c for c in (_chart(lines, *chart) for chart in CHARTS) if c] + _time_chart(lines),
+        charts=[c for c in (_chart(lines, chart) for chart in CHARTS) if c] + _time_chart(lines),
         tasks=_tasks(lines),
         saves=[_save(run_dir, step) for step in spread(list_steps(run_dir), MAX_SAVES)],
         plotly_js=_plotly_js(),
@@ -149,16 +124,16 @@ def _headlines(run_dir: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _chart(
-    lines: list[dict[str, Any]], title: str, unit: str, series: dict[str, str]
-) -> dict[str, Any] | None:
+def _chart(lines: list[dict[str, Any]], chart: Chart) -> dict[str, Any] | None:
     traces = []
-    for (legend, metric), color in zip(series.items(), COLORS, strict=False):
+    for (legend, metric), color in zip(chart.series.items(), COLORS, strict=False):
         points = [(line["step"], finite(line[metric])) for line in lines if metric in line]
         if points:
-            mode = "lines+markers" if metric.startswith("eval/") else "lines"
-            traces.append(_trace([p[0] for p in points], [p[1] for p in points], legend, color, mode=mode))
-    return {"title": title, "unit": unit, "traces": json.dumps(traces)} if traces else None
+            extra: dict[str, Any] = {"mode": "lines+markers" if metric.startswith("eval/") else "lines"}
+            if legend in chart.on_click:
+                extra["visible"] = "legendonly"
+            traces.append(_trace([p[0] for p in points], [p[1] for p in points], legend, color, **extra))
+    return _drawn(chart.title, chart.unit, chart.about, traces) if traces else None
 
 
 def _time_chart(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -174,7 +149,13 @@ def _time_chart(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         for i, phase in enumerate(phases)
     ]
-    return [{"title": "Time per phase", "unit": "seconds", "traces": json.dumps(traces)}] if traces else []
+    about = "Where the seconds of a step go; with servers that sample beside the trainer, rollout is only the waiting."
+    return [_drawn("Time per phase", "seconds", about, traces)] if traces else []
+
+
+def _drawn(title: str, unit: str, about: str, traces: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the template needs of a chart."""
+    return {"title": title, "unit": unit, "about": about, "traces": json.dumps(traces)}
 
 
 def _trace(x: list[int], y: list[float | None], name: str, color: str, **extra: Any) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Fleet:
         self._up: dict[str, Registration] = {}
         self._versions: dict[str, int] = {}  # by generation
         self._version = -1
+        self._back = 0  # servers that came back
         self._changed = asyncio.Condition()
         self._router: Router | None = None
         self._complete = False  # whether all servers have been up
@@ -44,7 +45,8 @@ class Fleet:
         self._host: ServerHost | None = None
         forget_ended(self._folder)
         if self._sglang.start == "here" and not self._sglang.urls:
-            self._host = ServerHost(config, self._folder, prefix=socket.gethostname())
+            training = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            self._host = ServerHost(config, self._folder, prefix=socket.gethostname(), training=training)
 
     async def open(self) -> None:
         """Start what is to be started here and wait for all servers. Raises ServerError when they do not come."""
@@ -103,6 +105,11 @@ class Fleet:
         server = self._serving()[0]
         return server.url, server.api_key
 
+    def take_counts(self) -> dict[str, float]:
+        """Servers that are up now, and that came back since the last call."""
+        back, self._back = self._back, 0
+        return {"rollout/servers_up": float(len(self._up)), "rollout/servers_back": float(back)}
+
     async def suspect(self, url: str) -> None:
         """A request to `url` failed: look at once whether the server is still there."""
         for server in list(self._up.values()):
@@ -111,7 +118,8 @@ class Fleet:
             if not await asyncio.to_thread(is_alive, server) and self._up.get(server.name) is server:
                 logger.warning("server %s does not answer", server.name)
                 del self._up[server.name]
-                self._versions.pop(server.generation, None)  # whoever starts it anew may not tell
+                if self._sglang.urls:  # nobody tells whether it will come back with these weights
+                    self._versions.pop(server.generation, None)
                 await self._route()
 
     def close(self, reason: str) -> None:
@@ -123,6 +131,20 @@ class Fleet:
             self._host.stop(reason)
 
     async def _watch(self) -> None:
+        try:
+            await self._keep_watching()
+        except (
+            Exception
+        ) as error:  # nobody waits for this task: the run would wait for servers without a word
+            logger.exception("watching the servers failed")
+            await self._fail(ServerError(f"the servers can no longer be watched: {error!r}"))
+
+    async def _fail(self, fault: ServerError) -> None:
+        self._fault = fault
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _keep_watching(self) -> None:
         beaten = 0.0
         while True:
             if time.monotonic() - beaten > _BEAT:
@@ -135,17 +157,15 @@ class Fleet:
             # a run may lose servers, but does not begin without one that it was promised
             if gone and (not self._complete or (not self._up and len(gone) >= self._wanted)):
                 reasons = "; ".join(f"{server.name} {server.reason}" for server in gone)
-                self._fault = ServerError(
-                    f"{len(gone)} of {self._wanted} servers have stopped for good: {reasons}"
+                await self._fail(
+                    ServerError(f"{len(gone)} of {self._wanted} servers have stopped for good: {reasons}")
                 )
-                async with self._changed:
-                    self._changed.notify_all()
             await asyncio.sleep(_POLL)
 
     async def _look(self) -> list[Registration]:
         """Bring `_up` up to date; returns servers that will not come back."""
         if self._sglang.urls:
-            found = [_external(number, url) for number, url in enumerate(self._sglang.urls)]
+            found = [_external(number, url, self._sglang.tp) for number, url in enumerate(self._sglang.urls)]
         else:
             found = registered(self._folder)
         for server in found:
@@ -153,6 +173,7 @@ class Fleet:
             if server.state == "up" and known != server:
                 if await asyncio.to_thread(is_alive, server):
                     self._up[server.name] = server
+                    self._back += self._complete
             elif server.state != "up" and known:
                 logger.warning("server %s is gone: %s", server.name, server.reason.split(";")[0])
                 del self._up[server.name]
@@ -195,7 +216,7 @@ class Fleet:
         return f"{where} {self._folder}"
 
 
-def _external(number: int, url: str) -> Registration:
+def _external(number: int, url: str, workers: int) -> Registration:
     return Registration(
         name=f"external-{number}",
         generation=url,
@@ -203,4 +224,5 @@ def _external(number: int, url: str) -> Registration:
         url=url.rstrip("/"),
         api_key=os.environ.get("GSPO_MM_API_KEY", ""),
         admin_key=os.environ.get("GSPO_MM_ADMIN_KEY", ""),
+        workers=workers,
     )

@@ -32,6 +32,8 @@ class Registration:
     api_key: str = ""
     admin_key: str = ""
     workers: int = 1  # GPUs, each a rank of a weight-update group
+    machine: str = ""  # that it runs on
+    first_gpu: int = 0  # of the machine; the others follow
 
 
 def servers_folder(run: Path) -> Path:

@@ -43,9 +43,12 @@ class Router:
             base_url=self.url, headers={"Authorization": f"Bearer {self.api_key}"}, timeout=10.0
         )
         port = self.url.rpartition(":")[2]
+        # a prompt goes where its beginning is known, unless that server has more than one prompt more to answer than
+        # another: each stands for a whole group, and sglang-router's own 64 would leave servers idle
         command = [
             sys.executable, "-c", _LAUNCH, "--host", _HOST, "--port", port, "--prometheus-host", _HOST,
-            "--prometheus-port", str(free_port(_HOST)), "--policy", "cache_aware", "--disable-retries",
+            "--prometheus-port", str(free_port(_HOST)), "--policy", "cache_aware", "--balance-abs-threshold", "1",
+            "--balance-rel-threshold", "1.0", "--disable-retries",
             "--request-timeout-secs", "86400", "--log-level", "warn",
         ]  # fmt: skip
         log.touch(mode=0o600)

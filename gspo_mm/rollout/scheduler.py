@@ -108,6 +108,7 @@ class Scheduler:
         self._handed_out = 0  # batches * B: what capacity counts
         self._taken = 0
         self._next_id = 0
+        self._dropped = 0  # dead groups, for the batch to come
         self._counts = {"dropped": 0, "given_up": 0}
 
     def next_batch(self, version: int, *, stopping: Callable[[], bool]) -> list[RolloutGroup] | Pause:
@@ -116,7 +117,6 @@ class Scheduler:
         Pause when something else has to be done first; what runs goes on running, and the next call takes it up.
         """
         self._handed_out = version * self._batch
-        dropped = 0
         self._start_groups(version)
         while (settled := self._settle(version)) is None:
             if stopping():
@@ -125,9 +125,10 @@ class Scheduler:
                 return Pause.WEIGHTS
             with suppress(queue.Empty):
                 self._finish(self._arrived.get(timeout=_POLL))
-            dropped += self._drop_dead(_MAX_DROPPED * self._batch - dropped)
+            self._drop_dead()
             self._start_groups(version)
         batch, self._open, tail = settled
+        self._dropped = 0
         for group in tail:
             self._give_up(group)
         groups = [group.done for group in sorted(batch, key=lambda g: g.id) if group.done]
@@ -207,13 +208,14 @@ class Scheduler:
             )
         )
 
-    def _drop_dead(self, limit: int) -> int:
+    def _drop_dead(self) -> None:
         if not self._config.drop_dead_groups:
-            return 0
+            return
+        limit = _MAX_DROPPED * self._batch - self._dropped
         dead = [group for group in self._open if group.done and self._is_dead(group.done)][:limit]
         self._open = [group for group in self._open if group not in dead]
+        self._dropped += len(dead)
         self._counts["dropped"] += len(dead)
-        return len(dead)
 
     def _settle(self, version: int) -> tuple[list[_Group], list[_Group], list[_Group]] | None:
         """The batch, what goes on running and what is given up; None while more has to be waited for."""

@@ -25,7 +25,7 @@ import httpx
 import torch
 from omegaconf import OmegaConf
 
-from gspo_mm.config import Config
+from gspo_mm.config import Config, SGLangConfig
 from gspo_mm.rollout import sglang_cpu
 from gspo_mm.rollout.registry import Registration, register, write_private
 from gspo_mm.runtime.guard import guarded
@@ -53,14 +53,17 @@ class ServerError(GspoError):
 class ServerHost:
     """The servers of this machine. `start` returns at once; RUN/servers tells when each is ready."""
 
-    def __init__(self, config: Config, folder: Path, *, prefix: str) -> None:
-        """Raises ServerError when sglang is not installed where `rollout.sglang.python` says."""
-        check_installed(config.rollout.sglang.python)
-        on_gpus = torch.cuda.is_available()
+    def __init__(self, config: Config, folder: Path, *, prefix: str, training: int = 0) -> None:
+        """Raises ServerError when sglang is not installed, or GPUs are too few beside those that are `training`."""
+        sglang = config.rollout.sglang
+        check_installed(sglang.python)
+        gpus: list[int | None] = [None] * sglang.servers
+        if torch.cuda.is_available():
+            gpus = [*first_gpus(sglang, training=training, present=torch.cuda.device_count())]
         self._stop = threading.Event()
         self._keepers = [
-            _Keeper(config, folder, f"{prefix}-{i}", number=i, on_gpus=on_gpus, stop=self._stop)
-            for i in range(config.rollout.sglang.servers)
+            _Keeper(config, folder, f"{prefix}-{i}", first_gpu=gpu, stop=self._stop)
+            for i, gpu in enumerate(gpus)
         ]
 
     def start(self) -> None:
@@ -84,15 +87,14 @@ class _Keeper:
     """Keeps one server running."""
 
     def __init__(
-        self, config: Config, folder: Path, name: str, *, number: int, on_gpus: bool, stop: threading.Event
+        self, config: Config, folder: Path, name: str, *, first_gpu: int | None, stop: threading.Event
     ) -> None:
         self.thread = threading.Thread(target=self._keep, name=f"keeper of {name}", daemon=True)
         self._config = config
         self._sglang = config.rollout.sglang
         self._folder = folder
         self._name = name
-        self._number = number
-        self._on_gpus = on_gpus
+        self._first_gpu = first_gpu
         self._ending = stop
         self.stop_reason = "stopped"
 
@@ -143,10 +145,12 @@ class _Keeper:
             api_key=secrets.token_hex(24),
             admin_key=secrets.token_hex(24),
             workers=self._sglang.tp,
+            machine=socket.gethostname(),
+            first_gpu=self._first_gpu or 0,
         )
 
     def _launch(self, registration: Registration, private: Path) -> subprocess.Popen[bytes]:
-        options = server_options(self._config, registration, number=self._number, on_gpus=self._on_gpus)
+        options = server_options(self._config, registration, on_gpus=self._first_gpu is not None)
         # in a file: a command line is for everybody to read
         settings = self._folder / f"{self._name}.yaml"
         write_private(settings, OmegaConf.to_yaml(OmegaConf.create(options)))
@@ -177,7 +181,7 @@ class _Keeper:
             env["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
         # where the server's own processes meet; a TCPStore, SGLang's default, listens on all interfaces
         env["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{private}/store"
-        if not self._on_gpus:
+        if self._first_gpu is None:
             env |= sglang_cpu.environment(self._folder)
         return env
 
@@ -225,10 +229,21 @@ class _Keeper:
         return f"the end of {self._log()}:\n" + "\n".join(f"    {line[:300]}" for line in lines)
 
 
-def server_options(
-    config: Config, registration: Registration, *, number: int, on_gpus: bool
-) -> dict[str, Any]:
-    """Options of sglang.launch_server for the `number`th server of a machine, by name."""
+def first_gpus(sglang: SGLangConfig, *, training: int, present: int) -> range:
+    """The first GPU of each server of a machine. Raises ServerError when there are too few."""
+    taken = 0 if sglang.colocate else training
+    end = taken + sglang.servers * sglang.tp
+    if end > present:
+        beside = f" beside the {taken} that train" if taken else ""
+        raise ServerError(
+            f"rollout.sglang.servers={sglang.servers} of tp={sglang.tp} need {end - taken} GPUs{beside}, and this machine has "
+            f"{present}; start fewer, run them elsewhere with `gspo-mm serve`, or share GPUs by rollout.sglang.colocate=true"
+        )
+    return range(taken, end, sglang.tp)
+
+
+def server_options(config: Config, registration: Registration, *, on_gpus: bool) -> dict[str, Any]:
+    """Options of sglang.launch_server, by name."""
     sglang = config.rollout.sglang
     host, _, port = registration.url.removeprefix("http://").rpartition(":")
     options: dict[str, Any] = {
@@ -265,7 +280,7 @@ def server_options(
         image = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
         options["mm-process-config"] = json.dumps({"image": {k: v for k, v in image.items() if v}})
     if on_gpus:
-        options["base-gpu-id"] = number * sglang.tp
+        options |= {"base-gpu-id": registration.first_gpu, "enable-memory-saver": sglang.colocate}
     else:
         options |= sglang_cpu.ARGUMENTS
     return options | dict(sglang.extra_args)

@@ -21,16 +21,14 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from gspo_mm.config import Config
 from gspo_mm.rollout.fleet import Fleet
 from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.replies import ReplyReader
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.background import Background
 from gspo_mm.types import Completion, EncodedImage, EncodedPrompt, Finish, GspoError, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-_GROUPS_AT_ONCE = (
-    256  # whose images and answers are held in memory, unless rollout.max_in_flight says otherwise
-)
-_REFUSALS = 5  # 5xx answers to one request before it is given up: the server is there and cannot answer it
+_REFUSALS = 5  # of one request before it is given up: 5xx, or an answer broken off
 
 
 class PromptMismatchError(GspoError):
@@ -38,7 +36,11 @@ class PromptMismatchError(GspoError):
 
 
 class _RetryError(Exception):
-    """The request may be sent again."""
+    """The request may be sent again; `answered`: the server is there, and did not do it."""
+
+    def __init__(self, reason: str, *, answered: bool = False) -> None:
+        super().__init__(reason)
+        self.answered = answered
 
 
 class TokenSide(Protocol):
@@ -57,8 +59,11 @@ class SGLangEngine:
         """Starts the servers, or finds them, and waits until they are ready. Raises ServerError when they do not come."""
         self._processor = processor
         self._deadline = config.rollout.sglang.request_timeout
-        self._slots = asyncio.Semaphore(config.rollout.max_in_flight)
+        # by priority: evaluation does not queue behind what is sampled for training
+        self._slots = [asyncio.Semaphore(config.rollout.max_in_flight) for _ in range(2)]
         self._background = Background("rollouts")
+        self._replies = ReplyReader()
+        self._closed = False
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=10.0), limits=httpx.Limits(max_connections=None)
         )
@@ -109,13 +114,13 @@ class SGLangEngine:
         self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams, *, priority: int = 0
     ) -> list[Completion]:
         """One group. Raises PromptMismatchError, or ServerError past rollout.sglang.request_timeout."""
-        async with self._slots:
+        async with self._slots[priority]:
             request = request_of(prompt, self._processor, sampling, group_size)
             replies = await self.ask(request | {"priority": priority})
         return [self._completion(reply, prompt) for reply in replies]
 
     async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """POST /generate until it is answered; one reply per sample."""
+        """POST /generate until it is answered; one reply per sample, as `replies.compact` makes them."""
         async for attempt in self._attempts():
             with attempt:
                 return await self._post(request)
@@ -146,8 +151,12 @@ class SGLangEngine:
         return [result for result in results if not isinstance(result, BaseException)]
 
     def close(self, reason: str = "the run has ended") -> None:
-        """End the servers that were started here."""
+        """End the servers that were started here. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
         self.fleet.close(reason)
+        self._replies.close()
         self._background.run(self._client.aclose())
         self._background.close()
 
@@ -168,12 +177,16 @@ class SGLangEngine:
             raise _RetryError(f"{url}: {error!r}") from None
         if response.status_code >= 500:
             await self.fleet.suspect(url)
-            raise _RetryError(f"{url} answered {response.status_code}: {response.text[:300]}")
+            raise _RetryError(f"{url} answered {response.status_code}: {response.text[:300]}", answered=True)
         if response.status_code >= 400:
             raise ServerError(
                 f"{url} refused a prompt with status {response.status_code}: {response.text[:300]}"
             )
-        return response.json()
+        replies = await self._replies.read(response.content)
+        for reason in (reply["meta_info"]["finish_reason"] for reply in replies):
+            if reason["type"] == "abort":
+                raise _RetryError(f"{url} gave up an answer: {reason}", answered=True)
+        return replies
 
     def _attempts(self) -> AsyncRetrying:
         refusals = 0
@@ -182,7 +195,7 @@ class SGLangEngine:
             nonlocal refusals
             assert state.outcome
             error = state.outcome.exception()
-            refusals += " answered 5" in str(error)
+            refusals += isinstance(error, _RetryError) and error.answered
             logger.warning("sending a prompt again (attempt %d): %s", state.attempt_number + 1, error)
             if refusals > _REFUSALS:
                 raise ServerError(f"a prompt was refused {refusals} times; {error}")
@@ -201,7 +214,7 @@ class SGLangEngine:
         finish = finish_of(meta["finish_reason"])
         return Completion(
             token_ids=tokens,
-            logprobs=tuple(entry[0] for entry in meta["output_token_logprobs"]),
+            logprobs=tuple(meta["output_token_logprobs"]),
             versions=versions_of(meta, len(tokens)),
             finish=finish,
             text=self._processor.decode(tokens[:-1] if finish is Finish.STOP else tokens),
@@ -259,11 +272,7 @@ def check_prompt(reply: dict[str, Any], prompt: EncodedPrompt) -> None:
 
 
 def finish_of(reason: dict[str, Any]) -> Finish:
-    """Raises ServerError for an answer that the server gave up for another reason than an abort."""
-    kinds = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORT}
-    if reason["type"] == "abort" and reason.get("status_code"):
-        raise ServerError(f"a server gave up an answer: {reason}")
-    return kinds[reason["type"]]
+    return {"stop": Finish.STOP, "length": Finish.LENGTH}[reason["type"]]
 
 
 def versions_of(meta: dict[str, Any], count: int) -> tuple[int, ...]:

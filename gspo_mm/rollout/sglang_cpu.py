@@ -23,6 +23,7 @@ ARGUMENTS = {
     "attention-backend": "torch_native",
     "sampling-backend": "pytorch",
     "disable-overlap-schedule": True,
+    "sleep-on-idle": True,  # else its scheduler keeps a core busy, which the trainer needs
 }
 
 _STUB = "libcuda.so.1"

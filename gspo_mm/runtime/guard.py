@@ -1,6 +1,6 @@
 """Runs a command that must not outlive the process that asked for it, whatever ends that process.
 
-    python -m gspo_mm.runtime.guard COMMAND ...
+    python -m gspo_mm.runtime.guard PARENT COMMAND ...
 
 The guard is a process of its own between the two. It notices within a fraction of a second when its parent is gone,
 kill -9 included, and then ends the command with everything that it started: TERM first, KILL for what is left. It
@@ -26,13 +26,13 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def guarded(command: list[str]) -> list[str]:
-    """`command`, to be started under a guard."""
-    return [sys.executable, "-m", "gspo_mm.runtime.guard", *command]
+    """`command`, to be started under a guard by this process."""
+    # the parent is named because it may be gone before the guard could ask who it was
+    return [sys.executable, "-m", "gspo_mm.runtime.guard", str(os.getpid()), *command]
 
 
-def main(command: list[str]) -> int:
+def main(parent: int, command: list[str]) -> int:
     """Run the command until it ends, the parent ends or a signal asks; returns an exit status."""
-    parent = os.getppid()
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     stopping: list[int] = []
@@ -51,16 +51,26 @@ def main(command: list[str]) -> int:
 
 
 def end_all(processes: list[psutil.Process]) -> None:
-    """TERM, some seconds of grace, KILL: for the processes and whatever they start meanwhile."""
+    """TERM, some seconds of grace, KILL: for the processes and whatever they start meanwhile.
+
+    Reaps none of them, as psutil.wait_procs would: the exit status of the command is still to be asked for.
+    """
     for process in processes:
         _send(process, signal.SIGTERM)
-    psutil.wait_procs(processes, timeout=_GRACE)
-    while left := [
-        p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE
-    ]:
+    deadline = time.monotonic() + _GRACE
+    while any(_runs(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(_POLL / 4)
+    while left := [p for p in psutil.Process().children(recursive=True) if _runs(p)]:
         for process in left:
             _send(process, signal.SIGKILL)
-        psutil.wait_procs(left, timeout=1)
+        time.sleep(_POLL / 4)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _send(process: psutil.Process, number: int) -> None:
@@ -69,4 +79,4 @@ def _send(process: psutil.Process, number: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

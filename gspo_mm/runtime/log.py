@@ -37,6 +37,14 @@ def setup_logging(run_dir: Path | None = None, *, rank: int = 0) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def log_to_file(message: str) -> None:
+    """Put an error into RUN/log.txt alone; whoever watches is told in another way."""
+    record = logging.LogRecord("gspo_mm", logging.ERROR, "", 0, message, None, None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.emit(record)
+
+
 def _console(prefix: str) -> logging.Handler:
     if sys.stderr.isatty() and not prefix:
         return RichHandler(console=CONSOLE, show_path=False)

@@ -49,6 +49,8 @@ class DiskSender:
     def close(self) -> None:
         if self._policy.ranks.main:
             shutil.rmtree(self._folder, ignore_errors=True)
+            if not any(self._folder.parent.glob("*")):  # a folder of its own in sync.folder
+                self._folder.parent.rmdir()
 
 
 def exchange_folder(config: Config) -> Path:

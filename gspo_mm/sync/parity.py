@@ -110,7 +110,7 @@ async def _ask(engine: SGLangEngine, prompt: EncodedPrompt, processor: PromptEnc
     (reply,) = await engine.ask(request)
     check_prompt(reply, prompt)
     meta: dict[str, Any] = reply["meta_info"]
-    entries = [*meta["input_token_logprobs"][1:], *meta["output_token_logprobs"]]
+    of_prompt = [entry[0] for entry in meta["input_token_logprobs"][1:]]
     return _Answered(
         sequence=Sequence(
             name=prompt.prompt.key,
@@ -118,7 +118,7 @@ async def _ask(engine: SGLangEngine, prompt: EncodedPrompt, processor: PromptEnc
             token_ids=prompt.token_ids + tuple(reply["output_ids"]),
             prompt_length=len(prompt.token_ids),
         ),
-        logprobs=tuple(entry[0] for entry in entries),
+        logprobs=(*of_prompt, *meta["output_token_logprobs"]),
     )
 
 

@@ -5,9 +5,10 @@ or a checkpoint gets, so a fault in the weight map shows here first. For SGLang 
 
     pause  ->  send (disk.py, tensor.py or distributed.py)  ->  compare checksums  ->  continue
 
-so that no token is computed with half of the new weights. Servers that hold FP8 get FP8 (quantize.py). A server that
-dies on the way is left out, and the push is done again for the others; when it is back it gets the weights at the next
-push, and is asked nothing before.
+so that no token is computed with half of the new weights. Servers that hold FP8 get FP8 (quantize.py). Servers on the
+trainer's own GPUs (rollout.sglang.colocate) give their memory back while the policy trains, and get it again when
+weights come. A server that dies on the way is left out, and the push is done again for the others; when it is back it
+gets the weights at the next push, and is asked nothing before.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from gspo_mm.sync.tensor import TensorSender
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
+_MEMORY = ("weights", "kv_cache")  # SGLang's names of what a server can give back
 
 
 class WeightPush(Protocol):
@@ -44,6 +46,10 @@ class WeightPush(Protocol):
 
     def push(self, *, version: int) -> None:
         """All weights, under `version`. Raises ValueError or a GspoError when one would be left stale."""
+        ...
+
+    def make_room(self) -> None:
+        """Nothing will be sampled before the next push: the engine may give its memory to training."""
         ...
 
     def close(self) -> None: ...
@@ -109,6 +115,9 @@ class InProcessPush:
 
         self._policy.ranks.stream_to_main(self._policy.export(), load)
 
+    def make_room(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -125,11 +134,14 @@ class ServerPush:
         self._mode = config.rollout.on_update
         family = family_of(config.model.path)
         self._layers = family.linear_layers(family.load_config(config.model.path))
-        self._audited: set[str] = (
-            set()
-        )  # generations of servers; what they hold in FP8 is decided at their start
+        # generations of servers; what they hold in FP8 is decided at their start
+        self._audited: set[str] = set()
+        self._colocated = config.rollout.sglang.colocate
+        self._asleep: dict[str, set[str]] = {}  # by generation, what servers gave back of their memory
 
     def push(self, *, version: int) -> None:
+        if self._colocated and torch.cuda.is_available():
+            torch.cuda.empty_cache()
         for attempt in range(1, _ATTEMPTS + 1):
             servers = self._servers()
             try:
@@ -140,7 +152,22 @@ class ServerPush:
                     raise
                 if self._engine:
                     logger.warning("weights of version %d did not arrive, trying again: %s", version, fault)
-                    self._engine.run(self._leave_out_the_dead(self._engine, servers))
+                self._leave_out_the_dead(servers)
+
+    def make_room(self) -> None:
+        """Raises ServerError when a server keeps its memory. One that has died has given it back."""
+        if not self._colocated:
+            return
+        with self._ranks.together():
+            for server in self._engine.fleet.up() if self._engine else []:
+                try:
+                    self._tell([server], "/pause_generation", mode="abort")  # what was given up may still run
+                    self._tell([server], "/release_memory_occupation", tags=list(_MEMORY))
+                    self._asleep[server.generation] = set(_MEMORY)
+                except ServerError:
+                    self._leave_out_the_dead([server])
+                    if self._engine and server in self._engine.fleet.up():
+                        raise
 
     def close(self) -> None:
         self._sender.close()
@@ -152,14 +179,15 @@ class ServerPush:
                 servers = self._engine.run(self._engine.fleet.reachable())
         return self._ranks.from_main(servers)
 
-    @staticmethod
-    async def _leave_out_the_dead(engine: SGLangEngine, servers: list[Registration]) -> None:
-        for server in servers:
-            await engine.fleet.suspect(server.url)
+    def _leave_out_the_dead(self, servers: list[Registration]) -> None:
+        if self._engine:
+            for server in servers:
+                self._engine.run(self._engine.fleet.suspect(server.url))
 
     def _push_to(self, servers: list[Registration], version: int) -> None:
         checksums = Checksums()
         with self._ranks.together():
+            self._wake(servers, "weights")
             self._tell(servers, "/pause_generation", mode=self._mode)
         self._sender.send(servers, version=version, checksums=checksums)
         of_ranks = self._ranks.gather((checksums.names, checksums.sent))
@@ -170,6 +198,7 @@ class ServerPush:
             if self._sync.verify and self._engine:
                 self._engine.run(checksums.compare(self._engine, servers, sent, self._sync.timeout))
                 self._audit(self._engine, servers, names)
+            self._wake(servers, "kv_cache")
             self._tell(servers, "/continue_generation")
             if self._engine:
                 self._engine.run(self._engine.fleet.hold(version, servers))
@@ -179,6 +208,13 @@ class ServerPush:
         if new:
             engine.run(audit(engine, new, self._layers, sent, timeout=self._sync.timeout))
             self._audited |= {server.generation for server in new}
+
+    def _wake(self, servers: list[Registration], memory: str) -> None:
+        """Give `memory` back to those that sleep."""
+        asleep = [server for server in servers if memory in self._asleep.get(server.generation, ())]
+        self._tell(asleep, "/resume_memory_occupation", tags=[memory])
+        for server in asleep:
+            self._asleep[server.generation].remove(memory)
 
     def _tell(self, servers: list[Registration], path: str, **body: Any) -> None:
         if self._engine:

@@ -101,13 +101,12 @@ class TensorSender:
 
     def _sharing(self, server: Registration) -> list[int]:
         """The ranks on the GPUs of a server's workers, in the workers' order."""
-        host, _, number = server.name.rpartition("-")
-        gpus = [(host, int(number) * server.workers + worker) for worker in range(server.workers)]
-        for gpu in gpus:
-            if gpu not in self._gpus:
+        gpus = [(server.machine, server.first_gpu + worker) for worker in range(server.workers)]
+        for machine, gpu in gpus:
+            if (machine, gpu) not in self._gpus:
                 raise ServerError(
-                    f"server {server.name} uses GPU {gpu[1]} of {host}, where no rank trains; sync.mode=tensor is for "
-                    "servers that the run starts on its own GPUs: use distributed"
+                    f"server {server.name} uses GPU {gpu} of {machine or 'another machine'}, where no rank trains; "
+                    "sync.mode=tensor is for servers on the trainer's own GPUs: use sync.mode=distributed"
                 )
         return [self._gpus.index(gpu) for gpu in gpus]
 

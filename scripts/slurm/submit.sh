@@ -23,8 +23,8 @@ Account, partition, container, modules and the like are settings of env.sh; run 
 
 examples
   scripts/slurm/submit.sh configs/quickstart.yaml run.name=first --dry-run
-  scripts/slurm/submit.sh configs/quickstart.yaml policy.parallel.ep=16 --nodes 2 --requeue
-  scripts/slurm/submit.sh configs/quickstart.yaml rollout.engine=sglang --nodes 4 --rollout-nodes 2 --requeue
+  scripts/slurm/submit.sh configs/quickstart.yaml rollout.prompts_per_step=64 --nodes 2 --requeue
+  scripts/slurm/submit.sh configs/qwen3_vl_30b_a3b.yaml --nodes 4 --rollout-nodes 2 --requeue
 HELP
 }
 

@@ -68,6 +68,7 @@ def run(make_config: MakeConfig, tmp_path: Path) -> Iterator[Run]:
             "sampling": {"max_new_tokens": 32},
             "sglang": {"servers": 2},
         },
+        policy={"optimizer": {"lr": 1e-6}},  # else soon all answers are vowels, and nothing is left to learn
         train={"steps": 10_000, "eval_every": 0},
         checkpoint={"every": 0},
         observe={"save_rollouts_every": 1, "rollouts_per_save": 0},
@@ -90,6 +91,8 @@ def trees(root: int) -> list[psutil.Process]:
     return [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_survives_its_servers_and_they_do_not_survive_it(run: Run) -> None:
     run.wait("two servers", lambda: len(run.up()) == 2)
     run.wait("the first steps", lambda: run.steps() >= 2)
@@ -99,10 +102,9 @@ def test_a_run_survives_its_servers_and_they_do_not_survive_it(run: Run) -> None
     kill(first)
     run.wait_for_steps(2)
     run.wait("the killed server", lambda: run.up().get(first.name, first).generation != first.generation)
-    run.wait_for_steps(2)
+    log = run.path / "servers" / f"{first.name}.log"
+    run.wait("prompts for it", lambda: "POST /generate" in log.read_text().rpartition("server_args=")[2])
     assert run.up()[second.name] == second, "the other one was left in peace"
-    log = (run.path / "servers" / f"{first.name}.log").read_text()
-    assert "POST /generate" in log.rpartition("server_args=")[2], "it works again"
 
     # both die: the run waits for them and says so
     for server in run.up().values():

@@ -63,8 +63,11 @@ def test_a_cancelled_trainer_takes_its_servers_along(
     assert "the trainer's run is over: the run stopped: stopped by a signal at step" in servers.text()
 
 
-def test_cancelled_servers_stop_their_trainer(
-    training: tuple[Job, Job, Callable[[], int]], cluster: Cluster
+def test_cancelled_servers_stop_their_trainer_which_can_go_on_later(
+    training: tuple[Job, Job, Callable[[], int]],
+    cluster: Cluster,
+    short_config: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     trainer, servers, steps = training
     trainer.until("a step", lambda: steps() >= 1, seconds=400)
@@ -74,3 +77,6 @@ def test_cancelled_servers_stop_their_trainer(
     assert trainer.exit_code() == "2:0"
     assert "stopped by SIGTERM" in servers.text()
     assert re.search(r"error: \d of \d servers have stopped for good: .* stopped by SIGTERM", trainer.text())
+    run = short_config.parent / "runs" / request.node.name
+    last = read_metrics(run)[-1]["step"]
+    assert (run / "checkpoints" / f"step-{last:08d}" / "state.json").exists()

@@ -63,11 +63,100 @@ def load(path: Path, *overrides: str) -> Config:
     ],
 )
 def test_a_wrong_value_is_named_with_its_fix(config_file: Path, override: str, words: list[str]) -> None:
+    assert_told(config_file, override, words)
+
+
+def assert_told(config_file: Path, override: str, words: list[str]) -> None:
+    """In one sentence."""
     with pytest.raises(ConfigError) as caught:
         load(config_file, override)
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# servers, the way of weights to them, and what comes of answers that are older than the weights
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rollout.engine=vllm", ["rollout.engine='vllm'", "'embedded' or 'sglang'"]),
+        ("rollout.sglang.servrs=2", ["rollout.sglang.servrs=2", "did you mean servers"]),
+        ("rollout.sglang.start=there", ["rollout.sglang.start='there'", "'here' or 'elsewhere'"]),
+        ("rollout.sglang.servers=0", ["rollout.sglang.servers=0", "greater than or equal to 1"]),
+        ("rollout.sglang.tp=0", ["rollout.sglang.tp=0", "greater than or equal to 1"]),
+        ("rollout.sglang.ep=2", ["rollout.sglang.ep=2", "rollout.sglang.tp=1", "divide"]),
+        ("rollout.sglang={tp: 4, ep: 3}", ["rollout.sglang.ep=3", "rollout.sglang.tp=4", "divide"]),
+        ("rollout.sglang={tp: 4, dp: 8}", ["rollout.sglang.dp=8", "rollout.sglang.tp=4", "divide"]),
+        ("rollout.sglang.mem_fraction=1.0", ["rollout.sglang.mem_fraction=1.0", "less than 1"]),
+        ("rollout.sglang.mem_fraction=80", ["rollout.sglang.mem_fraction=80", "less than 1"]),
+        ("rollout.sglang.max_tokens=0", ["rollout.sglang.max_tokens=0", "greater than or equal to 1"]),
+        ("rollout.sglang.fp8=8", ["rollout.sglang.fp8=8", "valid boolean"]),
+        ("rollout.sglang.urls=http://a:1", ["rollout.sglang.urls='http://a:1'", "valid list"]),
+        ("rollout.sglang.extra_args=[a]", ["rollout.sglang.extra_args=['a']", "valid dictionary"]),
+        ("rollout.sglang.start_timeout=0", ["rollout.sglang.start_timeout=0", "greater than or equal to 1"]),
+        ("rollout.sglang.request_timeout=-1", ["rollout.sglang.request_timeout=-1", "greater than"]),
+        ("rollout.sglang.down_timeout=0.5", ["rollout.sglang.down_timeout=0.5", "whole number"]),
+        ("rollout.sglang.max_restarts=-1", ["rollout.sglang.max_restarts=-1", "greater than or equal to 0"]),
+        ("rollout.sglang.max_logprob_gap=0", ["rollout.sglang.max_logprob_gap=0", "greater than 0"]),
+        ("rollout.max_in_flight=0", ["rollout.max_in_flight=0", "greater than or equal to 1"]),
+        ("rollout.max_staleness=-1", ["rollout.max_staleness=-1", "greater than or equal to 0"]),
+        (
+            "rollout.max_staleness=2",
+            ["rollout.max_staleness=2", "rollout.engine=sglang", "rollout.max_staleness=0"],
+        ),
+        (
+            "rollout.oversample=1.5",
+            ["rollout.oversample=1.5", "rollout.engine=sglang", "rollout.oversample=1.0"],
+        ),
+        (
+            "rollout={engine: sglang, oversample: 0.9}",
+            ["rollout.oversample=0.9", "greater than or equal to 1"],
+        ),
+        ("rollout={engine: sglang, oversample: 2.5}", ["rollout.oversample=2.5", "less than or equal to 2"]),
+        (
+            "rollout.drop_dead_groups=true",
+            ["rollout.drop_dead_groups=True", "rollout.engine=sglang", "rollout.drop_dead_groups=False"],
+        ),
+        ("rollout.on_update=abort", ["rollout.on_update='abort'", "'retract' or 'in_place'"]),
+        ("sync.mode=email", ["sync.mode='email'", "'disk'", "'distributed'"]),
+        ("sync.bucket_mb=0", ["sync.bucket_mb=0", "greater than or equal to 1"]),
+        ("sync.timeout=0", ["sync.timeout=0", "greater than or equal to 1"]),
+        ("sync.verify=2", ["sync.verify=2", "valid boolean"]),
+        ("sync.foldr=/dev/shm", ["sync.foldr='/dev/shm'", "did you mean folder"]),
+        ("loss.correction.kind=clip", ["loss.correction.kind='clip'", "'none', 'truncate' or 'mask'"]),
+        (
+            "loss.correction.low=1.01",
+            ["loss.correction.low=1.01", "loss.correction.high=1.02", "low <= 1 <= high"],
+        ),
+        ("loss.correction.low=-0.5", ["loss.correction.low=-0.5", "low <= 1 <= high"]),
+        ("loss.correction.high=0.99", ["loss.correction.high=0.99", "low <= 1 <= high"]),
+        (
+            "loss.correction={kind: mask, low: 1.0, high: 1.0}",
+            ["loss.correction.low=1, loss.correction.high=1", "loss.correction.kind=mask", "leave room"],
+        ),
+    ],
+)
+def test_a_wrong_value_of_servers_sync_or_correction_is_named_with_its_fix(
+    config_file: Path, override: str, words: list[str]
+) -> None:
+    assert_told(config_file, override, words)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rollout={engine: sglang, max_staleness: 4, oversample: 1.25, drop_dead_groups: true, max_in_flight: 1}",
+        "rollout={engine: sglang, on_update: in_place, sglang: {tp: 8, ep: 8, dp: 4}}",
+        "rollout={engine: sglang, sglang: {urls: ['http://a:1'], extra_args: {attention-backend: fa3, watchdog: 9}}}",
+        "sync={mode: disk, folder: /dev/shm, verify: false}",
+        "loss.correction={kind: truncate, low: 1.0, high: 1.0}",
+        "loss.correction={kind: mask, low: 0.9, high: 1.0}",
+    ],
+)
+def test_sections_of_servers_sync_and_correction_are_read(config_file: Path, override: str) -> None:
+    config = load(config_file, override)
+    save_config(config, config_file)
+    assert load_config(config_file) == config
 
 
 def test_two_mistakes_are_both_told(config_file: Path) -> None:

@@ -1,5 +1,6 @@
 """The report is one page that works offline and shows model output as text, never as markup."""
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gspo_mm.config import ObserveConfig
-from gspo_mm.observe.metrics import MetricsWriter
+from gspo_mm.observe.charts import CHARTS, Chart
+from gspo_mm.observe.metrics import METRICS, MetricsWriter, is_documented
 from gspo_mm.observe.report import smooth, spread, write_curves_png, write_report
 from gspo_mm.observe.rollouts import save_rollouts
 from gspo_mm.types import Completion, RolloutGroup
@@ -54,6 +56,60 @@ def test_the_page_shows_numbers_tasks_and_rollouts(run: Path) -> None:
     assert "Importance ratio" in page
     assert "data:image/png;base64," in page
     assert "+0.71" in page
+
+
+def charts(run: Path) -> dict[str, list[dict[str, object]]]:
+    """Traces on the page, by title."""
+    found = re.findall(r'<h3>(.*?) <span.*?data-traces="(.*?)"', page_without_library(run), flags=re.DOTALL)
+    return {title: json.loads(html.unescape(traces)) for title, traces in found}
+
+
+@pytest.fixture
+def run_with_servers(tmp_path: Path) -> Path:
+    names = [metric for chart in CHARTS for metric in chart.series.values()]
+    with MetricsWriter(tmp_path, ObserveConfig(tensorboard=False), {}) as metrics:
+        for step in range(1, 4):
+            sampled = {name: float(step) for name in names if name.startswith(("mismatch/", "rollout/"))}
+            metrics.write(step, sampled | {"time/step": 1.0})
+    return tmp_path
+
+
+def test_mismatch_and_staleness_are_drawn_where_servers_sampled(run_with_servers: Path) -> None:
+    of_servers = {
+        "Mismatch",
+        "Mismatch ratio of answers",
+        "Corrected answers",
+        "Staleness",
+        "Groups under way",
+        "Servers",
+    }
+    assert set(charts(run_with_servers)) == of_servers
+    (corrected,) = charts(run_with_servers)["Corrected answers"]
+    assert (corrected["x"], corrected["y"]) == ([1, 2, 3], [1.0, 2.0, 3.0])
+
+
+def test_a_run_without_servers_has_no_empty_charts(run: Path) -> None:
+    assert set(charts(run)) == {"Accuracy", "Reward", "Importance ratio", "Time per phase"}
+
+
+def test_extremes_wait_for_a_click_so_that_quantiles_set_the_scale(run_with_servers: Path) -> None:
+    ratio = charts(run_with_servers)["Mismatch ratio of answers"]
+    shown = {trace["name"] for trace in ratio if trace.get("visible") != "legendonly"}
+    assert shown == {"median", "1 % are below", "1 % are above"}
+    assert {trace["name"] for trace in ratio} - shown == {"mean", "min", "max"}
+
+
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.title)
+def test_a_chart_is_explained_in_one_sentence_and_draws_known_metrics(chart: Chart) -> None:
+    assert chart.about.endswith(".")
+    assert ". " not in chart.about
+    assert set(chart.on_click) < set(chart.series)
+    assert [metric for metric in chart.series.values() if not is_documented(metric)] == []
+
+
+def test_every_mismatch_and_rollout_metric_is_drawn() -> None:
+    drawn = {metric for chart in CHARTS for metric in chart.series.values()}
+    assert {name for name in METRICS if name.startswith(("mismatch/", "rollout/"))} <= drawn
 
 
 def test_model_output_is_escaped_wherever_it_stands(run: Path) -> None:

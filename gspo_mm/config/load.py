@@ -1,0 +1,109 @@
+"""YAML -> OmegaConf (`${...}`, `key=value` overrides) -> Config; every fault becomes one sentence with key, value and fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from gspo_mm.config.base import ConfigError
+from gspo_mm.config.schema import Config
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None, *, any_world: bool = False) -> Config:
+    """Read a YAML config, apply `key=value` overrides, resolve `${...}` and validate.
+
+    `any_world`: it may be for another number of ranks than were started, as the one of a run to be continued.
+
+    Raises ConfigError: one sentence per fault, naming the key, the value and the fix.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist; try configs/quickstart.yaml")
+    changes = [_parse_override(item) for item in overrides or []]
+    try:
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded) or not loaded:
+            raise ConfigError(f"{path} holds no mapping of sections; start from configs/quickstart.yaml")
+        raw = OmegaConf.merge(loaded, *changes)
+        values = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # YAML's own scanner and parser errors share no public base with OmegaConf's
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise
+    return parse_config(values, source=str(path), any_world=any_world)
+
+
+def _parse_override(item: str) -> Any:
+    if "=" not in item or item.startswith("-"):
+        raise ConfigError(f"override {item!r} is not of the form key=value, as in train.steps=10")
+    try:
+        return OmegaConf.from_dotlist([item])
+    except Exception as error:
+        if type(error).__module__.startswith(("yaml", "omegaconf")):
+            key, _, value = item.partition("=")
+            raise ConfigError(
+                f"override {key}={value} has a value that YAML cannot read; put text with braces or colons in "
+                f"quotes of its own, as in '{key}=[\"{value.strip('[]')}\"]'"
+            ) from None
+        raise
+
+
+def parse_config(values: Any, *, source: str = "config", any_world: bool = False) -> Config:
+    """Validate plain values; raises ConfigError as `load_config` does."""
+    try:
+        return Config.model_validate(values, context={"any_world": any_world})
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentences(error, source))) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML; `load_config` reads it back to an equal value."""
+    OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), path)
+
+
+def _sentences(error: ValidationError, source: str) -> list[str]:
+    return [f"{source}: {_sentence(fault)}" for fault in error.errors(include_url=False)]
+
+
+def _sentence(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    kind, value = fault["type"], fault.get("input")
+    if kind == "extra_forbidden":
+        return f"unknown key {key}={value!r}; {_known_keys(fault['loc'])}"
+    if kind == "missing":
+        return f"key {key} is missing; add it"
+    message = fault["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return message
+    return f"{key}={value!r} is refused: {message[0].lower()}{message[1:]}{_hint(kind, value)}"
+
+
+def _hint(kind: str, value: Any) -> str:
+    if kind in ("float_type", "int_type") and isinstance(value, str):
+        return (
+            "; YAML reads 1e-6 as text: write 1.0e-6" if "e" in value.lower() else "; write it without quotes"
+        )
+    if kind == "int_from_float" or (kind == "int_type" and isinstance(value, float)):
+        return "; write a whole number"
+    return ""
+
+
+def _known_keys(location: tuple[Any, ...]) -> str:
+    """Name the keys that the section at `location[:-1]` has, the nearest in spelling first."""
+    import difflib
+
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[part].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        section = annotation
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(names)}"

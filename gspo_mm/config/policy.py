@@ -1,0 +1,154 @@
+"""`policy`: the trained model's number formats, its optimizer, and how it is spread over ranks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from gspo_mm.config.base import ConfigError, Fraction, NonNegative, Positive, Section
+
+
+class ParallelConfig(Section):
+    tp: Positive = Field(default=1, description="tensor- and sequence-parallel size")
+    pp: Positive = Field(default=1, description="pipeline-parallel size")
+    vpp: Positive = Field(
+        default=1, description="model chunks per pipeline stage (interleaved schedule, a smaller bubble)"
+    )
+    first_stage_layers: Positive | None = Field(
+        default=None, description="decoder layers beside the vision tower; null: spread evenly"
+    )
+    last_stage_layers: Positive | None = Field(
+        default=None, description="decoder layers beside the output weight; null: spread evenly"
+    )
+    cp: Positive = Field(default=1, description="context-parallel size")
+    ep: Positive = Field(default=1, description="expert-parallel size")
+    etp: Positive | None = Field(default=None, description="expert-tensor-parallel size; null: tp")
+    dp: Positive | None = Field(default=None, description="data-parallel size; null: world size / (tp*pp*cp)")
+
+    @model_validator(mode="after")
+    def _pipeline_exists(self) -> ParallelConfig:
+        if self.pp == 1 and (self.vpp > 1 or self.first_stage_layers or self.last_stage_layers):
+            raise ValueError(
+                f"policy.parallel.pp=1 has no stages for vpp={self.vpp}, first_stage_layers={self.first_stage_layers}, "
+                f"last_stage_layers={self.last_stage_layers}; raise pp, or leave them out"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    min_lr_ratio: Fraction = Field(
+        default=1.0, description="learning rate at the last step, as a part of lr (cosine)"
+    )
+    warmup_steps: NonNegative = 0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.98
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    grad_clip: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="largest global gradient norm; 0: off"
+    )
+    offload: bool = Field(
+        default=False, description="keep optimizer state in host memory and step there (needs CUDA)"
+    )
+    precision_aware: bool = Field(
+        default=False, description="moments in BF16 instead of float32 (Transformer Engine's or apex's Adam)"
+    )
+    overlap: bool = Field(
+        default=False, description="reduce gradients during backward and gather parameters during forward"
+    )
+
+
+class Fp8Config(Section):
+    recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = Field(
+        default=None, description="Transformer Engine recipe of the decoder's matrix products; null: off"
+    )
+    primary_weights: bool = Field(
+        default=False,
+        description="keep the decoder's weights in FP8 only, beside the optimizer's float32 ones",
+    )
+    bf16_layers_at_start: NonNegative = Field(default=0, description="first decoder layers left in BF16")
+    bf16_layers_at_end: NonNegative = Field(default=0, description="last decoder layers left in BF16")
+
+    @model_validator(mode="after")
+    def _recipe_fits(self) -> Fp8Config:
+        if self.recipe == "delayed" and self.bf16_layers_at_start + self.bf16_layers_at_end:
+            raise ValueError(
+                "policy.fp8.recipe=delayed keeps one scaling state over all layers and cannot leave some in BF16; use "
+                "tensorwise, or bf16_layers_at_start=0 and bf16_layers_at_end=0"
+            )
+        if self.recipe is None and self.primary_weights:
+            raise ValueError("policy.fp8.primary_weights=true needs policy.fp8.recipe; set one, or false")
+        return self
+
+
+class MoeConfig(Section):
+    dispatcher: Literal["alltoall", "flex"] = Field(
+        default="alltoall",
+        description="how tokens reach their experts; flex: DeepEP, which must be installed",
+    )
+    aux_loss: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description="weight of the loss that evens out the experts' load; 0: off, as is usual in RL",
+    )
+
+
+class PolicyConfig(Section):
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="parameters and activations"
+    )
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    freeze: list[Literal["vision", "projector", "router", "language"]] = Field(
+        default=[], description="parts that are not trained"
+    )
+    micro_batch_tokens: Positive = Field(default=16384, description="packed tokens per forward/backward pass")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none", description="activations recomputed in backward: none, attention only, whole layers"
+    )
+    fp8: Fp8Config = Fp8Config()
+    moe: MoeConfig = MoeConfig()
+    vision_cache_mb: NonNegative = Field(
+        default=2048,
+        description="memory per rank for features of images, where vision and projector are frozen",
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> PolicyConfig:
+        if self.fp8.recipe is not None and self.dtype != "bfloat16":
+            raise ValueError(
+                f"policy.fp8.recipe={self.fp8.recipe} with policy.dtype={self.dtype}: what is not FP8 must be "
+                "bfloat16; set policy.dtype=bfloat16"
+            )
+        if "language" in self.freeze and self.parallel.pp > 1:
+            raise ValueError(
+                f"policy.freeze={self.freeze} with policy.parallel.pp={self.parallel.pp} leaves later pipeline stages "
+                "nothing to train; use pp=1"
+            )
+        return self
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    return parallel.dp or world_size // (parallel.tp * parallel.pp * parallel.cp)
+
+
+def check_world(parallel: ParallelConfig, *, world_size: int) -> None:
+    """Raise ConfigError unless tp*pp*cp*dp is the number of ranks that were started."""
+    inner = parallel.tp * parallel.pp * parallel.cp
+    sizes = f"policy.parallel tp={parallel.tp} pp={parallel.pp} cp={parallel.cp}"
+    if parallel.dp is None and world_size % inner:
+        raise ConfigError(
+            f"{sizes} needs a multiple of {inner} ranks but {world_size} started; start {inner}, or lower them"
+        )
+    if parallel.dp is not None and inner * parallel.dp != world_size:
+        raise ConfigError(
+            f"{sizes} dp={parallel.dp} needs {inner * parallel.dp} ranks but {world_size} started; "
+            f"start {inner * parallel.dp}, or set dp=null to fill the world"
+        )
+    etp = parallel.etp or parallel.tp
+    if world_size % (parallel.ep * etp * parallel.pp):
+        raise ConfigError(
+            f"policy.parallel ep={parallel.ep} etp={etp} pp={parallel.pp} needs a multiple of "
+            f"{parallel.ep * etp * parallel.pp} ranks but {world_size} started; lower ep or etp"
+        )
