@@ -77,14 +77,20 @@ class SGLangConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _fp8_is_ours(self) -> SGLangConfig:
-        for name in (
-            {"load-format", "quantization", "model-path"} & self.extra_args.keys() if self.fp8 else ()
-        ):
+    def _fp8_decides_what_is_loaded(self) -> SGLangConfig:
+        # FP8 servers keep scales of their key/value cache among the weights; memory given back loses them, no push
+        # brings them, and SGLang reads them again after each
+        if self.fp8 and self.colocate:
             raise ValueError(
-                f"rollout.sglang.extra_args.{name}={self.extra_args[name]} contradicts rollout.sglang.fp8=true, which "
-                "decides what servers load; leave it out, or set fp8=false"
+                "rollout.sglang.fp8=true with rollout.sglang.colocate=true: memory that servers give back holds scales "
+                "which no push brings; set one of them to false"
             )
+        for name in ("load-format", "quantization", "model-path"):
+            if self.fp8 and name in self.extra_args:
+                raise ValueError(
+                    f"rollout.sglang.extra_args.{name}={self.extra_args[name]} contradicts rollout.sglang.fp8=true, "
+                    "which decides what servers load; leave it out, or set fp8=false"
+                )
         return self
 
     @model_validator(mode="after")

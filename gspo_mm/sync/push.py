@@ -6,9 +6,9 @@ or a checkpoint gets, so a fault in the weight map shows here first. For SGLang 
     pause  ->  send (disk.py, tensor.py or distributed.py)  ->  compare checksums  ->  continue
 
 so that no token is computed with half of the new weights. Servers that hold FP8 get FP8 (quantize.py). Servers on the
-trainer's own GPUs (rollout.sglang.colocate) give their memory back while the policy trains, and get it again when weights
-come. A server that dies on the way is left out, and the push is done again for the others; when it is back it gets the
-weights at the next push, and is asked nothing before.
+trainer's own GPUs (rollout.sglang.colocate) give their memory back while the policy trains, and get it again when
+weights come. A server that dies on the way is left out, and the push is done again for the others; when it is back it
+gets the weights at the next push, and is asked nothing before.
 """
 
 from __future__ import annotations
@@ -132,11 +132,12 @@ class ServerPush:
         self._sender = sender
         self._sync = config.sync
         self._mode = config.rollout.on_update
-        self._colocated = config.rollout.sglang.colocate
-        self._asleep: dict[str, set[str]] = {}  # by generation, what servers gave back of their memory
         family = family_of(config.model.path)
         self._layers = family.linear_layers(family.load_config(config.model.path))
-        self._audited: set[str] = set()  # generations; what a server holds in FP8 is decided at its start
+        # generations of servers; what they hold in FP8 is decided at their start
+        self._audited: set[str] = set()
+        self._colocated = config.rollout.sglang.colocate
+        self._asleep: dict[str, set[str]] = {}  # by generation, what servers gave back of their memory
 
     def push(self, *, version: int) -> None:
         if self._colocated and torch.cuda.is_available():
@@ -202,18 +203,18 @@ class ServerPush:
             if self._engine:
                 self._engine.run(self._engine.fleet.hold(version, servers))
 
+    def _audit(self, engine: SGLangEngine, servers: list[Registration], sent: list[str]) -> None:
+        new = [server for server in servers if server.generation not in self._audited]
+        if new:
+            engine.run(audit(engine, new, self._layers, sent, timeout=self._sync.timeout))
+            self._audited |= {server.generation for server in new}
+
     def _wake(self, servers: list[Registration], memory: str) -> None:
         """Give `memory` back to those that sleep."""
         asleep = [server for server in servers if memory in self._asleep.get(server.generation, ())]
         self._tell(asleep, "/resume_memory_occupation", tags=[memory])
         for server in asleep:
             self._asleep[server.generation].remove(memory)
-
-    def _audit(self, engine: SGLangEngine, servers: list[Registration], sent: list[str]) -> None:
-        new = [server for server in servers if server.generation not in self._audited]
-        if new:
-            engine.run(audit(engine, new, self._layers, sent, timeout=self._sync.timeout))
-            self._audited |= {server.generation for server in new}
 
     def _tell(self, servers: list[Registration], path: str, **body: Any) -> None:
         if self._engine:

@@ -97,7 +97,7 @@ def test_servers_start_from_a_folder_that_says_fp8_and_has_no_weights(wide: Path
 def test_only_servers_of_such_a_run_start_with_random_weights(wide: Path) -> None:
     here = Registration(name="a", generation="b", state="up", url="http://127.0.0.1:1")
     options = [
-        server_options(config(wide, rollout={"sglang": {"fp8": fp8}}), here, number=0, on_gpus=False)
+        server_options(config(wide, rollout={"sglang": {"fp8": fp8}}), here, on_gpus=False)
         for fp8 in (True, False)
     ]
     assert [o.get("load-format") for o in options] == ["dummy", None]
@@ -132,6 +132,10 @@ def test_a_written_folder_holds_the_model_in_fp8(wide: Path, tmp_path: Path) -> 
         (
             {"rollout": {"engine": "embedded"}},
             r"rollout\.sglang\.fp8=true with rollout\.engine=embedded: .*set rollout\.engine=sglang, or",
+        ),
+        (
+            {"rollout": {"engine": "sglang", "sglang": {"fp8": True, "colocate": True}}},
+            r"rollout\.sglang\.fp8=true with rollout\.sglang\.colocate=true: .*set one of them to false",
         ),
         (
             {"policy": {"dtype": "float32"}},
