@@ -35,10 +35,10 @@ class DiskSender:
 
     def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
         path = self._folder / f"v{version}"
-        self._policy.ranks.stream_to_main(
-            checksums.noted(self._on_the_way(self._policy.weights.export(experts_apart=True))),
-            lambda tensors: write_served(path, self._config, tensors),
-        )
+        tensors = self._policy.weights.export(experts_apart=True)
+        if self._policy.ranks.main:
+            tensors = checksums.noted(self._on_the_way(tensors))
+        self._policy.ranks.stream_to_main(tensors, lambda sent: write_served(path, self._config, sent))
         with self._policy.ranks.together():
             if self._engine:
                 timeout = self._config.sync.timeout

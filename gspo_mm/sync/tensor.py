@@ -35,9 +35,7 @@ from gspo_mm.sync.calls import Calls, answers, begin_update, end_update
 from gspo_mm.sync.checksums import Checksums
 from gspo_mm.sync.quantize import on_the_way
 
-_COPIES = (
-    4  # of a bucket that travels by value: the bucket, one cut to size, torch's bytes of it, the request's
-)
+_COPIES = 6  # of a bucket that travels by value: itself, one cut to size, torch's bytes of it and the request's, twice
 _CHUNK = 3 * 2**18  # bytes turned into base64 at a time: a multiple of 3
 
 
@@ -55,12 +53,14 @@ class TensorSender:
         self.peak_bytes = 0  # that buckets and requests took in the last push
 
     def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
-        tensors = self._policy.weights.export(experts_apart=True)
+        tensors = self._on_the_way(self._policy.weights.export(experts_apart=True))
+        if self._ranks.main:  # on the others are the same ones
+            tensors = checksums.noted(tensors)
         with Calls(servers, timeout=self._sync.timeout) as calls:
             with self._ranks.together():
                 if self._ranks.main:
                     begin_update(calls)
-            self._send(checksums.noted(self._on_the_way(tensors)), calls)
+            self._send(tensors, calls)
             with self._ranks.together():
                 if self._ranks.main:
                     end_update(calls, version=version, flush=self._flush)

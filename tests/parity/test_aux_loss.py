@@ -83,5 +83,5 @@ def test_the_loss_is_off_by_default_and_changes_the_routers_gradient(model: Any,
 
 
 def test_a_dispatcher_that_is_not_installed_is_named(folder: Path) -> None:
-    with pytest.raises(PlanError, match=r"dispatcher=flex needs DeepEP.*alltoall"):
+    with pytest.raises(PlanError, match=r"dispatcher=flex needs GPUs and DeepEP.*alltoall"):
         policy(folder, 0.0, moe={"dispatcher": "flex"})

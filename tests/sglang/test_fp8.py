@@ -78,7 +78,9 @@ def held(engine: SGLangEngine) -> dict[str, str]:
     """Checksums of the layers that the server holds in FP8, turned back into bfloat16."""
     (server,) = engine.fleet.up()
     (reply,) = engine.run(
-        engine.control_all([server], "/weights_checker", timeout=60, action="checksum", skip_tensor_list=[""])
+        engine.control_all(
+            [server], "/weights_checker", timeout=600, action="checksum", skip_tensor_list=[""]
+        )
     )
     (rank,) = reply["ranks"]
     return rank["checksums"]

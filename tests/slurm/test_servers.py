@@ -20,7 +20,6 @@ SGLANG = [
     "rollout.sglang.max_tokens=16384",
     "rollout.sglang.context_length=512",
     "rollout.sglang.start_timeout=300",
-    "sync.mode=disk",
     "sync.bucket_mb=1",
 ]
 
@@ -30,11 +29,12 @@ def training(
     submit: Callable[..., list[Job]], short_config: Path, request: pytest.FixtureRequest
 ) -> tuple[Job, Job, Callable[[], int]]:
     """A trainer with experts over two nodes, a job of one server, and the number of steps that they have done."""
-    name = request.node.name
+    name = request.function.__name__
     trainer, servers = submit(
         short_config,
         f"run.name={name}",
         *SGLANG,
+        f"sync.mode={request.param}",
         "policy.parallel.ep=2",
         "train.steps=100000",
         "train.eval_every=0",
@@ -52,6 +52,7 @@ def training(
     return trainer, servers, steps
 
 
+@pytest.mark.parametrize("training", ["distributed"], indirect=True)
 def test_a_cancelled_trainer_takes_its_servers_along(
     training: tuple[Job, Job, Callable[[], int]], cluster: Cluster
 ) -> None:
@@ -63,6 +64,7 @@ def test_a_cancelled_trainer_takes_its_servers_along(
     assert "the trainer's run is over: the run stopped: stopped by a signal at step" in servers.text()
 
 
+@pytest.mark.parametrize("training", ["disk"], indirect=True)
 def test_cancelled_servers_stop_their_trainer_which_can_go_on_later(
     training: tuple[Job, Job, Callable[[], int]],
     cluster: Cluster,
@@ -77,6 +79,6 @@ def test_cancelled_servers_stop_their_trainer_which_can_go_on_later(
     assert trainer.exit_code() == "2:0"
     assert "stopped by SIGTERM" in servers.text()
     assert re.search(r"error: \d of \d servers have stopped for good: .* stopped by SIGTERM", trainer.text())
-    run = short_config.parent / "runs" / request.node.name
+    run = short_config.parent / "runs" / request.function.__name__
     last = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{last:08d}" / "state.json").exists()
