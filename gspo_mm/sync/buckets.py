@@ -31,7 +31,6 @@ class Buffers:
         self._size = size
         self._device = device
         self._buffers = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(turns)]
-        self.peak_bytes = 0
 
     def fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Bucket]:
         """Buckets that hold all of `tensors`, in their order.
@@ -63,7 +62,6 @@ class Buffers:
                 0, device=self._device
             )  # given back before the larger one is taken
             self._buffers[turn] = torch.empty(size, dtype=torch.uint8, device=self._device)
-            self.peak_bytes = max(self.peak_bytes, sum(map(len, self._buffers)))
         return self._buffers[turn]
 
 

@@ -36,7 +36,6 @@ class DistributedSender:
         self._senders = policy.weights.senders(policy.ranks)
         self._group: UpdateGroup | None = None  # of this rank, if it is a sender
         self._members: list[str] = []  # generations of the servers in it
-        self.peak_bytes = 0  # that buckets took in the last push
 
     def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
         members = [server.generation for server in servers]
@@ -82,7 +81,6 @@ class DistributedSender:
             under_way = group.send(bucket, calls)
         if under_way:
             under_way.wait()
-        self.peak_bytes = buffers.peak_bytes
 
     def _leave(self, *, broken: bool = False) -> None:
         if self._group:

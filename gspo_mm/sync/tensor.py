@@ -50,7 +50,6 @@ class TensorSender:
         self._flush = config.rollout.on_update == "retract"
         self._by_value = device().type == "cpu"
         self._gpus = self._ranks.gather((socket.gethostname(), device().index))  # of all ranks
-        self.peak_bytes = 0  # that buckets and requests took in the last push
 
     def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
         tensors = self._on_the_way(self._policy.weights.export(experts_apart=True))
@@ -84,7 +83,6 @@ class TensorSender:
                     under_way = calls.start_raw("/update_weights_from_tensor", requests)
                     if self._by_value:  # there is one buffer only
                         answers(under_way)
-            self.peak_bytes = max(self.peak_bytes, buffers.peak_bytes + 3 * len(bucket.flat) * self._by_value)
         with self._ranks.together():
             answers(under_way)
 
