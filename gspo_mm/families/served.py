@@ -63,7 +63,9 @@ def served_template(config: Config) -> Path:
         folder.mkdir()
         copy_files(source, folder)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        dtypes = tensor_dtypes(tensor_names(family, hf), quantized=quantized, kept=config.policy.dtype)
+        dtypes = tensor_dtypes(
+            tensor_names(weight_map(family, hf)), quantized=quantized, kept=config.policy.dtype
+        )
         (folder / TEMPLATE).write_text(json.dumps(dtypes, indent=1) + "\n")
         target = parent / f"model-{_digest(folder)}"
         with suppress(OSError):  # it is there already
@@ -74,7 +76,7 @@ def served_template(config: Config) -> Path:
 def quantization_config(family: Family, hf: Any) -> dict[str, Any]:
     """What config.json says about a folder in this format, as transformers and SGLang read it."""
     quantized = quantized_names(family, hf)
-    kept = {name.rpartition(".")[0] for name in tensor_names(family, hf) if name not in quantized}
+    kept = {name.rpartition(".")[0] for name in tensor_names(weight_map(family, hf)) if name not in quantized}
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -89,9 +91,9 @@ def quantized_names(family: Family, hf: Any) -> frozenset[str]:
     return frozenset(name for parts in family.linear_layers(hf).values() for name in parts)
 
 
-def tensor_names(family: Family, hf: Any) -> Iterator[str]:
-    """Hugging Face's names of all tensors of the model, experts one by one."""
-    for entry in weight_map(family, hf):
+def tensor_names(entries: Iterable[Entry]) -> Iterator[str]:
+    """Hugging Face's names of all tensors of a weight map, experts one by one."""
+    for entry in entries:
         if isinstance(entry.op, StackExperts):
             for expert in range(len(entry.megatron)):
                 yield from entry.op.names_apart(entry.hf[0], expert)

@@ -133,9 +133,8 @@ class Fleet:
     async def _watch(self) -> None:
         try:
             await self._keep_watching()
-        except (
-            Exception
-        ) as error:  # nobody waits for this task: the run would wait for servers without a word
+        except Exception as error:
+            # nobody waits for this task: the run would wait for servers without a word
             logger.exception("watching the servers failed")
             await self._fail(ServerError(f"the servers can no longer be watched: {error!r}"))
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as functional
 
 from gspo_mm.families import Entry
-from gspo_mm.families.base import StackExperts
+from gspo_mm.families.served import tensor_names
 from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
@@ -73,17 +73,13 @@ class Checksums:
 
 
 def check_complete(weight_map: list[Entry], sent: Iterable[str]) -> None:
-    """Raise GspoError unless every tensor was sent once, experts in one piece or one by one."""
+    """Raise GspoError unless every tensor was sent once, experts one by one."""
     counts = Counter(sent)
-    for entry in weight_map:
-        names = list(entry.hf)
-        if isinstance(entry.op, StackExperts) and counts[names[0]] == 0:
-            names = [n for e in range(len(entry.megatron)) for n in entry.op.names_apart(entry.hf[0], e)]
-        for name in names:
-            if counts[name] != 1:
-                raise GspoError(
-                    f"a push of weights sent {name} {counts[name]} times; this is a defect, please report it"
-                )
+    for name in tensor_names(weight_map):
+        if counts[name] != 1:
+            raise GspoError(
+                f"a push of weights sent {name} {counts[name]} times; this is a defect, please report it"
+            )
 
 
 def compare_one(server: str, sent: dict[str, str], held: dict[str, str]) -> None:

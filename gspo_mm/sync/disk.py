@@ -32,13 +32,14 @@ class DiskSender:
         self._config = config
         self._on_the_way = on_the_way(config)
         self._folder = exchange_folder(config)
+        self._template: Path | None = None  # made with the first push
 
     def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
         path = self._folder / f"v{version}"
         tensors = self._policy.weights.export(experts_apart=True)
         if self._policy.ranks.main:
             tensors = checksums.noted(self._on_the_way(tensors))
-        self._policy.ranks.stream_to_main(tensors, lambda sent: write_served(path, self._config, sent))
+        self._policy.ranks.stream_to_main(tensors, lambda sent: self._write(path, sent))
         with self._policy.ranks.together():
             if self._engine:
                 timeout = self._config.sync.timeout
@@ -46,6 +47,10 @@ class DiskSender:
                 for old in self._folder.iterdir():
                     if old != path:
                         shutil.rmtree(old, ignore_errors=True)
+
+    def _write(self, path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._template = self._template or served_template(self._config)
+        write_served(path, self._template, tensors, bucket_mb=self._config.sync.bucket_mb)
 
     def close(self) -> None:
         if self._policy.ranks.main:
@@ -60,10 +65,11 @@ def exchange_folder(config: Config) -> Path:
     return base.absolute() / "sync"
 
 
-def write_served(path: Path, config: Config, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_served(
+    path: Path, template: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, bucket_mb: int
+) -> None:
     """A folder of these weights for servers to load, in files of half a bucket: safetensors copies what it writes."""
-    size = config.sync.bucket_mb * MIB // 2
-    write_hf(path, served_template(config), tensors, durable=False, shard_bytes=size)
+    write_hf(path, template, tensors, durable=False, shard_bytes=bucket_mb * MIB // 2)
 
 
 async def load_folder(

@@ -23,6 +23,7 @@ import torch
 
 from gspo_mm.config import Config
 from gspo_mm.families import family_of, read_hf
+from gspo_mm.families.served import served_template
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
@@ -94,7 +95,8 @@ def serve_folder(engine: RolloutEngine, config: Config) -> None:
     if config.rollout.sglang.fp8:
         source = read_hf(path, config.model.experts_layout)
         path = exchange_folder(config) / "v0"
-        write_served(path, config, on_the_way(config)(source))
+        tensors = on_the_way(config)(source)
+        write_served(path, served_template(config), tensors, bucket_mb=config.sync.bucket_mb)
     engine.run(load_folder(engine, servers, path, version=0, timeout=config.sync.timeout))
     engine.run(engine.fleet.hold(0, servers))
     if config.rollout.sglang.fp8:
