@@ -24,6 +24,9 @@ ARGUMENTS = {
     "sampling-backend": "pytorch",
     "disable-overlap-schedule": True,
     "sleep-on-idle": True,  # else its scheduler keeps a core busy, which the trainer needs
+    # images of a prefill attend through one dense mask: time grows with the square of their number
+    "chunked-prefill-size": -1,
+    "max-prefill-tokens": 256,
 }
 
 _STUB = "libcuda.so.1"
