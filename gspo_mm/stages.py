@@ -16,7 +16,7 @@ from gspo_mm.advantage import group_advantages
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
-from gspo_mm.families.served import check_blocks, served
+from gspo_mm.families.served import check_served, served
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.precision import DTYPES
@@ -77,7 +77,7 @@ class Stages:
 def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
     """Load model, processor, shards and reward file. Raises a GspoError naming what is missing."""
     logger.info("loading %s", config.model.path)
-    check_blocks(config)
+    check_served(config)
     set_threads()
     torch.manual_seed(config.run.seed)
     reward = load_reward(config.reward.file)
@@ -119,6 +119,7 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
 
 def build_engine(config: Config, processor: Processor) -> RolloutEngine:
     if config.rollout.engine == "sglang":
+        check_served(config)
         return SGLangEngine(served(config), processor)
     return EmbeddedEngine(
         config.model.path, processor, dtype=DTYPES[config.policy.dtype], max_batch=config.rollout.max_batch

@@ -211,6 +211,10 @@ class Family(Protocol):
         """[out, in] of the fused expert tensors by the last part of their name; empty for dense models."""
         ...
 
+    def check_served(self, hf: Any) -> None:
+        """Raise GspoError for a variant that SGLang would compute in another way."""
+        ...
+
     def linear_layers(self, hf: Any) -> Mapping[str, tuple[str, ...]]:
         """The decoder's matrices [out, in] as SGLang merges them: its name of each -> Hugging Face's of what is in it.
 

@@ -17,6 +17,7 @@ import torch
 from gspo_mm.batch.cost import FlopModel
 from gspo_mm.families.base import Copy, Entry, MergeGateUp, MergeQkv, ServedDim, StackExperts, VocabPad
 from gspo_mm.policy.parallel import ModelDims
+from gspo_mm.types import GspoError
 
 _HF_TEXT = "model.language_model"
 _HF_VISION = "model.visual"
@@ -134,6 +135,14 @@ class Qwen3VL:
             return {}
         hidden, inner = text.hidden_size, text.moe_intermediate_size
         return {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+
+    def check_served(self, hf: Any) -> None:
+        pattern = moe_layers(hf.text_config)
+        if any(pattern) and not all(pattern):  # its Qwen3MoeModel makes every layer a mixture
+            raise GspoError(
+                f"decoder layer {pattern.index(False)} is dense (mlp_only_layers or decoder_sparse_step of "
+                "config.json), which SGLang ignores in a mixture of experts; set rollout.engine=embedded"
+            )
 
     def linear_layers(self, hf: Any) -> Mapping[str, tuple[str, ...]]:
         layers: dict[str, tuple[str, ...]] = {}

@@ -116,6 +116,14 @@ def weight_map(family: Family, hf: Any) -> list[Entry]:
     return family.weight_map(hf, padded_vocab=hf.text_config.vocab_size, fused=False)
 
 
+def check_served(config: Config) -> None:
+    """Raise GspoError when servers of `config` could not compute what the policy computes."""
+    if config.rollout.engine == "sglang" and not config.rollout.replay:
+        family = family_of(config.model.path)
+        family.check_served(family.load_config(config.model.path))
+        check_blocks(config)
+
+
 def check_blocks(config: Config) -> None:
     """Raise BlockSizeError unless every server GPU gets whole blocks of every merged matrix.
 

@@ -15,6 +15,7 @@ from gspo_mm.families.served import (
     SCALE,
     BlockSizeError,
     check_blocks,
+    check_served,
     quantized_names,
     served,
     served_template,
@@ -25,6 +26,7 @@ from gspo_mm.families.write import write_hf
 from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.servers import server_options
 from gspo_mm.sync.quantize import FP8
+from gspo_mm.types import GspoError
 from tests.unit.test_quantize import LAYER, WIDE, apart, config, make, make_wide, quantizer
 
 
@@ -195,3 +197,11 @@ def test_a_model_of_other_dims_is_refused_before_servers_start(tiny_model: Path,
     ):
         served(config(tiny_model, tmp_path))
     check_blocks(config(tiny_model, rollout={"sglang": {}}))
+
+
+def test_a_mixture_with_dense_layers_is_refused_for_servers_only(wide: Path, tiny_model: Path) -> None:
+    with pytest.raises(GspoError, match=r"^decoder layer 1 is dense .*; set rollout\.engine=embedded$"):
+        check_served(config(wide))
+    without = {"engine": "embedded", "sglang": {"fp8": False}}
+    check_served(config(wide, rollout=without))
+    check_served(config(tiny_model, rollout={"sglang": {"fp8": False}}))

@@ -1,9 +1,11 @@
 """What rollout.max_staleness=1 saves: the SGLang quick start with sampling and training in turn, and side by side.
 
-    OMP_NUM_THREADS=1 python tools/bench/overlap.py --steps 30
+    OMP_NUM_THREADS=1 python tools/bench/overlap.py --steps 40
 
 Needs what `make quickstart` leaves. In turn, a step takes rollout + training; side by side it can take no less than the
-longer of the two. The ratio of the measured step to that bound is printed, and the largest staleness of any token.
+longer of the two, and no less than what trainer and servers compute, divided by the cores of this machine: where they
+have to share cores, the second bound is the higher one. The ratios of the measured step to both bounds are printed, and
+the largest staleness of any token.
 """
 
 from __future__ import annotations
@@ -14,45 +16,71 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
+import psutil
 import typer
 
 CONFIG = "configs/quickstart_sglang.yaml"
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="steps of each run")] = 30,
+    steps: Annotated[int, typer.Option(help="steps of each run")] = 40,
     warmup: Annotated[int, typer.Option(help="steps not counted")] = 5,
     mode: Annotated[str, typer.Option(help="sync.mode")] = "distributed",
+    on_update: Annotated[str, typer.Option(help="rollout.on_update")] = "retract",
 ) -> None:
-    """Print medians of both runs and the ratio to the bound."""
+    """Print medians of both runs and the ratios to the bounds."""
     with tempfile.TemporaryDirectory() as folder:
-        in_turn = run(folder, 0, steps, mode)[warmup:]
-        beside = run(folder, 1, steps, mode)[warmup:]
-    rollout = median(line["time/rollout"] for line in in_turn)
-    training = median(line["time/step"] - line["time/rollout"] for line in in_turn)
-    step = median(line["time/step"] for line in beside)
+        settings = {
+            "run.dir": folder,
+            "train.steps": steps,
+            "sync.mode": mode,
+            "rollout.on_update": on_update,
+        }
+        in_turn = run(settings, 0, warmup)
+        beside = run(settings, 1, warmup)
+    rollout = in_turn.median("time/rollout")
+    training = in_turn.median("time/step") - rollout
+    step, cores = beside.median("time/step"), len(os.sched_getaffinity(0))
+    typer.echo(f"{platform.machine()}, {cores} cores; sglang {version('sglang')}, torch {version('torch')}")
     typer.echo(
-        f"{platform.machine()}, {os.cpu_count()} cores; sglang {version('sglang')}, torch {version('torch')}"
+        f"in turn       rollout {rollout:.2f} s + training {training:.2f} s, of which sync "
+        f"{in_turn.median('time/sync'):.2f} s; {in_turn.computed:.2f} s of a core"
     )
     typer.echo(
-        f"in turn      rollout {rollout:.2f} s + training {training:.2f} s, of which sync {sync(in_turn):.2f} s"
+        f"side by side  {step:.2f} s, sync {beside.median('time/sync'):.2f} s; {beside.computed:.2f} s of a core"
     )
-    typer.echo(f"side by side {step:.2f} s, sync {sync(beside):.2f} s")
-    typer.echo(f"ratio to the longer of the two  {step / max(rollout, training):.2f}")
-    typer.echo(f"largest staleness               {max(line['rollout/staleness_max'] for line in beside):.0f}")
+    typer.echo(f"ratio to the longer of the two      {step / max(rollout, training):.2f}")
+    typer.echo(
+        f"ratio to what the cores need for it {beside.mean('time/step') * cores / beside.computed:.2f}"
+    )
+    typer.echo(
+        f"largest staleness                   {max(line['rollout/staleness_max'] for line in beside.lines):.0f}"
+    )
 
 
-def run(folder: str, staleness: int, steps: int, mode: str) -> list[dict[str, float]]:
-    """The metrics of each step."""
-    settings = {
-        "run.dir": folder,
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    lines: list[dict[str, float]]  # metrics of the counted steps
+    computed: float  # seconds of a core per step, of the trainer and its servers
+
+    def median(self, name: str) -> float:
+        return median(line[name] for line in self.lines)
+
+    def mean(self, name: str) -> float:
+        return sum(line[name] for line in self.lines) / len(self.lines)
+
+
+def run(settings: dict[str, object], staleness: int, warmup: int) -> Run:
+    """Train, and look on."""
+    settings = settings | {
         "run.name": f"staleness-{staleness}",
-        "train.steps": steps,
         "train.eval_every": 0,
         "train.eval_prompts": 1,
         "checkpoint.every": 0,
@@ -60,16 +88,38 @@ def run(folder: str, staleness: int, steps: int, mode: str) -> list[dict[str, fl
         "observe.report": "false",
         "observe.save_rollouts_every": 0,
         "rollout.max_staleness": staleness,
-        "sync.mode": mode,
     }
     words = [f"{key}={value}" for key, value in settings.items()]
-    subprocess.run([sys.executable, "-m", "gspo_mm.cli", "train", CONFIG, *words], check=True)
-    lines = (Path(folder) / f"staleness-{staleness}" / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["step"] > 0]
+    command = [sys.executable, "-m", "gspo_mm.cli", "train", CONFIG, *words]
+    path = Path(str(settings["run.dir"])) / f"staleness-{staleness}" / "metrics.jsonl"
+    looks: dict[int, float] = {}  # by steps done, when first seen: seconds of a core
+    with psutil.Popen(command) as trainer:
+        while trainer.poll() is None:
+            done = path.read_text().count("\n") - 1 if path.exists() else 0
+            # the last step evaluates, so it does not count
+            if warmup <= done < int(str(settings["train.steps"])) and done not in looks:
+                looks[done] = computed(trainer)
+            time.sleep(0.02)
+    if trainer.returncode:
+        raise subprocess.CalledProcessError(trainer.returncode, command)
+    first, last = min(looks), max(looks)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return Run(
+        lines=[line for line in lines if first < line["step"] <= last],
+        computed=(looks[last] - looks[first]) / (last - first),
+    )
 
 
-def sync(lines: list[dict[str, float]]) -> float:
-    return median(line["time/sync"] for line in lines)
+def computed(trainer: psutil.Process) -> float:
+    """Seconds of a core that a process and its descendants have taken."""
+    total = 0.0
+    for process in [trainer, *trainer.children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
 
 
 if __name__ == "__main__":
