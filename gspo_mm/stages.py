@@ -24,8 +24,10 @@ from gspo_mm.policy.reference import Reference
 from gspo_mm.reward.spec import RewardFunction, load_reward
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
+from gspo_mm.rollout.registry import servers_folder
 from gspo_mm.rollout.replay import Replay
 from gspo_mm.rollout.scheduler import Scheduler
+from gspo_mm.rollout.servers import ServerHost, host_beside_trainer
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.sync.parity import Gap, check_parity
@@ -54,6 +56,7 @@ class Stages:
     policy: Policy
     weights: WeightPush
     reference: Reference | None
+    host: ServerHost | None  # servers of a machine that rank 0 is not on
     sampling: SamplingParams
 
     @contextmanager
@@ -72,6 +75,8 @@ class Stages:
         self.weights.close()
         if self.engine:
             self.engine.close(reason)
+        if self.host:
+            self.host.stop(reason)
 
 
 def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
@@ -94,6 +99,10 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
     canary: list[EncodedPrompt] = []
     engine: RolloutEngine | None = None
     with ranks.together():
+        host = build_host(config, ranks)
+    with ranks.together():
+        if host:
+            host.start()
         if ranks.main:
             held_out = held_out_prompts(config, processor)
             canary = canary_prompts(config, processor, held_out)
@@ -113,6 +122,7 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
         policy=policy,
         weights=build_push(config, policy, engine),
         reference=Reference(policy) if config.loss.kl_coef else None,
+        host=host,
         sampling=SamplingParams(**config.rollout.sampling.model_dump()),
     )
 
@@ -124,6 +134,21 @@ def build_engine(config: Config, processor: Processor) -> RolloutEngine:
     return EmbeddedEngine(
         config.model.path, processor, dtype=DTYPES[config.policy.dtype], max_batch=config.rollout.max_batch
     )
+
+
+def build_host(config: Config, ranks: Ranks) -> ServerHost | None:
+    """With rollout.sglang.start=beside, on the first rank of each machine but rank 0's, whose engine starts its own."""
+    rollout = config.rollout
+    if (
+        rollout.engine != "sglang"
+        or rollout.replay
+        or rollout.sglang.urls
+        or rollout.sglang.start != "beside"
+    ):
+        return None
+    if ranks.main or os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    return host_beside_trainer(served(config), servers_folder(config.run.path))
 
 
 def build_scheduler(

@@ -19,12 +19,14 @@ class SamplingConfig(Section):
 class SGLangConfig(Section):
     """`rollout.sglang`: the servers that answer, where rollout.engine=sglang."""
 
-    start: Literal["here", "elsewhere"] = Field(
+    start: Literal["here", "beside", "elsewhere"] = Field(
         default="here",
-        description="here: rank 0 starts them on its machine; elsewhere: `gspo-mm serve` does, on any machine that "
-        "shares run.dir",
+        description="here: on rank 0's machine; beside: on every machine of the trainer; elsewhere: `gspo-mm serve` "
+        "starts them, on any machine that shares run.dir",
     )
-    servers: Positive = Field(default=1, description="servers to start here, or to wait for")
+    servers: Positive = Field(
+        default=1, description="servers to start, with start=beside on each machine; or to wait for"
+    )
     urls: list[str] = Field(
         default=[],
         description="servers that somebody else keeps running, instead of starting any; their keys are read from "
@@ -33,9 +35,10 @@ class SGLangConfig(Section):
     python: str | None = Field(
         default=None, description="interpreter of the environment that has sglang; null: this one"
     )
-    host: str = Field(
-        default="127.0.0.1",
-        description="address that servers listen on; for start=elsewhere that of the cluster's own network",
+    host: str | None = Field(
+        default=None,
+        description="address that servers listen on, for start=elsewhere that of the cluster's own network; null: "
+        "loopback, or with start=beside on several machines the address that leads to rank 0",
     )
     colocate: bool = Field(
         default=False,

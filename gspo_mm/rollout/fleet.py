@@ -10,14 +10,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable
 
 from gspo_mm.config import Config
 from gspo_mm.rollout.registry import Registration, beat, forget_ended, registered, servers_folder
 from gspo_mm.rollout.router import Router
-from gspo_mm.rollout.servers import ServerError, ServerHost, is_alive
+from gspo_mm.rollout.servers import (
+    ServerError,
+    ServerHost,
+    host_beside_trainer,
+    is_alive,
+    trainer_machines,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +37,7 @@ class Fleet:
         self._config = config
         self._sglang = config.rollout.sglang
         self._folder = servers_folder(config.run.path)
-        self._wanted = len(self._sglang.urls) or self._sglang.servers
+        self._wanted = len(self._sglang.urls) or self._sglang.servers * trainer_machines(config)
         self._up: dict[str, Registration] = {}
         self._versions: dict[str, int] = {}  # by generation
         self._version = -1
@@ -44,9 +49,8 @@ class Fleet:
         self._task: asyncio.Task[None] | None = None
         self._host: ServerHost | None = None
         forget_ended(self._folder)
-        if self._sglang.start == "here" and not self._sglang.urls:
-            training = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            self._host = ServerHost(config, self._folder, prefix=socket.gethostname(), training=training)
+        if self._sglang.start != "elsewhere" and not self._sglang.urls:
+            self._host = host_beside_trainer(config, self._folder)
 
     async def open(self) -> None:
         """Start what is to be started here and wait for all servers. Raises ServerError when they do not come."""

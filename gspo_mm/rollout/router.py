@@ -13,12 +13,12 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from gspo_mm.rollout.registry import Registration
-from gspo_mm.rollout.servers import free_port
+from gspo_mm.rollout.servers import LOOPBACK
 from gspo_mm.runtime.guard import guarded
+from gspo_mm.runtime.net import free_port
 
 logger = logging.getLogger(__name__)
 
-_HOST = "127.0.0.1"  # the trainer alone talks to it
 _KEY = "GSPO_MM_ROUTER_KEY"
 # the key travels in the environment: a command line is for everybody to read
 _LAUNCH = (
@@ -36,7 +36,7 @@ class Router:
     """The router's process and the servers that it knows."""
 
     def __init__(self, log: Path) -> None:
-        self.url = f"http://{_HOST}:{free_port(_HOST)}"
+        self.url = f"http://{LOOPBACK}:{free_port(LOOPBACK)}"
         self.api_key = secrets.token_hex(24)
         self.workers: dict[str, str] = {}  # the router's id of each server, by URL
         self._client = httpx.AsyncClient(
@@ -46,8 +46,8 @@ class Router:
         # a prompt goes where its beginning is known, unless that server has more than one prompt more to answer than
         # another: each stands for a whole group, and sglang-router's own 64 would leave servers idle
         command = [
-            sys.executable, "-c", _LAUNCH, "--host", _HOST, "--port", port, "--prometheus-host", _HOST,
-            "--prometheus-port", str(free_port(_HOST)), "--policy", "cache_aware", "--balance-abs-threshold", "1",
+            sys.executable, "-c", _LAUNCH, "--host", LOOPBACK, "--port", port, "--prometheus-host", LOOPBACK,
+            "--prometheus-port", str(free_port(LOOPBACK)), "--policy", "cache_aware", "--balance-abs-threshold", "1",
             "--balance-rel-threshold", "1.0", "--disable-retries",
             "--request-timeout-secs", "86400", "--log-level", "warn",
         ]  # fmt: skip

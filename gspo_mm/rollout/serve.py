@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from gspo_mm.config import Config
 from gspo_mm.rollout.registry import last_beat, servers_folder
 from gspo_mm.rollout.servers import ServerError, ServerHost
+from gspo_mm.runtime.net import machine_name
 from gspo_mm.runtime.preempt import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,7 @@ def serve(config: Config) -> str:
     kept running. A signal ends it in order: the trainer is told.
     """
     folder = servers_folder(config.run.path)
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    host = ServerHost(config, folder, prefix=f"{node}-{os.getpid()}")
+    host = ServerHost(config, folder, prefix=f"{machine_name()}-{os.getpid()}")
     reason = "its keeper failed"
     with StopRequest("stopping the servers") as stop:
         host.start()

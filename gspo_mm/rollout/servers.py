@@ -1,8 +1,8 @@
 """Starts SGLang servers on this machine and keeps them running, each under a guard so that none outlives us.
 
 A `ServerHost` has one thread per server: start it, wait until it is ready, tell RUN/servers, watch it, and start it
-anew when it is gone. rank 0 runs a host where rollout.sglang.start=here; `gspo-mm serve` runs one elsewhere. Every
-server has its own random keys, listens on `rollout.sglang.host` only, and logs into RUN/servers.
+anew when it is gone. rank 0 runs a host where rollout.sglang.start=here, one rank of each machine where it is beside;
+`gspo-mm serve` runs one elsewhere. Every server has its own random keys, listens on one address only, and logs into RUN/servers.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ from omegaconf import OmegaConf
 from gspo_mm.config import Config, SGLangConfig
 from gspo_mm.rollout import sglang_cpu
 from gspo_mm.rollout.registry import Registration, register, write_private
+from gspo_mm.runtime.dist import world_size
 from gspo_mm.runtime.guard import guarded
+from gspo_mm.runtime.net import address_towards, free_port, machine_name
 from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.types import GspoError
 
 logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
 
 _POLL = 0.2  # seconds
 _HEALTH_EVERY = 30.0  # seconds
@@ -53,8 +57,13 @@ class ServerError(GspoError):
 class ServerHost:
     """The servers of this machine. `start` returns at once; RUN/servers tells when each is ready."""
 
-    def __init__(self, config: Config, folder: Path, *, prefix: str, training: int = 0) -> None:
-        """Raises ServerError when sglang is not installed, or GPUs are too few beside those that are `training`."""
+    def __init__(
+        self, config: Config, folder: Path, *, prefix: str, training: int = 0, address: str = LOOPBACK
+    ) -> None:
+        """`address` is listened on where rollout.sglang.host names none; `training`: GPUs that are taken.
+
+        Raises ServerError when sglang is not installed, or GPUs are too few.
+        """
         sglang = config.rollout.sglang
         check_installed(sglang.python)
         gpus: list[int | None] = [None] * sglang.servers
@@ -62,7 +71,7 @@ class ServerHost:
             gpus = [*first_gpus(sglang, training=training, present=torch.cuda.device_count())]
         self._stop = threading.Event()
         self._keepers = [
-            _Keeper(config, folder, f"{prefix}-{i}", first_gpu=gpu, stop=self._stop)
+            _Keeper(config, folder, f"{prefix}-{i}", sglang.host or address, first_gpu=gpu, stop=self._stop)
             for i, gpu in enumerate(gpus)
         ]
 
@@ -87,13 +96,21 @@ class _Keeper:
     """Keeps one server running."""
 
     def __init__(
-        self, config: Config, folder: Path, name: str, *, first_gpu: int | None, stop: threading.Event
+        self,
+        config: Config,
+        folder: Path,
+        name: str,
+        address: str,
+        *,
+        first_gpu: int | None,
+        stop: threading.Event,
     ) -> None:
         self.thread = threading.Thread(target=self._keep, name=f"keeper of {name}", daemon=True)
         self._config = config
         self._sglang = config.rollout.sglang
         self._folder = folder
         self._name = name
+        self._address = address
         self._first_gpu = first_gpu
         self._ending = stop
         self.stop_reason = "stopped"
@@ -136,12 +153,11 @@ class _Keeper:
             self._tell("stopped", "", self.stop_reason)
 
     def _registration(self, generation: str) -> Registration:
-        host = self._sglang.host
         return Registration(
             name=self._name,
             generation=generation,
             state="up",
-            url=f"http://{host}:{free_port(host)}",
+            url=f"http://{self._address}:{free_port(self._address)}",
             api_key=secrets.token_hex(24),
             admin_key=secrets.token_hex(24),
             workers=self._sglang.tp,
@@ -227,6 +243,22 @@ class _Keeper:
     def _last_words(self) -> str:
         lines = self._log().read_text(errors="replace").splitlines()[-_LOG_LINES:]
         return f"the end of {self._log()}:\n" + "\n".join(f"    {line[:300]}" for line in lines)
+
+
+def host_beside_trainer(config: Config, folder: Path) -> ServerHost:
+    """The servers of this machine of the trainer, not yet started. Raises ServerError like `ServerHost`."""
+    several = trainer_machines(config) > 1
+    address = address_towards([os.environ["MASTER_ADDR"]]) if several else LOOPBACK
+    return ServerHost(config, folder, prefix=machine_name(), training=_ranks_here(), address=address)
+
+
+def trainer_machines(config: Config) -> int:
+    """On how many machines the trainer starts servers."""
+    return world_size() // _ranks_here() if config.rollout.sglang.start == "beside" else 1
+
+
+def _ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def first_gpus(sglang: SGLangConfig, *, training: int, present: int) -> range:
@@ -321,10 +353,3 @@ def check_installed(python: str | None) -> None:
         raise ServerError(f"rollout.sglang.python={python} cannot be run: {error.strerror}") from None
     if done.returncode:
         raise ServerError(f"rollout.sglang.python={python} has no sglang; pip install sglang there")
-
-
-def free_port(host: str) -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]

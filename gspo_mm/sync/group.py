@@ -26,6 +26,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.servers import ServerError
+from gspo_mm.runtime.net import address_towards
 from gspo_mm.sync.buckets import Bucket
 from gspo_mm.sync.calls import Calls, answers
 
@@ -95,7 +96,8 @@ class Sending:
 def connect(calls: Calls, *, device: torch.device) -> UpdateGroup:
     """Make a group with all workers of the servers. Raises ServerError when one does not join."""
     name = f"gspo-mm-{secrets.token_hex(4)}"
-    host, backend = address_towards(calls.servers), "nccl" if device.type == "cuda" else "gloo"
+    host = address_towards(urlsplit(server.url).hostname or "127.0.0.1" for server in calls.servers)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     size = 1 + sum(server.workers for server in calls.servers)
     timeout = timedelta(seconds=calls.left())
     listener = socket.create_server((host, 0))
@@ -134,17 +136,6 @@ def connect(calls: Calls, *, device: torch.device) -> UpdateGroup:
         made.close(broken=True)
         raise
     return made
-
-
-def address_towards(servers: list[Registration]) -> str:
-    """This machine's address on the way to the servers."""
-    hosts = [urlsplit(server.url).hostname or "127.0.0.1" for server in servers]
-    addresses = set()
-    for host in hosts:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing: only the route is looked up
-            addresses.add(probe.getsockname()[0])
-    return next((address for address in sorted(addresses) if not address.startswith("127.")), "127.0.0.1")
 
 
 def _destroy(group: Any) -> None:

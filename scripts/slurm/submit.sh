@@ -12,7 +12,7 @@ their logs, which are RUN/slurm/*.out. The same command again continues a run th
 
   --nodes N            nodes of the trainer [1]
   --rollout-nodes N    nodes of SGLang servers, as a job of their own; each starts rollout.sglang.servers of them
-                       [0: none, rank 0 starts its servers beside itself]
+                       [0: none, the trainer starts them beside itself, as rollout.sglang.start says]
   --gpus-per-node N    GPUs, and so ranks, per node; 0: CPU nodes, one rank each [GSPO_GPUS_PER_NODE]
   --time TIME          time limit of each job, such as 4:00:00 [GSPO_TIME]
   --requeue            near the time limit or when preempted: save, go back into the queue and continue

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gspo_mm.observe.metrics import read_metrics
-from tests.slurm.cluster import Cluster
+from gspo_mm.rollout.registry import registered
+from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.conftest import Job
 
 pytestmark = pytest.mark.slow
@@ -82,3 +83,25 @@ def test_cancelled_servers_stop_their_trainer_which_can_go_on_later(
     run = short_config.parent / "runs" / request.function.__name__
     last = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{last:08d}" / "state.json").exists()
+
+
+def test_each_machine_of_the_trainer_runs_servers_beside_it(
+    submit: Callable[..., list[Job]], short_config: Path
+) -> None:
+    (trainer,) = submit(
+        short_config,
+        "run.name=beside",
+        *SGLANG,
+        "rollout.sglang.start=beside",
+        "rollout.sglang.colocate=true",
+        "policy.parallel.ep=2",
+        "train.steps=2",
+        *("--nodes", 2),
+        GSPO_POLL_SECONDS="2",
+    )
+    assert trainer.until_over() == "COMPLETED", trainer.told()
+    run = short_config.parent / "runs" / "beside"
+    assert [line["rollout/servers_up"] for line in read_metrics(run) if line["step"]] == [2.0, 2.0]
+    servers = registered(run / "servers")
+    assert {server.name for server in servers} == {f"{node}-0" for node in NODES}
+    assert {server.reason for server in servers} == {"the run has ended"}

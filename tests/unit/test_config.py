@@ -81,7 +81,7 @@ def assert_told(config_file: Path, override: str, words: list[str]) -> None:
     [
         ("rollout.engine=vllm", ["rollout.engine='vllm'", "'embedded' or 'sglang'"]),
         ("rollout.sglang.servrs=2", ["rollout.sglang.servrs=2", "did you mean servers"]),
-        ("rollout.sglang.start=there", ["rollout.sglang.start='there'", "'here' or 'elsewhere'"]),
+        ("rollout.sglang.start=there", ["rollout.sglang.start='there'", "'here', 'beside' or 'elsewhere'"]),
         ("rollout.sglang.servers=0", ["rollout.sglang.servers=0", "greater than or equal to 1"]),
         ("rollout.sglang.tp=0", ["rollout.sglang.tp=0", "greater than or equal to 1"]),
         ("rollout.sglang.ep=2", ["rollout.sglang.ep=2", "rollout.sglang.tp=1", "divide"]),

@@ -30,6 +30,7 @@ from gspo_mm.rollout.servers import (
     check_installed,
     first_gpus,
     server_options,
+    trainer_machines,
 )
 from tests.waiting import PATIENCE, eventually
 
@@ -145,6 +146,21 @@ def test_too_few_gpus_are_told() -> None:
         ServerError, match=r"servers=4 of tp=2 need 8 GPUs beside the 4 that train, and .* has 8; .*colocate"
     ):
         first_gpus(SGLangConfig(servers=4, tp=2), training=4, present=8)
+
+
+@pytest.mark.parametrize(
+    ("start", "world", "machines"),
+    [("here", 16, 1), ("beside", 16, 2), ("beside", 8, 1), ("elsewhere", 16, 1)],
+)
+def test_servers_are_started_on_every_machine_of_the_trainer(
+    start: str, world: int, machines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (
+        trainer_machines(new_config(tmp_path, sglang={"start": start}, rollout={"prompts_per_step": 64}))
+        == machines
+    )
 
 
 def test_servers_draw_different_random_numbers(tmp_path: Path) -> None:
