@@ -245,8 +245,12 @@ class Loop:
 
     def record(self, metrics: dict[str, float]) -> None:
         """Write the step's line of metrics.jsonl and show it."""
-        source = self.stages.source
+        source, engine = self.stages.source, self.stages.engine
         times = self.phases.take()
+        if isinstance(engine, SGLangEngine):
+            step = times["time/step"]
+            metrics["busy/trainer"] = 1 - times.get("time/rollout", 0.0) / step
+            metrics["busy/servers"] = engine.busy.take() / step
         tokens = metrics.pop("tokens")
         work = {name: metrics.pop(name) for name in list(metrics) if name.startswith(("flops/", "tokens/"))}
         metrics = {

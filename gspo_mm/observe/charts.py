@@ -121,6 +121,13 @@ CHARTS = [
         },
     ),
     Chart(
+        title="Busy",
+        unit="fraction of the step",
+        about="The trainer while it did not wait for answers, servers while they had any to give; with max_staleness above 0 "
+        "the slower of the two comes near 1.",
+        series={"trainer": "busy/trainer", "servers": "busy/servers"},
+    ),
+    Chart(
         title="Servers",
         unit="servers",
         about="Those that answered when the step ended, and those that had been lost and came back in the meantime.",

@@ -67,6 +67,8 @@ METRICS = {
     "rollout/in_flight": "groups on the servers, or answered and waiting, while the step trained",
     "rollout/servers_up": "servers that answered when the step ended",
     "rollout/servers_back": "servers that had been lost and came back since the last step",
+    "busy/trainer": "fraction of the step that the trainer did not wait for answers",
+    "busy/servers": "fraction of the step that servers had something to answer, or stood still for new weights meanwhile",
     "batch/imbalance": "estimated cost of the costliest data-parallel rank above the mean rank",
     "batch/slot_imbalance": "the same where ranks meet at every micro-batch, as with experts spread over them",
     "batch/padding": "fraction of the tokens that only rounds sequences up for context parallelism",

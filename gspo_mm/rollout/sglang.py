@@ -24,6 +24,7 @@ from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.replies import ReplyReader
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.background import Background
+from gspo_mm.runtime.phases import Busy
 from gspo_mm.types import Completion, EncodedImage, EncodedPrompt, Finish, GspoError, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class SGLangEngine:
         self._deadline = config.rollout.sglang.request_timeout
         # by priority: evaluation does not queue behind what is sampled for training
         self._slots = [asyncio.Semaphore(config.rollout.max_in_flight) for _ in range(2)]
+        self.busy = Busy()  # while servers have something to answer
         self._background = Background("rollouts")
         self._replies = ReplyReader()
         self._closed = False
@@ -115,8 +117,9 @@ class SGLangEngine:
     ) -> list[Completion]:
         """One group. Raises PromptMismatchError, or ServerError past rollout.sglang.request_timeout."""
         async with self._slots[priority]:
-            request = request_of(prompt, self._processor, sampling, group_size)
-            replies = await self.ask(request | {"priority": priority})
+            with self.busy:
+                request = request_of(prompt, self._processor, sampling, group_size)
+                replies = await self.ask(request | {"priority": priority})
         return [self._completion(reply, prompt) for reply in replies]
 
     async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:

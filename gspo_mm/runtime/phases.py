@@ -1,7 +1,8 @@
-"""Seconds spent in each phase of a step."""
+"""Seconds spent in each phase of a step, and on work that goes on beside it."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -34,3 +35,37 @@ class Phases:
         self._seconds.clear()
         self._began = now
         return times
+
+
+class Busy:
+    """`with busy: ...` by any number of threads or tasks; `take()` says for how long there was at least one inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._seconds = 0.0
+        self._since = time.perf_counter()
+
+    def __enter__(self) -> None:
+        self._count(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._count(-1)
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        with self._lock:
+            self._settle()
+            seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._settle()
+            self._inside += change
+
+    def _settle(self) -> None:
+        now = time.perf_counter()
+        if self._inside:
+            self._seconds += now - self._since
+        self._since = now

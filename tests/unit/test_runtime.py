@@ -10,7 +10,7 @@ import pytest
 
 from gspo_mm.observe.progress import Progress
 from gspo_mm.runtime.log import setup_logging
-from gspo_mm.runtime.phases import Phases
+from gspo_mm.runtime.phases import Busy, Phases
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed
 
@@ -41,6 +41,23 @@ def test_phases_add_up_within_a_step_and_start_anew(monkeypatch: pytest.MonkeyPa
         pass
     assert phases.take() == {"time/b": 1.0, "time/step": 10.0}
     assert entered == ["a", "a", "b"]
+
+
+def test_work_beside_counts_once_however_much_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("gspo_mm.runtime.phases.time.perf_counter", lambda: now)
+    busy = Busy()
+    now = 1.0
+    with busy:
+        now = 2.0
+        with busy:
+            now = 4.0
+        now = 5.0
+        assert busy.take() == 4.0, "from 1 to 5"
+        now = 7.0
+    now = 10.0
+    assert busy.take() == 2.0, "from 5 to 7"
+    assert busy.take() == 0.0
 
 
 def test_a_signal_becomes_a_request_and_handlers_come_back() -> None:

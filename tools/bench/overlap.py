@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python tools/bench/overlap.py --steps 40
 
 Needs what `make quickstart` leaves. In turn, a step takes rollout + training; side by side it can take no less than the
-longer of the two, and no less than what trainer and servers compute, divided by the cores of this machine: where they
-have to share cores, the second bound is the higher one. The ratios of the measured step to both bounds are printed, and
-the largest staleness of any token.
+longer of the two. Where both have to share the cores of this machine, each takes longer beside the other than alone, so
+the ratio is printed twice: to the longer of rollout and training as they took in turn, and as they took side by side.
+Beside them is how busy that kept the cores, and the largest staleness of any token.
 """
 
 from __future__ import annotations
@@ -56,13 +56,12 @@ def main(
     typer.echo(
         f"side by side  {step:.2f} s, sync {beside.median('time/sync'):.2f} s; {beside.computed:.2f} s of a core"
     )
-    typer.echo(f"ratio to the longer of the two      {step / max(rollout, training):.2f}")
-    typer.echo(
-        f"ratio to what the cores need for it {beside.mean('time/step') * cores / beside.computed:.2f}"
-    )
-    typer.echo(
-        f"largest staleness                   {max(line['rollout/staleness_max'] for line in beside.lines):.0f}"
-    )
+    busy = max(beside.mean("busy/trainer"), beside.mean("busy/servers"))
+    largest = max(line["rollout/staleness_max"] for line in beside.lines)
+    typer.echo(f"ratio to the longer of both, as it takes in turn  {step / max(rollout, training):.2f}")
+    typer.echo(f"                             as it takes here     {1 / busy:.2f}")
+    typer.echo(f"cores in use       {beside.computed / (cores * beside.mean('time/step')):.0%}")
+    typer.echo(f"largest staleness  {largest:.0f}")
 
 
 @dataclass(frozen=True, kw_only=True)
