@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -65,6 +66,7 @@ class SGLangEngine:
         self.busy = Busy()  # while servers have something to answer
         self._background = Background("rollouts")
         self._replies = ReplyReader()
+        self._name = secrets.token_hex(4)  # servers of rollout.sglang.urls may have answered another run
         self._closed = False
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=10.0), limits=httpx.Limits(max_connections=None)
@@ -119,7 +121,10 @@ class SGLangEngine:
         async with self._slots[priority]:
             with self.busy:
                 request = request_of(prompt, self._processor, sampling, group_size)
-                replies = await self.ask(request | {"priority": priority})
+                # `extra_key`: prefixes are shared only with prompts of the same weights. A server that keeps answers under
+                # way through an update (rollout.on_update=in_place) cannot forget those that it has.
+                request |= {"priority": priority, "extra_key": f"{self._name} {self.version}"}
+                replies = await self.ask(request)
         return [self._completion(reply, prompt) for reply in replies]
 
     async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:

@@ -42,8 +42,7 @@ class DiskSender:
         self._policy.ranks.stream_to_main(tensors, lambda sent: self._write(path, sent))
         with self._policy.ranks.together():
             if self._engine:
-                timeout = self._config.sync.timeout
-                self._engine.run(load_folder(self._engine, servers, path, version=version, timeout=timeout))
+                self._engine.run(load_folder(self._engine, servers, path, self._config, version=version))
                 for old in self._folder.iterdir():
                     if old != path:
                         shutil.rmtree(old, ignore_errors=True)
@@ -73,15 +72,15 @@ def write_served(
 
 
 async def load_folder(
-    engine: SGLangEngine, servers: list[Registration], path: Path, *, version: int, timeout: float
+    engine: SGLangEngine, servers: list[Registration], path: Path, config: Config, *, version: int
 ) -> None:
     """Let servers read a Hugging Face folder. Raises ServerError."""
     await engine.control_all(
         servers,
         "/update_weights_from_disk",
-        timeout=timeout,
+        timeout=config.sync.timeout,
         model_path=str(path),
         weight_version=str(version),
         load_format="auto",  # those of FP8 servers is "dummy", which would be random weights
-        flush_cache=True,
+        flush_cache=config.rollout.on_update == "retract",
     )

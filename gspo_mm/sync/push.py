@@ -97,7 +97,7 @@ def serve_folder(engine: RolloutEngine, config: Config) -> None:
         path = exchange_folder(config) / "v0"
         tensors = on_the_way(config)(source)
         write_served(path, served_template(config), tensors, bucket_mb=config.sync.bucket_mb)
-    engine.run(load_folder(engine, servers, path, version=0, timeout=config.sync.timeout))
+    engine.run(load_folder(engine, servers, path, config, version=0))
     engine.run(engine.fleet.hold(0, servers))
     if config.rollout.sglang.fp8:
         shutil.rmtree(path, ignore_errors=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -22,9 +24,13 @@ from gspo_mm.sync.checksums import Checksums, server_name
 from gspo_mm.sync.push import ServerPush, build_push
 from gspo_mm.types import Completion, EncodedPrompt, GspoError, SamplingParams, Sequence
 from tests.sglang.conftest import MakeConfig
+from tests.waiting import PATIENCE, eventually
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=6)
 MODES = ["disk", "distributed", "tensor"]
+VERSIONS = itertools.count(
+    100
+)  # that no other test uses: with in_place, servers keep what they cached under a version
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +146,52 @@ def test_when_only_the_vision_tower_changes_the_same_prompt_gets_another_answer(
     for prompt, old, new in zip(some, before, after, strict=True):
         moved = max(abs(a - b) for a, b in zip(old.logprobs, new.logprobs, strict=False))
         assert (moved > 1e-4) == bool(prompt.prompt.images), prompt.prompt.key
+
+
+@pytest.mark.parametrize("on_update", ["retract", "in_place"])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_answer_under_way_goes_on_with_the_new_weights(
+    mode: str,
+    on_update: str,
+    make_config: MakeConfig,
+    policy: Policy,
+    engine: SGLangEngine,
+    processor: Processor,
+    some: list[EncodedPrompt],
+) -> None:
+    push = build_push(make_config(sync={"mode": mode}, rollout={"on_update": on_update}), policy, engine)
+    first, second = next(VERSIONS), next(VERSIONS)
+    push.push(version=first)
+    greedy(engine, some)  # prefixes that later prompts must not be given
+    under_way = engine.start(some[3], 1, SamplingParams(temperature=0.0, max_new_tokens=200))
+    eventually(lambda: running(engine) > 0)
+    old = {name: policy.weights[name].detach().clone() for name in policy.weights.names()}
+    perturb(policy, seed=13)
+    push.push(version=second)
+    assert gap(policy, processor, some, greedy(engine, some)) <= 1e-4
+    (answer,) = under_way.result(timeout=PATIENCE)
+    switch = answer.versions.index(second)
+    assert switch > 0
+    assert answer.versions == (first,) * switch + (second,) * (len(answer.versions) - switch)
+    sampled = torch.tensor(answer.logprobs)
+    (new,) = logprobs(policy, processor, [some[3]], [answer])
+    anew = (new - sampled)[switch:].abs().max().item() <= 1e-4
+    assert anew == (on_update == "retract"), "in_place goes on from keys and values of the old weights"
+    with torch.no_grad():
+        for name, tensor in old.items():
+            policy.weights[name].copy_(tensor)
+    policy.forget_features()
+    (before,) = logprobs(policy, processor, [some[3]], [answer])
+    assert (before - sampled)[:switch].abs().max() <= 1e-4
+    push.close()
+
+
+def running(engine: SGLangEngine) -> int:
+    """Answers that the server is making."""
+    (server,) = engine.fleet.up()
+    headers = {"Authorization": f"Bearer {server.api_key}"}
+    reply = httpx.get(f"{server.url}/v1/loads", headers=headers, timeout=PATIENCE)
+    return sum(load["num_running_reqs"] for load in reply.json()["loads"])
 
 
 @pytest.mark.parametrize("push", MODES, indirect=True)
