@@ -1,0 +1,228 @@
+"""A row of somebody's data set -> the files of a sample, or the reason why not.
+
+Rows come as the formats of the field have them, without renaming anything:
+
+    TRL        prompt: messages or text; image or images; solution or answer
+    verl       prompt: messages with <image> in their text; images: [{bytes, path}]; reward_model.ground_truth
+    ms-swift   messages with <image> in their text, the last one perhaps an answer; images: [path]; solution
+    slime      prompt: text or messages; images; label
+    plain      problem, question or query: text, with or without <image>; image or images; answer
+
+`Columns` names columns that are called otherwise; a dot leads into an object (reward_model.ground_truth). An image is
+a path, {bytes, path} as in parquet and `datasets`, or a data: URL; nothing is downloaded. It is kept as it is, byte by
+byte. Where no text says <image>, images come first.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gspo_mm.data.samples import BadSample, to_prompt
+
+PLACEHOLDER = "<image>"
+
+_PROMPT = ("messages", "prompt", "problem", "question", "query")
+_IMAGES = ("images", "image")
+_ANSWER = ("answer", "solution", "label", "ground_truth", "reward_model.ground_truth")
+_TASK = ("task", "ability")
+
+type Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Names of columns; None: the first one found of those that the formats above use."""
+
+    prompt: str | None = None
+    images: str | None = None
+    answer: str | None = None
+    task: str | None = None
+    meta: tuple[str, ...] = ()
+    system: str | None = None  # text of a system message to put in front; not a column
+
+
+def sample_of(row: Row, key: str, columns: Columns, *, folder: Path, task: str) -> dict[str, Any]:
+    """{"__key__": key, "json": bytes, "0.png": bytes, ...}, checked as training will check it. Raises BadSample.
+
+    `folder`: where relative paths of images begin; `task`: of rows whose task column is missing.
+    """
+    images = [_image(value, folder) for value in _images(row, columns)]
+    messages = _messages(_find(row, columns.prompt, _PROMPT, "prompt"), images, folder)
+    response = None
+    if messages[-1].get("role") == "assistant":  # ms-swift keeps a reference answer there
+        response = _text(messages.pop())
+    if columns.system is not None:
+        messages.insert(0, {"role": "system", "content": columns.system})
+    record = {
+        "messages": _placed(messages, len(images)),
+        "answer": plain(_find(row, columns.answer, _ANSWER, "answer")),
+        "task": str(_find(row, columns.task, _TASK, "task", default=task)),
+        "meta": {name: plain(_find(row, name, (), "meta")) for name in columns.meta},
+    }
+    if response is not None:
+        record["response"] = response
+    sample: dict[str, Any] = {"__key__": key, "json": json.dumps(record, ensure_ascii=False).encode()}
+    for number, (data, suffix) in enumerate(images):
+        sample[f"{number}.{suffix}"] = data
+    to_prompt({**sample, "__url__": ""})
+    return sample
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numpy's and pandas' kinds become Python's. Raises BadSample."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise BadSample("wrong value", f"{str(value)[:80]} is nothing that JSON can hold")
+
+
+_MISSING: Any = object()
+
+
+def _find(row: Row, name: str | None, usual: Sequence[str], what: str, *, default: Any = _MISSING) -> Any:
+    """The value of column `name`, or of the first of `usual` that the row has and that is not null."""
+    for candidate in (name,) if name is not None else usual:
+        value: Any = row
+        for part in candidate.split("."):
+            value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
+        if value is not _MISSING and value is not None:
+            return value
+    if default is not _MISSING and name is None:
+        return default
+    wanted = f"column {name}" if name is not None else f"any of {', '.join(usual)}"
+    raise BadSample(f"no {what}", f"{wanted} is missing or null; the row has {', '.join(row)}")
+
+
+def _images(row: Row, columns: Columns) -> list[Any]:
+    found = _find(row, columns.images, _IMAGES, "image", default=[])
+    if hasattr(found, "tolist"):
+        found = found.tolist()
+    return list(found) if isinstance(found, list | tuple) else [found]
+
+
+def _image(value: Any, folder: Path) -> tuple[bytes, str]:
+    """Encoded bytes, and the suffix of their format."""
+    if isinstance(value, Mapping) and value.get("bytes"):
+        data = value["bytes"]
+    elif isinstance(value, str) and value.startswith("data:"):
+        data = _of_url(value)
+    else:
+        path = value.get("path") if isinstance(value, Mapping) else value
+        data = _of_file(path, folder)
+    if not isinstance(data, bytes):
+        raise BadSample("corrupt image", f"bytes of type {type(data).__name__}")
+    return data, _suffix(data)
+
+
+def _of_url(url: str) -> bytes:
+    try:
+        return base64.b64decode(url.partition(",")[2], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadSample("corrupt image", f"data: URL: {error}") from None
+
+
+def _of_file(path: Any, folder: Path) -> bytes:
+    if not isinstance(path, str) or not path:
+        raise BadSample("no image", f"{str(path)[:80]!r} is no path, no bytes and no data: URL")
+    if "://" in path and not path.startswith("file://"):
+        raise BadSample("no image", f"{path} is a web address, which is not fetched; download it first")
+    try:
+        return (folder / path.removeprefix("file://")).read_bytes()
+    except OSError as error:
+        raise BadSample("no image", f"{path}: {error.strerror}") from None
+
+
+def _suffix(data: bytes) -> str:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            name = (image.format or "").lower()
+    except Image.DecompressionBombError:
+        raise BadSample("image too large", "its header says so") from None
+    except Exception as error:  # decoders raise whatever their format's library does
+        raise BadSample("corrupt image", str(error)) from None
+    return {"jpeg": "jpg", "tiff": "tif"}.get(name, name)
+
+
+def _messages(prompt: Any, images: list[tuple[bytes, str]], folder: Path) -> list[dict[str, Any]]:
+    """Chat messages whose content is text or parts; images that stand in parts are appended to `images`."""
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(m, Mapping) for m in prompt):
+        raise BadSample("wrong prompt", "it is neither text nor a list of messages")
+    messages = []
+    for message in prompt:
+        content = message.get("content")
+        if hasattr(content, "tolist"):
+            content = content.tolist()
+        if isinstance(content, list):
+            content = [_part(part, images, folder) for part in content]
+        messages.append({"role": message.get("role"), "content": content})
+    return messages
+
+
+def _part(part: Any, images: list[tuple[bytes, str]], folder: Path) -> dict[str, Any]:
+    """One part of a message, with the columns of parquet that are null left out."""
+    if not isinstance(part, Mapping):
+        raise BadSample("wrong prompt", f"a part of a message is {str(part)[:80]!r}")
+    given = {name: value for name, value in part.items() if value is not None}
+    if given.get("type") == "text":
+        return {"type": "text", "text": given.get("text")}
+    if given.get("type") not in ("image", "image_url"):
+        raise BadSample("wrong prompt", f"part type {given.get('type')!r} is neither text nor image")
+    source = given.get("image", given.get("image_url"))
+    if isinstance(source, Mapping) and "url" in source:
+        source = source["url"]
+    if source is not None:
+        images.append(_image(source, folder))
+    return {"type": "image"}
+
+
+def _placed(messages: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:
+    """The messages with an image part wherever their text says <image>, or else in front of the first user text."""
+    placed = [
+        {"role": m["role"], "content": _split(m["content"]) if isinstance(m["content"], str) else m["content"]}
+        for m in messages
+    ]
+    parts = [part for m in placed if isinstance(m["content"], list) for part in m["content"]]
+    first = next((m for m in placed if m["role"] == "user"), None)
+    if images and first and not any(part["type"] == "image" for part in parts):
+        text = first["content"] if isinstance(first["content"], list) else [_text_part(first["content"])]
+        first["content"] = [{"type": "image"}] * images + text
+    return placed
+
+
+def _split(text: str) -> str | list[dict[str, Any]]:
+    """Text as it is, or the parts around its <image>s."""
+    if PLACEHOLDER not in text:
+        return text
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(text.split(PLACEHOLDER)):
+        parts += [{"type": "image"}] if number else []
+        parts += [_text_part(piece)] if piece else []
+    return parts
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _text(message: dict[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or [])
