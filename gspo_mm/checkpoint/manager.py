@@ -29,7 +29,15 @@ from gspo_mm.types import GspoError
 logger = logging.getLogger(__name__)
 
 # what a checkpoint's content depends on: changing one of these would silently make another experiment of it
-_FIXED = ("run.seed", "model.path", "data.train", "data.shuffle_buffer", "policy.dtype", "policy.freeze")
+_FIXED = (
+    "run.seed",
+    "model.path",
+    "data.train",
+    "data.shuffle_buffer",
+    "data.curriculum",
+    "policy.dtype",
+    "policy.freeze",
+)
 
 
 class ResumeError(GspoError, ValueError):

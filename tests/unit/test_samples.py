@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gspo_mm.data.samples import MIN_READ, BadSample, SkipLog, to_prompt
+from gspo_mm.data.samples import BadSample, to_prompt
 from gspo_mm.data.shards import FAULT
+from gspo_mm.data.skips import MIN_READ, SkipLog
 from gspo_mm.types import DataError
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gspo_mm.data.shards import FAULT, Cursor, SampleStream, expand_shards, read_shard
+from gspo_mm.data.places import expand_shards
+from gspo_mm.data.shards import FAULT, read_shard
+from gspo_mm.data.stream import Cursor, SampleStream
 from gspo_mm.types import DataError
 
 
