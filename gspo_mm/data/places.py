@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -15,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import IO
-from urllib.parse import urlsplit
 
 import braceexpand
 
@@ -50,13 +50,19 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
 
 
 def shard_name(place: str) -> str:
-    """The last part of a path, URL (without its query) or command: what samples are called by."""
-    return PurePath(urlsplit(place).path if _is_url(place) else place).name
+    """The last part of a path, URL or command: what samples are called by."""
+    return PurePath(shown(place)).name
 
 
-def shown(place: str) -> str:
-    """A place as messages show it: the query of a URL is left out, it may hold a signature."""
-    return urlsplit(place)._replace(query="", fragment="").geturl() if _is_url(place) else place
+def shown(text: str) -> str:
+    """A place, or what an error says of one, for messages: without the queries of URLs, which may hold a signature."""
+    return re.sub(r"(\w+://[^\s?#]+)[?#][^\s'\")]*", r"\1", text)
+
+
+def reason_of(error: BaseException) -> str:
+    """What a store or the system says, in one line."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return shown(" ".join(said.split())) or type(error).__name__
 
 
 @contextmanager
@@ -72,12 +78,8 @@ def open_shard(place: str) -> Iterator[IO[bytes]]:
     try:
         file = _open_url(place) if _is_url(place) else Path(place).open("rb")  # noqa: SIM115  (closed by the with below)
     except Exception as error:  # every store has errors of its own
-        reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        )
         raise DataError(
-            f"shard {shown(place)} cannot be opened ({reason or type(error).__name__}); check the path and its "
-            "permissions"
+            f"shard {shown(place)} cannot be opened ({reason_of(error)}); check the path and its permissions"
         ) from None
     with file:
         yield file
@@ -88,9 +90,11 @@ def _is_url(place: str) -> bool:
 
 
 def _braces(pattern: str) -> list[str]:
+    if "{" not in pattern:
+        return [pattern]
     try:
         return list(braceexpand.braceexpand(pattern))
-    except (ValueError, braceexpand.UnbalancedBracesError) as error:
+    except ValueError as error:
         raise DataError(
             f"the braces of shard pattern {pattern} cannot be expanded ({error}); write them as in {{000..031}}"
         ) from None
@@ -110,7 +114,7 @@ def _find(place: str) -> list[str]:
         return sorted(store.unstrip_protocol(str(found)) for found in store.glob(path))
     except Exception as error:  # every store has errors of its own, and one for a driver that is not installed
         raise DataError(
-            f"{shown(place)} cannot be listed ({' '.join(str(error).split())}); check the URL and the access to it"
+            f"{shown(place)} cannot be listed ({reason_of(error)}); check the URL and the access to it"
         ) from None
 
 

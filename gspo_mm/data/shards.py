@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
-from gspo_mm.data.places import PipeError, open_shard, shown
+from gspo_mm.data.places import PipeError, open_shard, reason_of, shown
 from gspo_mm.types import DataError
 
 FAULT = "__fault__"  # key of a sample that reports damage of its shard instead of bringing data
@@ -78,4 +78,4 @@ def _members(place: str, faults: list[str]) -> Iterator[dict[str, Any]]:
             raise DataError(f"shard {shown(place)} cannot be read: {error}; try the command in a shell") from None
         faults.append(str(error))
     except Exception as error:  # tarfile, the decompressors and remote stores raise whatever they meet
-        faults.append(str(error) or type(error).__name__)
+        faults.append(reason_of(error))
