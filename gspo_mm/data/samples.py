@@ -17,7 +17,7 @@ from gspo_mm.types import EncodedImage, Prompt
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 # what Pillow may take an image for, whatever its suffix: other formats start programs (EPS) or are not of pictures
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 64_000_000  # larger images are refused by their header, before any memory is taken
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -50,6 +50,8 @@ class SkipLog:
 
     def bad(self, key: str, fault: BadSample) -> None:
         """Raises DataError when more than `data.max_bad_fraction` of at least 100 samples were unusable."""
+        if self._listed is None:
+            self.rewind()
         self.read += 1
         if isinstance(fault, LeftOut):
             self.left_out[fault.reason] += 1
@@ -95,8 +97,6 @@ class SkipLog:
     def _list(self, key: str, fault: BadSample) -> None:
         if self._quarantine is None:
             return
-        if self._listed is None:
-            self.rewind()
         assert self._listed is not None
         if key in self._listed:  # found in an earlier epoch
             return
