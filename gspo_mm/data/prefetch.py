@@ -8,6 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+# waking the other thread costs as much as reading a small sample, so it is done for several at a time
+_BATCH = 32  # items that wake a waiting caller
+_LINGER = 0.005  # seconds after which it looks for fewer
 _PATIENCE = 2.0  # seconds that `close` waits for the thread, which may hang in a read that cannot be interrupted
 
 
@@ -19,6 +22,7 @@ class _Shared:
         self.items: deque[tuple[Any, int]] = deque()  # with their bytes
         self.bytes = 0
         self.wanted = False  # the caller waits
+        self.full = 0  # bytes that waited when the thread found no room; 0: it reads
         self.ended = False  # no more items come
         self.fault: BaseException | None = None
         self.closed = False
@@ -47,12 +51,13 @@ class Prefetch[T]:
         with shared.changed:
             while not shared.items and not shared.ended and not shared.closed:
                 shared.wanted = True
-                shared.changed.wait()
+                shared.changed.wait(_LINGER)
             shared.wanted = False
             if shared.items:
                 item, size = shared.items.popleft()
                 shared.bytes -= size
-                shared.changed.notify()
+                if shared.full and (not shared.items or shared.bytes <= shared.full // 2):
+                    shared.changed.notify()
                 return item
             if shared.fault:
                 raise shared.fault
@@ -81,12 +86,14 @@ def _read(
             bytes_ = size(item)
             with shared.changed:
                 while shared.items and shared.bytes + bytes_ > max_bytes and not shared.closed:
+                    shared.full = shared.bytes
                     shared.changed.wait()
+                shared.full = 0
                 if shared.closed:
                     return
                 shared.items.append((item, bytes_))
                 shared.bytes += bytes_
-                if shared.wanted:
+                if shared.wanted and len(shared.items) >= _BATCH:
                     shared.changed.notify()
     except BaseException as error:  # raised again in the caller's thread
         fault = error

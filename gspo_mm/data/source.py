@@ -116,7 +116,7 @@ class PromptSource:
                 position=self._position,
             )
             limit = self._config.prefetch_mb * 2**20
-            self._open = Prefetch(mixture, size=_bytes, max_bytes=limit) if limit else iter(mixture)
+            self._open = Prefetch(mixture, size=size_of, maxsize_of=limit) if limit else iter(mixture)
         return self._open
 
     def _prompts(self) -> Iterator[EncodedPrompt]:
@@ -144,5 +144,6 @@ class PromptSource:
         return prompt
 
 
-def _bytes(item: tuple[RawSample, Position]) -> int:
+def size_of(item: tuple[RawSample, Position]) -> int:
+    """Bytes that a sample takes while it waits."""
     return sum(len(value) for value in item[0].values())
