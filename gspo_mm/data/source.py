@@ -116,7 +116,7 @@ class PromptSource:
                 position=self._position,
             )
             limit = self._config.prefetch_mb * 2**20
-            self._open = Prefetch(mixture, size=size_of, maxsize_of=limit) if limit else iter(mixture)
+            self._open = Prefetch(mixture, size=size_of, max_bytes=limit) if limit else iter(mixture)
         return self._open
 
     def _prompts(self) -> Iterator[EncodedPrompt]:

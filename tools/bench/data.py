@@ -69,7 +69,7 @@ def make_shards(folder: Path, samples: int, per_shard: int, size: int) -> list[s
     rng = np.random.default_rng(0)
     side = max(8, round((size / 3) ** 0.5))  # noise does not compress
 
-    def made() -> Iterator[dict[str, bytes]]:
+    def made() -> Iterator[dict[str, Any]]:
         for i in range(samples):
             image = png_bytes(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
             content = [{"type": "image"}, {"type": "text", "text": f"What is in picture {i}?"}]
