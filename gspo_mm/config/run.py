@@ -80,7 +80,8 @@ class DataConfig(Section):
         "{name, shards, weight, reward} that are mixed",
     )
     validation: Shards = Field(
-        default=[], description="held-out shards, only ever evaluated on; one after the other"
+        default=[],
+        description="held-out shards, one after the other; prompts that are evaluated on are skipped in training",
     )
     shuffle_buffer: NonNegative = Field(
         default=1000, description="samples in the shuffle buffer; 0 keeps shard order"

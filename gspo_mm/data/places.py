@@ -49,6 +49,11 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
     return list(places)
 
 
+def is_url(place: str) -> bool:
+    """Whether fsspec reads it."""
+    return "://" in place and not place.startswith(_PIPE)
+
+
 def shard_name(place: str) -> str:
     """The last part of a path, URL or command: what samples are called by."""
     return PurePath(shown(place)).name
@@ -76,17 +81,13 @@ def open_shard(place: str) -> Iterator[IO[bytes]]:
             yield stream
         return
     try:
-        file = _open_url(place) if _is_url(place) else Path(place).open("rb")  # noqa: SIM115  (closed by the with below)
+        file = _open_url(place) if is_url(place) else Path(place).open("rb")  # noqa: SIM115  (closed by the with below)
     except Exception as error:  # every store has errors of its own
         raise DataError(
             f"shard {shown(place)} cannot be opened ({reason_of(error)}); check the path and its permissions"
         ) from None
     with file:
         yield file
-
-
-def _is_url(place: str) -> bool:
-    return "://" in place and not place.startswith(_PIPE)
 
 
 def _braces(pattern: str) -> list[str]:
@@ -103,7 +104,7 @@ def _braces(pattern: str) -> list[str]:
 def _find(place: str) -> list[str]:
     if place.startswith(_PIPE):
         return [place]
-    if not _is_url(place):
+    if not is_url(place):
         return sorted(glob.glob(place)) if glob.has_magic(place) else [place] * Path(place).is_file()  # noqa: PTH207
     if "*" not in place:  # "?" and "[" belong to URLs themselves
         return [place]

@@ -1,9 +1,10 @@
 """Shards are found and opened wherever they are: files, URLs, stores and commands."""
 
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -60,6 +61,45 @@ def test_a_web_server_is_read_like_a_folder(shards: list[str], web: str) -> None
     assert expand_shards([f"{web}/s{{0..2}}.tar"]) == [f"{web}/s{n}.tar" for n in range(3)]
     assert expand_shards([f"{web}/*.tar"]) == [f"{web}/s{n}.tar" for n in range(3)]
     assert keys(f"{web}/s1.tar?signature=x") == keys(shards[1])
+
+
+class Shaky(BaseHTTPRequestHandler):
+    """Breaks off in the middle of its first answers."""
+
+    content = b""
+    breaks = 0  # answers that are still to be broken off
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.send_header("Accept-Ranges", "none")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        if type(self).breaks:
+            type(self).breaks -= 1
+            self.wfile.write(self.content[: len(self.content) // 2])
+            return
+        self.wfile.write(self.content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("breaks", "lost"), [(2, False), (3, True)])
+def test_a_store_that_breaks_off_is_asked_again(
+    shards: list[str], monkeypatch: pytest.MonkeyPatch, breaks: int, lost: bool
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    handler = type("Handler", (Shaky,), {"content": Path(shards[0]).read_bytes(), "breaks": breaks})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = list(read_shard(f"http://127.0.0.1:{server.server_port}/a.tar"))
+        server.shutdown()
+    assert (FAULT in found[-1]) == lost
+    if not lost:
+        assert [sample["__key__"] for sample in found] == keys(shards[0])
 
 
 def test_a_store_is_read_like_a_folder(shards: list[str]) -> None:
