@@ -2,7 +2,7 @@
 
     RUN/config.yaml                      resolved configuration
     RUN/checkpoints/step-00000050/       policy/ (distributed.py: weights, optimizer), state.json (the rest)
-    RUN/metrics.jsonl, rollouts/, log.txt, tensorboard/, summary.json, report.html, hf/
+    RUN/metrics.jsonl, rollouts/, quarantine-*.jsonl, log.txt, tensorboard/, summary.json, report.html, hf/
 
 A checkpoint is written under a temporary name, synced to disk and renamed; a reader never sees a half-written
 one, and a crash at any instant leaves the previous one in place. Random state is not saved because there is
