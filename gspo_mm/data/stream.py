@@ -93,7 +93,8 @@ class SampleStream:
 
     def _epoch(self) -> Iterator[RawSample]:
         """The samples of the cursor's epoch from the cursor on."""
-        rng = random.Random(derive_seed(self._seed, "epoch", self._name, self.cursor.epoch))
+        labels = ("epoch", self._name, self.cursor.epoch) if self._name else ("epoch", self.cursor.epoch)
+        rng = random.Random(derive_seed(self._seed, *labels))
         shards = rng.sample(self._shards, len(self._shards)) if self._shuffle_buffer else self._shards
         buffer: list[RawSample | _Place] = []
         items = _shuffled(self._items(shards, self._counts), buffer, self._shuffle_buffer, rng)
@@ -133,6 +134,7 @@ def _shuffled(
             chosen, buffer[place] = buffer[place], item
             yield chosen
     rng.shuffle(buffer)
+    buffer.reverse()
     while buffer:
         yield buffer.pop()
 

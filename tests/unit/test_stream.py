@@ -45,6 +45,12 @@ def test_every_epoch_holds_every_sample_once_in_its_own_order(shards: list[str])
     assert keys(stream(shards, seed=2), 21) != epochs[0]
 
 
+def test_the_order_of_an_unnamed_source_stays_what_it_always_was(shards: list[str]) -> None:
+    """Runs are compared by their seeds: another order would make other runs of them."""
+    order = "102 104 103 106 100 200 203 202 205 206 201 101 001 204 003 004 005 006 105 000 002"
+    assert keys(stream(shards, buffer=5, seed=1), 21) == order.split()
+
+
 @pytest.mark.parametrize("buffer", [0, 1, 5, 100])
 @pytest.mark.parametrize("stop", [0, 1, 6, 20, 21, 22, 50])
 def test_a_stream_opened_at_a_cursor_continues_exactly(shards: list[str], buffer: int, stop: int) -> None:
