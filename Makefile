@@ -34,7 +34,7 @@ test: .venv/dev  ## lint, type check and run all tests that need no GPU
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	tests/slurm/install.sh
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: .venv/dev  ## fix what ruff can fix, then type check
 	$(BIN)/ruff check --fix .

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from gspo_mm.config import Config, ConfigError
-from gspo_mm.data.shards import expand_shards
+from gspo_mm.data.places import expand_shards
 from gspo_mm.reward.spec import load_reward
 
 
@@ -18,9 +18,11 @@ def check_files(config: Config) -> None:
             f"model.path={model} is no Hugging Face folder (no config.json in it); "
             "make a tiny one with tools/make_tiny_model.py, or download the model first"
         )
-    expand_shards(config.data.train)
-    overlap = set(expand_shards(config.data.validation)) & set(expand_shards(config.data.train))
-    if overlap:
+    train, validation = (
+        {shard for source in config.data.sources(split) for shard in expand_shards(source.shards)}
+        for split in ("train", "validation")
+    )
+    if overlap := train & validation:
         raise ConfigError(
             f"data.validation shares {min(overlap)} with data.train; held-out shards must be their own"
         )

@@ -64,7 +64,12 @@ def sft(config: Config) -> dict[str, Any]:
             last = step == config.sft.steps
             if last:
                 values |= held_out(stages, step, phases)
-            values |= {"data/epoch": stages.source.epoch, "data/skipped": stages.source.skipped}
+            source = stages.source
+            values |= {
+                "data/epoch": source.epoch,
+                "data/skipped": source.skipped,
+                "data/left_out": source.left_out,
+            }
             values |= phases.take()
             if metrics:
                 metrics.write(step, values)

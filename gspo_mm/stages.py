@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,7 @@ class Stages:
     def _close(self, reason: str) -> None:
         if self.scheduler:
             self.scheduler.close()
+        self.source.close()
         self.weights.close()
         if self.engine:
             self.engine.close(reason)
@@ -87,7 +88,13 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
     torch.manual_seed(config.run.seed)
     reward = load_reward(config.reward.file)
     processor = Processor(config.model.path, config.data)
-    source = PromptSource(config.data, processor, seed=config.run.seed, split="train")
+    source = PromptSource(
+        config.data,
+        processor,
+        seed=config.run.seed,
+        split="train",
+        quarantine=quarantine(config, "train") if ranks.main else None,
+    )
     policy = Policy.from_hf(
         config.model.path,
         config.policy,
@@ -104,7 +111,8 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
         if host:
             host.start()
         if ranks.main:
-            held_out = held_out_prompts(config, processor)
+            held_out = held_out_prompts(config, processor, quarantine(config, "validation"))
+            source.hold_out(held_out)
             canary = canary_prompts(config, processor, held_out)
             engine = None if config.rollout.replay else build_engine(config, processor)
     return Stages(
@@ -184,11 +192,20 @@ def preflight(config: Config) -> Mapping[str, Gap]:
         return check_servers(config, stages)
 
 
-def held_out_prompts(config: Config, processor: Processor) -> list[EncodedPrompt]:
+def quarantine(config: Config, split: str) -> Path:
+    """The file that lists the split's unusable samples."""
+    return config.run.path / f"quarantine-{split}.jsonl"
+
+
+def held_out_prompts(
+    config: Config, processor: Processor, quarantine: Path | None = None
+) -> list[EncodedPrompt]:
     """The first `train.eval_prompts` validation prompts in shard order: the same ones at every evaluation."""
     if not config.data.validation:
         return []
-    source = PromptSource(config.data, processor, seed=config.run.seed, split="validation")
+    source = PromptSource(
+        config.data, processor, seed=config.run.seed, split="validation", quarantine=quarantine
+    )
     return source.all(config.train.eval_prompts)
 
 
@@ -196,9 +213,10 @@ def canary_prompts(
     config: Config, processor: Processor, held_out: list[EncodedPrompt]
 ) -> list[EncodedPrompt]:
     """A few prompts with images: held-out ones, or training ones (read apart) where nothing is held out."""
-    candidates = held_out or PromptSource(config.data, processor, seed=config.run.seed, split="train").take(
-        64
-    )
+    candidates = held_out
+    if not held_out:
+        with closing(PromptSource(config.data, processor, seed=config.run.seed, split="train")) as source:
+            candidates = source.take(64)
     found = [p for p in candidates if p.prompt.images][: config.train.canary_prompts]
     if not found:
         logger.warning("no prompt with an image was found: whether the model sees is not checked")

@@ -266,6 +266,7 @@ class Loop:
             "tokens_per_second": tokens / times["time/step"],
             "data/epoch": source.epoch,
             "data/skipped": source.skipped,
+            "data/left_out": source.left_out,
             "weight_version": self.step,
         }
         assert self.metrics

@@ -73,7 +73,7 @@ class EncodedImage:
 class Prompt:
     """One sample of a shard: a question with its images, and what the reward needs to judge an answer."""
 
-    key: str  # "<shard file name>/<sample key>", unique in a data set
+    key: str  # "<shard file name>/<sample key>" with "<source>/" before it in a mixture, unique in a data set
     messages: tuple[
         Mapping[str, Any], ...
     ]  # chat messages in Hugging Face's form; images are {"type": "image"} parts
@@ -82,6 +82,7 @@ class Prompt:
     task: str  # routes to reward parts
     response: str | None = None  # a reference answer in the wanted format, for the supervised warm start only
     meta: Mapping[str, Json] = field(default_factory=dict)
+    source: str = ""  # name of the source in data.train or data.validation; "" where that is a plain list
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
     RUN/config.yaml                      resolved configuration
     RUN/checkpoints/step-00000050/       policy/ (distributed.py: weights, optimizer), state.json (the rest)
-    RUN/metrics.jsonl, rollouts/, log.txt, tensorboard/, summary.json, report.html, hf/
+    RUN/metrics.jsonl, rollouts/, quarantine-*.jsonl, log.txt, tensorboard/, summary.json, report.html, hf/
 
 A checkpoint is written under a temporary name, synced to disk and renamed; a reader never sees a half-written
 one, and a crash at any instant leaves the previous one in place. Random state is not saved because there is
@@ -29,7 +29,15 @@ from gspo_mm.types import GspoError
 logger = logging.getLogger(__name__)
 
 # what a checkpoint's content depends on: changing one of these would silently make another experiment of it
-_FIXED = ("run.seed", "model.path", "data.train", "data.shuffle_buffer", "policy.dtype", "policy.freeze")
+_FIXED = (
+    "run.seed",
+    "model.path",
+    "data.train",
+    "data.shuffle_buffer",
+    "data.curriculum",
+    "policy.dtype",
+    "policy.freeze",
+)
 
 
 class ResumeError(GspoError, ValueError):

@@ -27,11 +27,13 @@ from gspo_mm.config.policy import (
 from gspo_mm.config.rollout import RolloutConfig, SamplingConfig, SGLangConfig, SyncConfig
 from gspo_mm.config.run import (
     CheckpointConfig,
+    CurriculumConfig,
     DataConfig,
     ModelConfig,
     ObserveConfig,
     RunConfig,
     SftConfig,
+    SourceConfig,
     TrainConfig,
 )
 from gspo_mm.config.schema import Config
@@ -42,6 +44,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "CorrectionConfig",
+    "CurriculumConfig",
     "DataConfig",
     "Fp8Config",
     "LossConfig",
@@ -58,6 +61,7 @@ __all__ = [
     "SamplingConfig",
     "Section",
     "SftConfig",
+    "SourceConfig",
     "SyncConfig",
     "TrainConfig",
     "check_world",

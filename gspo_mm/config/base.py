@@ -10,6 +10,8 @@ from gspo_mm.types import GspoError
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+# names of what one key may hold; faults have them in their location, though they are no part of the key
+ALTERNATIVES = ("list of patterns", "list of sources")
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from gspo_mm.config.base import ConfigError
+from gspo_mm.config.base import ALTERNATIVES, ConfigError
 from gspo_mm.config.schema import Config
 
 
@@ -72,10 +72,11 @@ def _sentences(error: ValidationError, source: str) -> list[str]:
 
 
 def _sentence(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
+    location = tuple(part for part in fault["loc"] if part not in ALTERNATIVES)
+    key = ".".join(str(part) for part in location)
     kind, value = fault["type"], fault.get("input")
     if kind == "extra_forbidden":
-        return f"unknown key {key}={value!r}; {_known_keys(fault['loc'])}"
+        return f"unknown key {key}={value!r}; {_known_keys(location)}"
     if kind == "missing":
         return f"key {key} is missing; add it"
     message = fault["msg"].removeprefix("Value error, ")
@@ -100,10 +101,22 @@ def _known_keys(location: tuple[Any, ...]) -> str:
 
     section: type[BaseModel] = Config
     for part in location[:-1]:
-        annotation = section.model_fields[part].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section = annotation
+        if isinstance(part, str):  # a number is a place in a list of sections
+            section = _section_in(section.model_fields[part].annotation)
     names = list(section.model_fields)
     near = difflib.get_close_matches(str(location[-1]), names, n=1)
     return f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(names)}"
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The section that a key holds, be it optional, in a list or one alternative of several."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    (section,) = {_section_in(a) for a in get_args(annotation) if _holds_section(a)}
+    return section
+
+
+def _holds_section(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return True
+    return any(_holds_section(a) for a in get_args(annotation))

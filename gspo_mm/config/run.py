@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from gspo_mm.config.base import Fraction, NonNegative, Positive, Section
+from gspo_mm.config.base import ALTERNATIVES, Fraction, NonNegative, Positive, Section
 
 
 class RunConfig(Section):
@@ -34,9 +34,55 @@ class ModelConfig(Section):
     )
 
 
+class SourceConfig(Section):
+    """One source of a mixture."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="stands in every prompt and its key"
+    )
+    shards: list[str] = Field(min_length=1, description="as in a plain list of data.train")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="share of the samples, in proportion to the others'",
+    )
+    reward: str | None = Field(default=None, description="reward file of its prompts; null: reward.file")
+
+
+class CurriculumConfig(Section):
+    """Easy prompts first: the hardest that is let through rises evenly from `start` to `end`."""
+
+    key: str = Field(min_length=1, description="number in a sample's meta; larger is harder")
+    start: float = Field(allow_inf_nan=False, description="hardest at the beginning")
+    end: float = Field(allow_inf_nan=False, description="hardest when `samples` were read, and from there on")
+    samples: Positive = Field(description="samples read, left-out ones included, until `end` is reached")
+
+
+_PATTERNS, _SOURCES = ALTERNATIVES
+
+
+def _kind_of_list(value: Any) -> str:
+    entries = value if isinstance(value, list) else []
+    return _SOURCES if any(isinstance(entry, dict | SourceConfig) for entry in entries) else _PATTERNS
+
+
+# a plain list of patterns, or the entries of a mixture; faults are told of the kind that was meant
+Shards = Annotated[
+    Annotated[list[str], Tag(_PATTERNS)] | Annotated[list[SourceConfig], Tag(_SOURCES)],
+    Discriminator(_kind_of_list),
+]
+
+
 class DataConfig(Section):
-    train: list[str] = Field(min_length=1, description="training shards: paths, {000..031} braces, globs")
-    validation: list[str] = Field(default=[], description="held-out shards, only ever evaluated on")
+    train: Shards = Field(
+        description="training shards: paths, URLs, pipe: commands, with {000..031} braces or globs; or a list of "
+        "{name, shards, weight, reward} that are mixed",
+    )
+    validation: Shards = Field(
+        default=[],
+        description="held-out shards, one after the other; prompts that are evaluated on are skipped in training",
+    )
     shuffle_buffer: NonNegative = Field(
         default=1000, description="samples in the shuffle buffer; 0 keeps shard order"
     )
@@ -52,7 +98,53 @@ class DataConfig(Section):
     max_bad_fraction: Fraction = Field(
         default=0.01, description="of samples read; more unusable ones stop the run"
     )
+    min_image_pixels: Positive = Field(
+        default=1, description="prompts with an image of fewer pixels (width x height as stored) are left out"
+    )
+    max_image_pixels: int = Field(
+        default=64_000_000,
+        ge=1,
+        le=64_000_000,
+        description="prompts with an image of more pixels are left out; above 64 million none is ever decoded",
+    )
+    max_aspect_ratio: float = Field(
+        default=200.0, ge=1, le=200, description="longer over shorter side; the image processor stops at 200"
+    )
+    curriculum: CurriculumConfig | None = Field(default=None, description="easy training prompts first")
+    prefetch_mb: NonNegative = Field(
+        default=64, description="host memory for samples read ahead by a thread; 0: read when they are needed"
+    )
     image_cache_mb: NonNegative = Field(default=512, description="host memory for pixels of recent images")
+
+    @model_validator(mode="after")
+    def _values_agree(self) -> DataConfig:
+        if not self.train:
+            raise ValueError("data.train=[] names no shards; give at least 1 pattern")
+        if self.min_image_pixels > self.max_image_pixels:
+            raise ValueError(
+                f"data.min_image_pixels={self.min_image_pixels} is above "
+                f"data.max_image_pixels={self.max_image_pixels}, which leaves no image; lower it"
+            )
+        if self.curriculum and self.curriculum.start > self.curriculum.end:
+            raise ValueError(
+                f"data.curriculum.start={self.curriculum.start:g} is above data.curriculum.end="
+                f"{self.curriculum.end:g}; a curriculum goes from easy to hard: swap them"
+            )
+        for split in ("train", "validation"):
+            names = [source.name for source in self.sources(split)]
+            if twice := {name for name in names if names.count(name) > 1}:
+                raise ValueError(
+                    f"data.{split} has two sources with name={min(twice)}; give each a name of its own"
+                )
+        return self
+
+    def sources(self, split: Literal["train", "validation"]) -> list[SourceConfig]:
+        """The split as sources. A plain list of patterns is one, and its name is empty."""
+        entries = self.train if split == "train" else self.validation
+        named = [entry for entry in entries if isinstance(entry, SourceConfig)]
+        if len(named) == len(entries):
+            return named
+        return [SourceConfig.model_construct(name="", shards=list(entries), weight=1.0, reward=None)]
 
 
 class TrainConfig(Section):

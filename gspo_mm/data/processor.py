@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import io
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gspo_mm.config import DataConfig
-from gspo_mm.data.samples import BadSample
+from gspo_mm.data.samples import FORMATS, BadSample
 from gspo_mm.types import EncodedImage, EncodedPrompt, Prompt
 
 # legend: P prompt tokens with image tokens expanded, I images
@@ -37,7 +37,10 @@ class Processor:
         self.image_token_id: int = hf.image_token_id
         self._merge: int = hf.vision_config.spatial_merge_size
         self._max_prompt_tokens = config.max_prompt_tokens
-        self._special = tuple(sorted(set(self._tokenizer.all_special_tokens)))
+        added = self._tokenizer.added_tokens_decoder.values()
+        self._special = tuple(
+            sorted({*self._tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
+        )
         size = dict(self._image_processor.size)
         size |= {"shortest_edge": config.min_pixels} if config.min_pixels else {}
         size |= {"longest_edge": config.max_pixels} if config.max_pixels else {}
@@ -55,10 +58,11 @@ class Processor:
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Token ids and pixels of a prompt. Raises BadSample: special token in text, corrupt image, too long."""
         self._refuse_special_tokens(prompt)
-        text = self._processor.apply_chat_template(
-            list(prompt.messages), add_generation_prompt=True, tokenize=False
-        )
+        text = self._render(prompt)
         images = [decode_image(image.data) for image in prompt.images]
+        for image, decoded in zip(prompt.images, images, strict=True):
+            if decoded.size != (image.width, image.height):
+                raise BadSample("corrupt image", f"its header says {image.width}x{image.height}, it is {decoded.size}")
         try:
             inputs = self._processor(text=[text], images=images or None, return_tensors="pt")
         except ValueError as error:  # an aspect ratio that cannot be patched
@@ -125,12 +129,26 @@ class Processor:
         """Text of sampled tokens, special tokens left out."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
+    def _render(self, prompt: Prompt) -> str:
+        """The chat as text, by the model's own template. Raises BadSample when the template refuses it."""
+        try:
+            text = self._processor.apply_chat_template(
+                list(prompt.messages), add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # templates are programs of the model's makers: they raise what they like
+            raise BadSample("chat refused", f"{type(error).__name__}: {error}") from None
+        shown = text.count(self._processor.image_token)
+        if shown != len(prompt.images):
+            raise BadSample("chat refused", f"the template shows {shown} of {len(prompt.images)} images")
+        return text
+
     def _refuse_special_tokens(self, prompt: Prompt) -> None:
         for message in prompt.messages:
-            content = message["content"]
-            texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+            # templates join the parts of a message: a token may begin in one part and end in the next
+            spelled = "".join(_texts(message["content"]))
+            others = [text for key, value in message.items() if key != "content" for text in _texts(value)]
             for token in self._special:
-                if any(token in text for text in texts):
+                if any(token in text for text in (spelled, *others)):
                     raise BadSample("special token in text", token)
 
     def _remember(self, key: str, pixels: torch.Tensor, grid: torch.Tensor) -> None:
@@ -143,6 +161,24 @@ class Processor:
             self._cache_bytes -= oldest.nbytes
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a part of a message, keys included; a zero byte for an image, which keeps its neighbours apart."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        if value.get("type") == "image":
+            yield "\0"
+        elif value.get("type") == "text":
+            yield value["text"]
+        else:
+            for key, item in value.items():
+                yield key
+                yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
 def decode_image(data: bytes) -> Any:
     """An upright RGB image of 8 bits: EXIF rotation applied, transparency on white, the first frame of several.
 
@@ -151,7 +187,7 @@ def decode_image(data: bytes) -> Any:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut them off at 255

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import io
 import json
-import logging
-from collections import Counter
-from pathlib import PurePath
+from pathlib import PurePosixPath
 from typing import Any
 
-from gspo_mm.data.shards import FAULT, RawSample
-from gspo_mm.types import DataError, EncodedImage, Prompt
-
-logger = logging.getLogger(__name__)
+from gspo_mm.data.places import shard_name
+from gspo_mm.data.shards import FAULT, SOURCE, RawSample
+from gspo_mm.types import EncodedImage, Prompt
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
+# what Pillow may take an image for, whatever its suffix: other formats start programs (EPS) or are not of pictures
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 64_000_000  # larger images are refused by their header, before any memory is taken
 ROLES = ("system", "user", "assistant", "tool")
-MIN_READ = 100  # samples before the bad fraction is judged: one early fault is no bad data set
 
 
 class BadSample(Exception):  # noqa: N818  (a verdict on data, not a fault of the program)
@@ -30,57 +28,27 @@ class BadSample(Exception):  # noqa: N818  (a verdict on data, not a fault of th
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+        self.detail = detail
 
 
-class SkipLog:
-    """Counts unusable samples by reason, names each in the log, and stops a run that has too many."""
-
-    def __init__(self, max_bad_fraction: float) -> None:
-        self._max_bad_fraction = max_bad_fraction
-        self.read = 0
-        self.reasons: Counter[str] = Counter()
-
-    @property
-    def skipped(self) -> int:
-        return self.reasons.total()
-
-    def good(self) -> None:
-        self.read += 1
-
-    def bad(self, key: str, fault: BadSample) -> None:
-        """Raises DataError when more than `data.max_bad_fraction` of at least 100 samples were bad."""
-        self.read += 1
-        self.reasons[fault.reason] += 1
-        logger.warning("skipped sample %s: %s", key, fault)
-        if self.read >= MIN_READ:
-            self.judge()
-
-    def judge(self) -> None:
-        """Raises DataError as `bad` does, however few were read: for the end of a data set."""
-        if self.skipped > self._max_bad_fraction * self.read:
-            why = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-            raise DataError(
-                f"{self.skipped} of {self.read} samples are unusable ({why}), more than "
-                f"data.max_bad_fraction={self._max_bad_fraction:g}; mend the shards (the log names each sample), "
-                "or raise it"
-            )
-
-    def state(self) -> dict[str, Any]:
-        return {"read": self.read, "reasons": dict(self.reasons)}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.read, self.reasons = state["read"], Counter(state["reasons"])
+class LeftOut(BadSample):  # noqa: N818
+    """This sample is sound, but the config does not want it. Counted, and neither logged nor held against the data."""
 
 
 def sample_key(raw: RawSample) -> str:
-    """ "<shard file name>/<sample key>"."""
-    return f"{PurePath(raw['__url__']).name}/{raw['__key__']}"
+    """ "<shard file name>/<sample key>", in a mixture with "<source>/" before it."""
+    source = raw.get(SOURCE)
+    key = f"{source}/" * bool(source) + f"{shard_name(raw['__url__'])}/{raw['__key__']}"
+    return key.encode(errors="backslashreplace").decode()  # names in a tar need not be UTF-8
 
 
 def to_prompt(raw: RawSample) -> Prompt:
     """Check and type a raw sample. Raises BadSample."""
-    if FAULT in raw:
+    if isinstance(raw.get(FAULT), str):  # a member of that suffix would be bytes
         raise BadSample("damaged shard", raw[FAULT])
+    key = PurePosixPath(raw["__key__"])
+    if key.is_absolute() or ".." in key.parts:
+        raise BadSample("path leaves its folder", raw["__key__"])
     record = _record(raw)
     images = tuple(_image(suffix, raw[suffix]) for suffix in _image_members(raw))
     messages = _messages(record)
@@ -100,6 +68,7 @@ def to_prompt(raw: RawSample) -> Prompt:
         task=record["task"],
         response=response,
         meta=record.get("meta") or {},
+        source=raw.get(SOURCE, ""),
     )
 
 
@@ -108,6 +77,8 @@ def _record(raw: RawSample) -> dict[str, Any]:
         raise BadSample("no json", f"members: {', '.join(sorted(k for k in raw if not k.startswith('__')))}")
     try:
         record = json.loads(raw["json"])
+        if b"\\u" in raw["json"]:  # may spell half a character, which no tokenizer takes
+            json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise BadSample("wrong json", str(error)) from None
     if not isinstance(record, dict):
@@ -137,6 +108,9 @@ def _messages(record: dict[str, Any]) -> tuple[dict[str, Any], ...]:
                 raise BadSample("wrong json", "a text part needs its text")
             if part.get("type") not in ("text", "image"):
                 raise BadSample("wrong json", f"part type {part.get('type')!r} is neither text nor image")
+            # chat templates take a part with such a key for an image, whatever its type says
+            if part["type"] == "text" and (others := part.keys() - {"type", "text"}):
+                raise BadSample("wrong json", f"a text part has {', '.join(sorted(others))} beside its text")
     return tuple(messages)
 
 
@@ -159,7 +133,7 @@ def _image(suffix: str, data: bytes) -> EncodedImage:
     if not data:
         raise BadSample("corrupt image", f"{suffix} is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             # for a PNG without EXIF in its header, Pillow's getexif would decode the whole image to look for one
             has_exif = image.format != "PNG" or "exif" in image.info

@@ -1,87 +1,149 @@
-"""Prompts in the order of a run, unusable samples skipped and counted, resumable at any prompt."""
+"""Prompts in the order of a run, samples that are not used counted, resumable at any prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 from gspo_mm.config import DataConfig
+from gspo_mm.data.filters import Filter
+from gspo_mm.data.mixture import Mixture, Position, Source
+from gspo_mm.data.places import expand_shards
+from gspo_mm.data.prefetch import Prefetch
 from gspo_mm.data.processor import Processor
-from gspo_mm.data.samples import BadSample, SkipLog, sample_key, to_prompt
-from gspo_mm.data.shards import Cursor, SampleStream, expand_shards
-from gspo_mm.types import DataError, EncodedPrompt
+from gspo_mm.data.samples import BadSample, sample_key, to_prompt
+from gspo_mm.data.shards import RawSample
+from gspo_mm.data.skips import SkipLog
+from gspo_mm.types import DataError, EncodedPrompt, Prompt
 
 
 class PromptSource:
-    """The training split goes on for ever, shuffled by (seed, epoch); the validation split keeps its order."""
+    """The training split goes on for ever, mixed and shuffled by seed; the validation split keeps its order.
+
+    Nothing is read before the first prompt is asked for. `quarantine`: the file that lists unusable samples.
+    """
 
     def __init__(
-        self, config: DataConfig, processor: Processor, *, seed: int, split: Literal["train", "validation"]
+        self,
+        config: DataConfig,
+        processor: Processor,
+        *,
+        seed: int,
+        split: Literal["train", "validation"],
+        quarantine: Path | None = None,
     ) -> None:
+        self._config = config
         self._processor = processor
-        self._shards = expand_shards(config.train if split == "train" else config.validation)
+        self._split = split
+        self._sources = [
+            Source(name=source.name, shards=expand_shards(source.shards), weight=source.weight)
+            for source in config.sources(split)
+        ]
         self._training = split == "train"
-        self._shuffle_buffer = config.shuffle_buffer if self._training else 0
         self._seed = seed
-        self._skips = SkipLog(config.max_bad_fraction)
-        self._stream = self._open(Cursor())
+        self._filter = Filter(config, training=self._training)
+        self._skips = SkipLog(config.max_bad_fraction, quarantine)
+        self._position = Position()
+        self._open: Iterator[tuple[RawSample, Position]] | None = None
 
     @property
     def epoch(self) -> int:
-        return self._stream.cursor.epoch
+        """Epochs done of the source that is furthest behind."""
+        return self._position.epoch
 
     @property
     def skipped(self) -> int:
-        """Samples left out so far."""
+        """Unusable samples so far."""
         return self._skips.skipped
+
+    @property
+    def left_out(self) -> int:
+        """Sound samples that the filters and the curriculum did not let through so far."""
+        return self._skips.left_out.total()
+
+    def hold_out(self, prompts: Iterable[EncodedPrompt]) -> None:
+        """Skip these from now on, under whatever key they come, and count them as unusable ("held out")."""
+        self._filter.hold_out(encoded.prompt for encoded in prompts)
 
     def take(self, count: int) -> list[EncodedPrompt]:
         """The next `count` prompts. Raises DataError when too many samples are unusable, or the data ended."""
-        prompts = []
-        for prompt in self._prompts():
-            prompts.append(prompt)
-            if len(prompts) == count:
-                return prompts
-        raise DataError(
-            f"{self._shards[0]} ... holds only {len(prompts)} more usable prompts, {count} were asked for"
-        )
+        prompts = list(islice(self._prompts(), count))
+        if len(prompts) < count:
+            raise DataError(
+                f"data.{self._split} holds only {len(prompts)} more usable prompts, {count} were asked for; "
+                "add shards, or ask for fewer"
+            )
+        return prompts
 
     def all(self, limit: int) -> list[EncodedPrompt]:
         """The first `limit` prompts of a split that ends, or fewer when it holds fewer. Raises DataError as `take`."""
         assert not self._training
-        prompts = []
-        for prompt in self._prompts():
-            prompts.append(prompt)
-            if len(prompts) == limit:
-                break
+        prompts = list(islice(self._prompts(), limit))
         self._skips.judge()
+        self.close()
         return prompts
 
     def state(self) -> dict[str, Any]:
         """Where `take` stands; JSON."""
-        return {"cursor": asdict(self._stream.cursor), "skips": self._skips.state()}
+        return {"position": self._position.state(), "skips": self._skips.state()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken: the next prompt is the one that would have been next then."""
-        self._stream = self._open(Cursor(**state["cursor"]))
+        if "position" not in state:
+            raise DataError(
+                "the checkpoint's place in the data is of an older version of this program; start another run.name"
+            )
+        self.close()
+        self._position = Position.of(state["position"])
         self._skips.load(state["skips"])
 
-    def _open(self, cursor: Cursor) -> SampleStream:
-        return SampleStream(
-            self._shards,
-            shuffle_buffer=self._shuffle_buffer,
-            seed=self._seed,
-            repeat=self._training,
-            cursor=cursor,
-        )
+    def close(self) -> None:
+        """Stop reading ahead; `take` would begin anew where it stands."""
+        if isinstance(self._open, Prefetch):
+            self._open.close()
+        self._open = None
+
+    def _samples(self) -> Iterator[tuple[RawSample, Position]]:
+        if self._open is None:
+            self._skips.rewind()
+            mixture = Mixture(
+                self._sources,
+                shuffle_buffer=self._config.shuffle_buffer if self._training else 0,
+                seed=self._seed,
+                repeat=self._training,
+                position=self._position,
+            )
+            limit = self._config.prefetch_mb * 2**20
+            self._open = Prefetch(mixture, size=size_of, max_bytes=limit) if limit else iter(mixture)
+        return self._open
 
     def _prompts(self) -> Iterator[EncodedPrompt]:
-        for raw in self._stream:
+        since = self.epoch  # of the last usable prompt
+        for raw, position in self._samples():
+            self._position = position
+            if position.epoch > since + 1:
+                raise DataError(
+                    f"no sample of a whole epoch of data.{self._split} is used ({self._skips.summary()}); widen the "
+                    "limits of data.curriculum, data.max_prompt_tokens or the image sizes"
+                )
             try:
-                encoded = self._processor.encode(to_prompt(raw))
+                prompt = self._checked(raw, position)
+                encoded = self._processor.encode(prompt)
             except BadSample as fault:
                 self._skips.bad(sample_key(raw), fault)
                 continue
             self._skips.good()
+            since = position.epoch
             yield encoded
+
+    def _checked(self, raw: RawSample, position: Position) -> Prompt:
+        prompt = to_prompt(raw)
+        self._filter.check(prompt, position.taken)
+        return prompt
+
+
+def size_of(item: tuple[RawSample, Position]) -> int:
+    """Bytes that a sample takes while it waits."""
+    return sum(len(value) for value in item[0].values())

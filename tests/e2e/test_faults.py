@@ -177,6 +177,9 @@ def test_a_corrupt_image_is_skipped_counted_and_named(short_config: Path, tmp_pa
     assert read_metrics(run)[-1]["data/skipped"] == 1
     assert json.loads((run / "summary.json").read_text())["skipped_samples"] == 1
     assert "a.tar/000060" in (run / "log.txt").read_text()
+    (line,) = (run / "quarantine-train.jsonl").read_text().splitlines()
+    assert json.loads(line)["sample"] == "a.tar/000060"
+    assert json.loads(line)["reason"] == "corrupt image"
 
 
 @pytest.mark.parametrize("command", ["train", "sft"])

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 NODES = ("n1", "n2")
@@ -205,9 +205,11 @@ class Cluster:
                 process.kill()
                 process.wait()
         self._daemons.clear()
-        for number in self.processes():
-            if number != os.getpid():
+        left = lambda: self.processes().keys() - {os.getpid()}
+        for number in left():
+            with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
+        until("the end of what was killed", lambda: not left(), told=self.logs)
 
 
 def _free_ports(count: int) -> list[int]:

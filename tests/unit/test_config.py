@@ -60,10 +60,43 @@ def load(path: Path, *overrides: str) -> Config:
         ("policy.parallel.ep=2", ["ep=2", "1 started"]),
         ("run.name=../x", ["run.name='../x'"]),
         ("data.train=[]", ["data.train=[]", "at least 1"]),
+        ("data.train=a.tar", ["data.train='a.tar'", "valid list"]),
+        ("data.train=[{name: a, shards: [x], wieght: 2}]", ["data.train.0.wieght=2", "did you mean weight"]),
+        ("data.train=[{name: a, shards: [x], weight: 0}]", ["data.train.0.weight=0", "greater than 0"]),
+        ("data.train=[{name: a, shards: []}]", ["data.train.0.shards=[]", "at least 1"]),
+        ("data.train=[{shards: [x]}]", ["data.train.0.name is missing"]),
+        ("data.train=[y, {name: a, shards: [x]}]", ["data.train.0='y'"]),
+        (
+            "data.train=[{name: a, shards: [x]}, {name: a, shards: [y]}]",
+            ["data.train", "two sources with name=a"],
+        ),
+        (
+            "data.min_image_pixels=64000001",
+            ["data.min_image_pixels=64000001", "data.max_image_pixels=64000000", "lower it"],
+        ),
+        ("data.max_image_pixels=400000000", ["data.max_image_pixels=400000000", "less than or equal to"]),
+        (
+            "data.curriculum={key: d, start: 1, end: 2, samples: 9, smaples: 9}",
+            ["data.curriculum.smaples=9", "did you mean samples"],
+        ),
+        (
+            "data.curriculum={key: d, start: 3, end: 2, samples: 9}",
+            ["data.curriculum.start=3", "data.curriculum.end=2", "swap them"],
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_fix(config_file: Path, override: str, words: list[str]) -> None:
     assert_told(config_file, override, words)
+
+
+def test_a_plain_list_and_a_mixture_are_both_sources(config_file: Path) -> None:
+    (only,) = load(config_file).data.sources("train")
+    assert (only.name, only.shards, only.weight) == ("", ["a.tar"], 1.0)
+    assert load(config_file).data.sources("validation") == []
+    mixed = load(config_file, "data.train=[{name: a, shards: [x], weight: 2}, {name: b, shards: [y]}]")
+    assert [(s.name, s.weight) for s in mixed.data.sources("train")] == [("a", 2.0), ("b", 1.0)]
+    save_config(mixed, config_file)
+    assert load_config(config_file) == mixed
 
 
 def assert_told(config_file: Path, override: str, words: list[str]) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gspo_mm.data.samples import MIN_READ, BadSample, SkipLog, to_prompt
+from gspo_mm.data.samples import BadSample, to_prompt
 from gspo_mm.data.shards import FAULT
-from gspo_mm.types import DataError
 
 
 def png(width: int = 8, height: int = 6) -> bytes:
@@ -107,32 +106,3 @@ def test_a_pickle_in_a_sample_is_not_loaded(tmp_path: Any) -> None:
 
     to_prompt(raw(png=png(), pyd=pickle.dumps(Bomb()), pkl=pickle.dumps(Bomb())))
     assert not (tmp_path / "exploded").exists()
-
-
-def test_one_early_fault_does_not_stop_a_run_but_too_many_do() -> None:
-    log = SkipLog(0.05)
-    log.bad("a", BadSample("corrupt image"))
-    for _ in range(MIN_READ - 6):
-        log.good()
-    for key in "bcde":
-        log.bad(key, BadSample("corrupt image"))  # 5 of 99
-    with pytest.raises(
-        DataError, match=r"6 of 100 samples.*5 corrupt image, 1 wrong json.*max_bad_fraction=0.05"
-    ):
-        log.bad("f", BadSample("wrong json"))
-
-
-def test_skips_are_named_in_the_log_and_survive_a_restart(caplog: pytest.LogCaptureFixture) -> None:
-    log = SkipLog(0.5)
-    log.bad("a.tar/3", BadSample("corrupt image", "png is empty"))
-    assert "a.tar/3: corrupt image: png is empty" in caplog.text
-    again = SkipLog(0.5)
-    again.load(json.loads(json.dumps(log.state())))
-    assert (again.skipped, again.read) == (1, 1)
-
-
-def test_the_end_of_the_data_is_judged_however_short_it_is() -> None:
-    log = SkipLog(0.1)
-    log.bad("a", BadSample("corrupt image"))
-    with pytest.raises(DataError, match="1 of 1"):
-        log.judge()

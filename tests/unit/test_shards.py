@@ -1,83 +1,30 @@
-"""The stream of samples is a function of (seed, epoch), can stop anywhere, and counts what is damaged."""
+"""A shard gives its samples; what is damaged is counted, and what vanished stops the run."""
 
-import io
-import tarfile
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from gspo_mm.data.shards import FAULT, Cursor, SampleStream, expand_shards, read_shard
+from gspo_mm.data.shards import FAULT, MAX_MEMBER_BYTES, read_shard
 from gspo_mm.types import DataError
-
-
-def write_shard(path: Path, keys: list[str]) -> str:
-    with tarfile.open(path, "w") as tar:
-        for key in keys:
-            for suffix in ("json", "png"):
-                data = f"{key}.{suffix}".encode()
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    return str(path)
+from tests.tars import write_tar
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[str]:
-    return [write_shard(tmp_path / f"s{n}.tar", [f"{n}{i:02d}" for i in range(7)]) for n in range(3)]
+    return [write_tar(tmp_path / f"s{n}.tar", members(f"{n}{i:02d}" for i in range(7))) for n in range(3)]
 
 
-def stream(
-    shards: list[str], *, buffer: int = 5, seed: int = 1, cursor: Cursor | None = None
-) -> SampleStream:
-    return SampleStream(shards, shuffle_buffer=buffer, seed=seed, repeat=True, cursor=cursor)
-
-
-def keys(samples: SampleStream, count: int) -> list[str]:
-    return [next(samples)["__key__"] for _ in range(count)]
+def members(keys: Iterable[str]) -> list[tuple[str, bytes]]:
+    return [(f"{key}.{suffix}", f"{key}.{suffix}".encode()) for key in keys for suffix in ("json", "png")]
 
 
 def test_members_of_a_key_come_as_one_sample(shards: list[str]) -> None:
     first = next(iter(read_shard(shards[0])))
     assert first == {"__key__": "000", "__url__": shards[0], "json": b"000.json", "png": b"000.png"}
-
-
-def test_without_a_buffer_the_order_is_that_of_the_shards(shards: list[str]) -> None:
-    assert keys(stream(shards, buffer=0), 21) == [f"{n}{i:02d}" for n in range(3) for i in range(7)]
-
-
-def test_every_epoch_holds_every_sample_once_in_its_own_order(shards: list[str]) -> None:
-    samples = stream(shards)
-    epochs = [keys(samples, 21) for _ in range(3)]
-    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 21 for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[0] != sorted(epochs[0])
-    assert keys(stream(shards), 21) == epochs[0]
-    assert keys(stream(shards, seed=2), 21) != epochs[0]
-
-
-@pytest.mark.parametrize("buffer", [0, 1, 5, 100])
-@pytest.mark.parametrize("stop", [0, 1, 6, 20, 21, 22, 50])
-def test_a_stream_opened_at_a_cursor_continues_exactly(shards: list[str], buffer: int, stop: int) -> None:
-    whole = stream(shards, buffer=buffer)
-    keys(whole, stop)
-    again = stream(shards, buffer=buffer, cursor=whole.cursor)
-    assert keys(again, 30) == keys(whole, 30)
-    assert again.cursor == whole.cursor
-
-
-def test_a_stream_that_does_not_repeat_ends(shards: list[str]) -> None:
-    assert len(list(SampleStream(shards, shuffle_buffer=0, seed=0, repeat=False))) == 21
-
-
-def test_braces_and_globs_expand_in_order_each_shard_once(shards: list[str], tmp_path: Path) -> None:
-    assert expand_shards([f"{tmp_path}/s{{0..1}}.tar", f"{tmp_path}/s*.tar"]) == shards
-
-
-@pytest.mark.parametrize("pattern", ["s9.tar", "x*.tar", "s{0..3}.tar"])
-def test_a_pattern_without_a_file_is_named(shards: list[str], tmp_path: Path, pattern: str) -> None:
-    with pytest.raises(DataError) as caught:
-        expand_shards([f"{tmp_path}/{pattern}"])
-    assert str(tmp_path / pattern) in str(caught.value)
 
 
 @pytest.mark.parametrize("cut", [3000, 512 * 8 + 100, 512 * 8])
@@ -103,6 +50,30 @@ def test_a_shard_that_vanished_stops_the_run(tmp_path: Path) -> None:
         list(read_shard(str(tmp_path / "gone.tar")))
 
 
-def test_shards_without_samples_do_not_loop_for_ever(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="hold no sample"):
-        next(stream([write_shard(tmp_path / "empty.tar", [])]))
+@pytest.mark.parametrize(("mode", "suffix"), [("w:gz", "tar.gz"), ("w:bz2", "tar.bz2"), ("w:xz", "tar.xz")])
+def test_a_compressed_shard_gives_the_same_samples(
+    shards: list[str], tmp_path: Path, mode: str, suffix: str
+) -> None:
+    path = write_tar(tmp_path / f"c.{suffix}", members(f"0{i:02d}" for i in range(7)), mode)
+    assert [s["__key__"] for s in read_shard(path)] == [s["__key__"] for s in read_shard(shards[0])]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("part", ["tar", "compressed"])
+def test_a_compressed_shard_that_was_cut_off_is_a_fault(
+    shards: list[str], tmp_path: Path, compress: Callable[[bytes], bytes], part: str
+) -> None:
+    whole = Path(shards[0]).read_bytes()
+    data = compress(whole[: 512 * 8]) if part == "tar" else compress(whole)[:100]
+    (tmp_path / "c.tar").write_bytes(data)
+    assert list(read_shard(str(tmp_path / "c.tar")))[-1][FAULT]
+
+
+def test_a_member_that_would_fill_the_memory_is_a_fault(tmp_path: Path) -> None:
+    header = bytearray(Path(write_tar(tmp_path / "a.tar", members(["1", "2"]))).read_bytes())
+    header[2048 + 124 : 2048 + 136] = f"{MAX_MEMBER_BYTES + 1:011o}\0".encode()
+    header[2048 + 148 : 2048 + 156] = b" " * 8
+    header[2048 + 148 : 2048 + 156] = f"{sum(header[2048:2560]):06o}\0 ".encode()
+    (tmp_path / "a.tar").write_bytes(header)
+    (fault,) = read_shard(str(tmp_path / "a.tar"))
+    assert "2.json claims 268435457 bytes" in fault[FAULT]

@@ -6,11 +6,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from gspo_mm.config import DataConfig
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.types import DataError
+from tests.tars import image_bytes, record, write_tar
 
 
 def config(folder: Path, **settings: object) -> DataConfig:
@@ -92,3 +94,100 @@ def test_too_many_bad_samples_stop_the_run(processor: Processor, digit_shards: P
         PromptSource(data, processor, seed=0, split="train").take(500)
     with pytest.raises(DataError, match="25 of 50"):
         PromptSource(data, processor, seed=0, split="validation").all(1000)
+
+
+# mixtures, filters and what is held out
+
+
+def sources(folder: Path, **counts: int) -> list[dict[str, object]]:
+    """Sources of {name: samples}, each sample with a difficulty that counts up."""
+    for name, count in counts.items():
+        members = []
+        for i in range(count):
+            image = Image.new("RGB", (32, 32), (i, len(name), ord(name[0])))
+            text = record(f"{name} {i}?", meta={"level": i})
+            members += [(f"{i:04d}.png", image_bytes(image)), (f"{i:04d}.json", text)]
+        half = len(members) // 4 * 2
+        write_tar(folder / f"{name}-0.tar", members[:half])
+        write_tar(folder / f"{name}-1.tar", members[half:])
+    return [{"name": name, "shards": [f"{folder}/{name}-*.tar"], "weight": 1.0} for name in counts]
+
+
+def mixed(folder: Path, processor: Processor, **settings: object) -> PromptSource:
+    data = DataConfig(**{"shuffle_buffer": 20, "max_bad_fraction": 1.0, **settings})
+    return PromptSource(data, processor, seed=3, split="train", quarantine=folder / "quarantine.jsonl")
+
+
+@pytest.mark.parametrize("prefetch_mb", [0, 1])
+@pytest.mark.parametrize("stop", [1, 30, 150])
+def test_a_restart_of_a_mixture_continues_with_the_very_next_prompt(
+    processor: Processor, tmp_path: Path, stop: int, prefetch_mb: int
+) -> None:
+    train = sources(tmp_path, a=40, b=25, c=10)
+    whole, again = (mixed(tmp_path, processor, train=train, prefetch_mb=mb) for mb in (0, prefetch_mb))
+    whole.take(stop)
+    again.load(json.loads(json.dumps(whole.state())))
+    expected = whole.take(60)
+    assert keys(again, 60) == [p.prompt.key for p in expected]
+    assert {p.prompt.source for p in expected} == {"a", "b", "c"}
+    assert all(p.prompt.key.startswith(f"{p.prompt.source}/{p.prompt.source}-") for p in expected)
+    assert again.state() == whole.state()
+    again.close()
+
+
+def test_a_prompt_that_is_held_out_is_never_trained_on(processor: Processor, tmp_path: Path) -> None:
+    (train,) = sources(tmp_path, a=40)
+    write_tar(tmp_path / "held.tar", read_members(tmp_path / "a-0.tar")[:10])
+    source = mixed(tmp_path, processor, train=[train], validation=[f"{tmp_path}/held.tar"])
+    data = DataConfig(train=["x"], validation=[f"{tmp_path}/held.tar"])
+    source.hold_out(PromptSource(data, processor, seed=0, split="validation").all(100))
+    taken = set(keys(source, 200))
+    assert len(taken) == 35
+    assert not taken & {f"a/a-0.tar/{i:04d}" for i in range(5)}
+    lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["sample"] for line in lines) == [f"a/a-0.tar/{i:04d}" for i in range(5)]
+    assert all(json.loads(line)["reason"] == "held out" for line in lines)
+
+
+def read_members(path: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(path) as tar:
+        return [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+
+
+def test_the_curriculum_goes_from_easy_to_hard_across_a_restart(processor: Processor, tmp_path: Path) -> None:
+    curriculum = {"key": "level", "start": 5.0, "end": 40.0, "samples": 400}
+    options = {"train": sources(tmp_path, a=40), "curriculum": curriculum}
+    whole, again = (mixed(tmp_path, processor, **options) for _ in range(2))
+    early = [p.prompt.meta["level"] for p in whole.take(20)]
+    assert max(early) < 15  # type: ignore[type-var, operator]
+    assert whole.left_out > 0
+    again.load(whole.state())
+    later = whole.take(300)
+    assert [p.prompt.key for p in later] == keys(again, 300)
+    assert max(p.prompt.meta["level"] for p in later) == 39  # type: ignore[type-var]
+    assert (whole.skipped, again.left_out) == (0, whole.left_out)
+
+
+def test_filters_that_leave_nothing_are_told_instead_of_searching_for_ever(
+    processor: Processor, tmp_path: Path
+) -> None:
+    source = mixed(tmp_path, processor, train=sources(tmp_path, a=20), min_image_pixels=5000)
+    with pytest.raises(DataError, match=r"no sample of a whole epoch .*40 image size"):
+        source.take(1)
+
+
+def test_a_checkpoint_of_other_sources_is_refused(processor: Processor, tmp_path: Path) -> None:
+    train = sources(tmp_path, a=20, b=20)
+    whole = mixed(tmp_path, processor, train=train)
+    whole.take(30)
+    other = mixed(tmp_path, processor, train=train[:1])
+    other.load(whole.state())
+    with pytest.raises(DataError, match=r"sources \['a', 'b'\] but data.train names \['a'\]"):
+        other.take(1)
+
+
+def test_a_shard_that_vanishes_while_it_is_read_ahead_is_told(processor: Processor, tmp_path: Path) -> None:
+    source = mixed(tmp_path, processor, train=sources(tmp_path, a=20))
+    (tmp_path / "a-1.tar").unlink()
+    with pytest.raises(DataError, match=r"a-1.tar cannot be opened"):
+        source.take(20)
