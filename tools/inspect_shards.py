@@ -20,13 +20,13 @@ from typing import Annotated, Any
 import jinja2
 import numpy as np
 import typer
-from gspo_mm.data.places import expand_shards
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from gspo_mm.config import DataConfig
+from gspo_mm.data.places import expand_shards
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.samples import BadSample, sample_key, to_prompt
 from gspo_mm.data.shards import RawSample, read_shard
@@ -203,7 +203,7 @@ def _words(message: Any) -> str:
     content = message["content"]
     if isinstance(content, str):
         return content
-    return "".join(part["text"] if part["type"] == "text" else "\N{FRAME WITH PICTURE}" for part in content)
+    return "".join(part["text"] if part["type"] == "text" else "[image] " for part in content)
 
 
 def _thumbnail(image: EncodedImage) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def _open_hf(name: str, split: str) -> Source:
             data: Any = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
                 if split not in data:
-                    raise SourceError(f"{name} has no split {split}; set --split to one of {', '.join(data)}")
+                    raise SourceError(f"{name} has no split {split}; set --split to one of {', '.join(map(str, data))}")
                 data = data[split]
         else:
             data = datasets.load_dataset(name, split=split)

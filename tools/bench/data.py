@@ -34,7 +34,7 @@ def main(
     per_shard: Annotated[int, typer.Option(help="samples of a shard")] = 1000,
     buffer: Annotated[int, typer.Option(help="shuffle buffer, samples")] = 1000,
     rounds: Annotated[int, typer.Option(help="turns of each side")] = 5,
-    epochs: Annotated[int, typer.Option(help="for the memory")] = 10,
+    epochs: Annotated[int, typer.Option(min=2, help="for the memory")] = 10,
 ) -> None:
     """Print rates, their ratios and the memory after each epoch."""
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +64,9 @@ def make_shards(folder: Path, samples: int, per_shard: int, size: int) -> list[s
     import numpy as np
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from make_shards import png_bytes, write_shards
+    from digit_scenes import png_bytes
+
+    from gspo_mm.data.writing import ShardWriter
 
     rng = np.random.default_rng(0)
     side = max(8, round((size / 3) ** 0.5))  # noise does not compress
@@ -76,7 +78,10 @@ def make_shards(folder: Path, samples: int, per_shard: int, size: int) -> list[s
             record = {"messages": [{"role": "user", "content": content}], "answer": i, "task": "noise"}
             yield {"__key__": f"{i:08d}", "png": image, "json": json.dumps(record).encode()}
 
-    return [str(path) for path in write_shards(folder, "bench", made(), per_shard)]
+    with ShardWriter(folder, "bench", samples=per_shard) as writer:
+        for sample in made():
+            writer.write(sample)
+    return [str(path) for path in writer.paths]
 
 
 def sides(shards: list[str], buffer: int) -> dict[str, Callable[[], Iterable[Any]]]:

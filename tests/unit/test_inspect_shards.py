@@ -1,0 +1,63 @@
+"""`inspect_shards.py`: its numbers are those of the shards, and its page shows what is in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import TOOLS, run_tool
+from tests.unit.test_rows import picture
+
+
+def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOLS / "inspect_shards.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "250"})
+
+
+def test_counts_lengths_and_faults_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "question": f"<image>{number} <b>?",
+            "images": ["0.png"] * (1 + number % 2),
+            "answer": number,
+            "task": "t",
+        }
+        for number in range(6)
+    ]
+    for row in rows[1::2]:
+        row["question"] = "<image>" + str(row["question"])
+    (tmp_path / "0.png").write_bytes(picture())
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_tool("make_shards.py", "rows", tmp_path / "rows.jsonl", tmp_path / "out", "--samples-per-shard", 3)
+    other = max((tmp_path / "out").glob("*.tar"))
+    other.write_bytes(other.read_bytes()[:-1500])
+    done = inspect(tmp_path / "out" / "*.tar", "--model", tiny_model, "--html", tmp_path / "sheet.html")
+    assert done.returncode == 0, done.stderr
+    told = re.sub(" +", " ", done.stdout)
+    for line in (
+        "shards 2 ",
+        "tasks t 5 (100%)",
+        "images per prompt 1 3 (60%), 2 2 (40%)",
+        "image formats PNG RGB 7 (100%)",
+        "different images 1, 1 of them more than once",
+        f"skipped: damaged shard 1, first {other.name}/",
+        "megapixels 0.0002 0.0002 0.0002",
+        "longer side / shorter 2 2 2",
+    ):
+        assert line in told, told
+    assert re.search(r"prompt tokens \d+ ", told)
+    page = (tmp_path / "sheet.html").read_text()
+    assert page.count("<article>") == 5
+    assert page.count("data:image/png;base64,") == 7
+    assert "[image] 0 &lt;b&gt;?" in page, "text of the data is text"
+
+
+def test_a_pattern_without_shards_is_one_sentence(tmp_path: Path) -> None:
+    done = inspect(tmp_path / "*.tar")
+    assert done.returncode == 1
+    assert "no shard matches" in done.stderr
+    assert "Traceback" not in done.stderr
