@@ -1,0 +1,148 @@
+r"""The reward part of mathematical answers: math. See `part.py` for the contract of a part.
+
+Equality is the math-verify library's (Hugging Face): LaTeX to sympy, compared as numbers, then as expressions.
+What it leaves to its caller is done here:
+
+- Its time limits are signals, which break in threads, so they are off. What makes sympy run for hours is told by
+  the text and refused instead: towers and large powers, sums and integrals, deep nesting, long texts. A final
+  answer is worked out. What is still slow meets the deadline of the process that scores.
+- It reads words as products of letters: `teas` would equal `seat`. Here words are compared as words.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import lru_cache
+from typing import Any
+
+from gspo_mm.reward.part import Args
+from gspo_mm.reward.text import normalise, parse_number
+from gspo_mm.types import Json
+
+_LONGEST = 200  # characters of a final answer
+_DEEPEST = 8  # brackets within brackets
+_MOST_POWER = 12  # all exponents of an expression together, where the base is no plain number
+_MOST_LETTERS = 4  # different variables: expanding (a+b+c+d)^12 makes 455 terms
+_ENDLESS = re.compile(r"\\(?:i+nt|oint|sum|prod|lim|d?binom|Gamma|begin|zeta)\b|\bd/d|[!#&]")
+_COMMAND = re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_FUNCTIONS = {
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "log",
+    "exp",
+    "sqrt",
+    "arcsin",
+    "arccos",
+    "arctan",
+    "deg",
+}
+_POWER = re.compile(
+    r"(?P<base>[0-9.]*)\s*(?:\^|\*\*)\s*(?:\{(?P<braced>[^{}]*)\}|(?P<plain>[0-9]+|[^\s{}()]))"
+)
+# what people type instead of LaTeX
+_DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\degree\b|\bdeg(?:rees?)?\b")
+_ROOT = re.compile(r"√\s*([0-9]+|[a-z])|(?:√|(?<![\\A-Za-z])sqrt)\s*\(([^()]*)\)")
+_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
+_TYPED = str.maketrans({"−": "-", "–": "-", "π": r"\pi ", "×": r"\times ", "÷": r"\div ",
+                        "·": r"\cdot ", "²": "^2", "³": "^3", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "})  # fmt: skip
+
+
+class MathArgs(Args):
+    digits: int = 6  # decimal places that have to agree
+
+
+def math_(text: str, answer: Json, args: MathArgs) -> float:
+    r"""1 where text and answer are the same number, expression, set, tuple or equation: 0.5, \frac{1}{2}, 50\%."""
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise ValueError(f"answer {answer!r} is no mathematical expression")
+    if len(text) > 2 * _LONGEST:
+        text = ""
+    return float(_equal(_latex(text), _latex(str(answer)), args.digits))
+
+
+# Answers of a group are often the same few.
+@lru_cache(maxsize=8192)
+def _equal(text: str, answer: str, digits: int) -> bool:
+    wanted = _parse(answer)
+    if wanted is None and not _is_words(answer):
+        raise ValueError(f"answer {answer!r} is no mathematical expression that can be compared")
+    if not text or not _is_safe(text):
+        return False
+    if text == answer:
+        return True
+    if wanted is None or _is_words(text):
+        return normalise(text) == normalise(answer)
+    numbers = parse_number(text), parse_number(answer)
+    if all(n is not None and n.denominator == 1 for n in numbers):
+        return numbers[0] == numbers[1]
+    given = _parse(text)
+    return given is not None and _verify(wanted, given, digits)
+
+
+def _verify(wanted: Any, given: Any, digits: int) -> bool:
+    from math_verify import verify
+
+    # A number is no expression with variables, and to find that out sympy would simplify it; `x = 5` may be 5.
+    is_number = not getattr(wanted, "free_symbols", ())
+    if is_number and getattr(given, "free_symbols", ()) and not getattr(given, "is_Relational", False):
+        return False
+    return verify([wanted], [given], float_rounding=digits, timeout_seconds=None)
+
+
+@lru_cache(maxsize=8192)
+def _parse(text: str) -> Any:
+    """The sympy expression of LaTeX or plain notation; None where it is none, or not a safe one."""
+    if not _is_safe(text) or _is_words(text):
+        return None
+    # sympy takes most of a second to import, and most reward files need none of it
+    from math_verify import LatexExtractionConfig, parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+    found = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+    return found[0] if found else None
+
+
+def _latex(text: str) -> str:
+    """Typed signs as LaTeX, degrees left out, as 30 and 30° are one answer."""
+    text = _PI.sub(r"\\pi ", _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", _DEGREES.sub("", text)))
+    return text.translate(_TYPED).replace("$", " ").strip()
+
+
+def _is_words(text: str) -> bool:
+    bare = _COMMAND.sub(" ", text)
+    return any(word.lower() not in _FUNCTIONS for word in _WORD.findall(bare))
+
+
+def _is_safe(text: str) -> bool:
+    """Whether sympy can work the expression out in a moment."""
+    if len(text) > _LONGEST or _ENDLESS.search(text) or any(c.isdigit() and not c.isascii() for c in text):
+        return False
+    depth = deepest = 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        deepest = max(deepest, depth)
+    bare = _COMMAND.sub(" ", text)
+    letters = {c for c in bare if c.isalpha()}
+    return deepest <= _DEEPEST and len(letters) <= _MOST_LETTERS and _is_low_power(bare)
+
+
+def _is_low_power(text: str) -> bool:
+    total = 0
+    powers = list(_POWER.finditer(text))
+    if len(powers) != text.count("^") + text.count("**"):  # an exponent with braces in it: a tower
+        return False
+    for power in powers:
+        exponent = (power["braced"] if power["braced"] is not None else power["plain"]).strip()
+        if "^" in exponent or "**" in exponent or text[power.end() :].lstrip().startswith(("^", "**")):
+            return False
+        largest = max((int(n) for n in re.findall(r"[0-9]{1,6}", exponent)), default=1)
+        if power["base"] and largest <= 200:  # 2^{100} is one number
+            continue
+        total += largest
+    return total <= _MOST_POWER
