@@ -65,7 +65,7 @@ def box_iou(text: str, answer: Json, args: BoxArgs, *, size: Size = None) -> flo
     wanted = _wanted_box(answer, args, size)
     given = parse_box(text)
     overlap = 0.0 if given is None else iou(_shares(given, args.text_unit, size), wanted)
-    return overlap if overlap >= args.at_least else 0.0
+    return overlap if _reaches(overlap, args.at_least) else 0.0
 
 
 def point_in_box(text: str, answer: Json, args: PlaceArgs, *, size: Size = None) -> float:
@@ -102,7 +102,7 @@ def grounding_f1(text: str, answer: Json, args: GroundingArgs, *, size: Size = N
         [
             j
             for j, box in enumerate(wanted_boxes)
-            if iou(_shares(one.box, args.text_unit, size), box) >= args.at_least
+            if _reaches(iou(_shares(one.box, args.text_unit, size), box), args.at_least)
             and (not args.labels or one.label == wanted[j].label)
         ]
         for one in given
@@ -135,6 +135,10 @@ def iou(a: Box, b: Box) -> float:
         return 0.0
     shared = width * height
     return shared / (_area(a) + _area(b) - shared)
+
+
+def _reaches(overlap: float, bound: float) -> bool:
+    return round(overlap, 9) >= bound  # a half that converting coordinates made 0.4999999999999999 is a half
 
 
 def _most_pairs(edges: list[list[int]]) -> int:

@@ -130,7 +130,7 @@ class RewardFunction:
                 return Score(value=math.nan, parts=values, error=reason)
             values[part.name] = value
             if part.accuracy is not False:
-                accuracy = float(value >= float(part.accuracy))
+                accuracy = float(round(value, 9) >= float(part.accuracy))
         combine = COMBINE[self.spec.combine]
         if any(values.get(name, 1.0) < 1.0 for name in self.spec.gate):
             combine = closed_gate

@@ -13,13 +13,17 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic import ConfigDict
+
 from gspo_mm.reward.part import Args, PartType
 from gspo_mm.reward.pattern import extract_answer
 from gspo_mm.types import Completion, Json, Prompt
 
 
-class UserArgs(Args, extra="allow"):
+class UserArgs(Args):
     """Whatever the function takes."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 def user_part(path: str, args: Mapping[str, Any], pattern: str | None) -> PartType:
