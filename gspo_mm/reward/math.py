@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +25,8 @@ _LONGEST = 200  # characters of a final answer
 _DEEPEST = 8  # brackets within brackets
 _MOST_POWER = 12  # all exponents of an expression together, where the base is no plain number
 _MOST_LETTERS = 4  # different variables: expanding (a+b+c+d)^12 makes 455 terms
+_MOST_FUNCTIONS = 2  # simplifying sin(log(log(e) - 2) - 99) takes sympy ten seconds
+_FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp)")
 _ENDLESS = re.compile(r"\\(?:i+nt|oint|sum|prod|lim|d?binom|Gamma|begin|zeta)\b|\bd/d|[!#&]")
 _COMMAND = re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{3,}")
@@ -45,6 +48,7 @@ _FUNCTIONS = {
 _POWER = re.compile(
     r"(?P<base>[0-9.]*)\s*(?:\^|\*\*)\s*(?:\{(?P<braced>[^{}]*)\}|(?P<plain>[0-9]+|[^\s{}()]))"
 )
+_QUOTIENT = re.compile(r"([0-9]{1,9})/([0-9]{1,9})|\\d?frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}")
 # what people type instead of LaTeX
 _DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\degree\b|\bdeg(?:rees?)?\b")
 _ROOT = re.compile(r"√\s*([0-9]+|[a-z])|(?:√|(?<![\\A-Za-z])sqrt)\s*\(([^()]*)\)")
@@ -78,21 +82,56 @@ def _equal(text: str, answer: str, digits: int) -> bool:
         return True
     if wanted is None or _is_words(text):
         return normalise(text) == normalise(answer)
-    numbers = parse_number(text), parse_number(answer)
-    if all(n is not None and n.denominator == 1 for n in numbers):
-        return numbers[0] == numbers[1]
+    if _differ(_fraction(text), _fraction(answer), digits):
+        return False
     given = _parse(text)
-    return given is not None and _verify(wanted, given, digits)
+    if given is None:
+        return False
+    # 50% is 50 and 0.5 to the library, so only others are told apart by their values
+    if not {"%"} & {*text, *answer} and _differ(_value(given), _value(wanted), digits):
+        return False
+    return _verify(wanted, given, digits)
 
 
 def _verify(wanted: Any, given: Any, digits: int) -> bool:
     from math_verify import verify
+    from sympy import Interval, Tuple
 
-    # A number is no expression with variables, and to find that out sympy would simplify it; `x = 5` may be 5.
-    is_number = not getattr(wanted, "free_symbols", ())
-    if is_number and getattr(given, "free_symbols", ()) and not getattr(given, "is_Relational", False):
+    # What sympy would only find out by simplifying: a number is no pair, and what has variables is
+    # nothing without; but `x = 5` may be 5.
+    if getattr(wanted, "is_number", False) and isinstance(given, Tuple | Interval):
+        return False
+    if getattr(given, "is_number", False) and isinstance(wanted, Tuple | Interval):
+        return False
+    variables = [bool(getattr(each, "free_symbols", ())) for each in (wanted, given)]
+    is_relation = any(getattr(each, "is_Relational", False) for each in (wanted, given))
+    if variables[0] != variables[1] and not is_relation:
         return False
     return verify([wanted], [given], float_rounding=digits, timeout_seconds=None)
+
+
+def _differ(a: Fraction | float | None, b: Fraction | float | None, digits: int) -> bool:
+    """Whether two numbers, where both are known, differ by more than rounding; most wrong answers do."""
+    return a is not None and b is not None and abs(a - b) > 2 * 10.0**-digits
+
+
+def _fraction(text: str) -> Fraction | None:
+    r"""The value of 12.5, 3/4 or \frac{3}{4}, which need no LaTeX parser."""
+    if quotient := _QUOTIENT.fullmatch(text):
+        top, bottom = (int(n) for n in quotient.groups() if n is not None)
+        return Fraction(top, bottom) if bottom else None
+    return parse_number(text)
+
+
+def _value(expression: Any) -> float | None:
+    """The value of a real number; None for all else."""
+    if not (getattr(expression, "is_number", False) and getattr(expression, "is_real", False)):
+        return None
+    try:
+        value = float(expression.evalf(20))
+    except Exception:  # sympy raises what it likes on what it cannot evaluate
+        return None
+    return value if abs(value) < 1e9 else None  # beyond, 20 digits of a cancelling sum may not be enough
 
 
 @lru_cache(maxsize=8192)
@@ -129,6 +168,8 @@ def _is_safe(text: str) -> bool:
         deepest = max(deepest, depth)
     bare = _COMMAND.sub(" ", text)
     letters = {c for c in bare if c.isalpha()}
+    if len(_FUNCTION.findall(text)) > _MOST_FUNCTIONS:
+        return False
     return deepest <= _DEEPEST and len(letters) <= _MOST_LETTERS and _is_low_power(bare)
 
 
