@@ -22,7 +22,8 @@ from gspo_mm.reward.text import normalise, parse_number
 from gspo_mm.types import Json
 
 _LONGEST = 200  # characters of a final answer
-_DEEPEST = 8  # brackets within brackets
+_LONGEST_SYMBOLIC = 80  # characters, where there are variables or functions to simplify
+_DEEPEST = 6  # brackets within brackets
 _MOST_POWER = 12  # all exponents of an expression together, where the base is no plain number
 _MOST_LETTERS = 4  # different variables: expanding (a+b+c+d)^12 makes 455 terms
 _MOST_FUNCTIONS = 2  # simplifying sin(log(log(e) - 2) - 99) takes sympy ten seconds
@@ -84,11 +85,16 @@ def _equal(text: str, answer: str, digits: int) -> bool:
         return normalise(text) == normalise(answer)
     if _differ(_fraction(text), _fraction(answer), digits):
         return False
-    given = _parse(text)
-    if given is None:
+    try:
+        given = _parse(text)
+        return given is not None and _same(given, wanted, digits, percent="%" in text + answer)
+    except Exception:  # sympy raises what it likes on what a model writes, such as 1/sin(pi) < 0
         return False
+
+
+def _same(given: Any, wanted: Any, digits: int, *, percent: bool) -> bool:
     # 50% is 50 and 0.5 to the library, so only others are told apart by their values
-    if not {"%"} & {*text, *answer} and _differ(_value(given), _value(wanted), digits):
+    if not percent and _differ(_value(given), _value(wanted), digits):
         return False
     return _verify(wanted, given, digits)
 
@@ -127,10 +133,7 @@ def _value(expression: Any) -> float | None:
     """The value of a real number; None for all else."""
     if not (getattr(expression, "is_number", False) and getattr(expression, "is_real", False)):
         return None
-    try:
-        value = float(expression.evalf(20))
-    except Exception:  # sympy raises what it likes on what it cannot evaluate
-        return None
+    value = float(expression.evalf(20))
     return value if abs(value) < 1e9 else None  # beyond, 20 digits of a cancelling sum may not be enough
 
 
@@ -168,7 +171,8 @@ def _is_safe(text: str) -> bool:
         deepest = max(deepest, depth)
     bare = _COMMAND.sub(" ", text)
     letters = {c for c in bare if c.isalpha()}
-    if len(_FUNCTION.findall(text)) > _MOST_FUNCTIONS:
+    functions = len(_FUNCTION.findall(text))
+    if functions > _MOST_FUNCTIONS or ((functions or letters) and len(text) > _LONGEST_SYMBOLIC):
         return False
     return deepest <= _DEEPEST and len(letters) <= _MOST_LETTERS and _is_low_power(bare)
 
