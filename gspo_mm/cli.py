@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from gspo_mm.types import GspoError
 
@@ -23,6 +24,23 @@ app = typer.Typer(
     "Usual order: [bold]sft[/] (warm start) -> [bold]train[/] (GSPO) -> [bold]report[/]. "
     "Any config key can be set on the command line: train.steps=10 policy.optimizer.lr=1.0e-5",
 )
+
+
+class _ScoreFirst(TyperGroup):
+    """`gspo-mm reward FILE` is `gspo-mm reward score FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["score", *args]
+        return super().parse_args(ctx, args)
+
+
+reward_app = typer.Typer(
+    no_args_is_help=True,
+    cls=_ScoreFirst,
+    help="Check a reward file (reward check FILE), or score saved answers with it (reward FILE --input SAMPLES).",
+)
+app.add_typer(reward_app, name="reward")
 
 # what a full or write-protected disk answers: the user's to mend, not ours
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -116,6 +134,32 @@ def report(
     if png:
         write_curves_png(runs, png)
         typer.echo(png)
+
+
+@reward_app.command("check")
+def reward_check(files: Annotated[list[Path], typer.Argument(help="reward files with cases:")]) -> None:
+    """Run the cases that reward files carry, as tables; status 1 when a score differs from what its case says."""
+    from gspo_mm.observe.rescore import check_file, table_console
+
+    passed = [check_file(file, table_console()) for file in files]
+    raise typer.Exit(0 if all(passed) else 1)
+
+
+@reward_app.command("score")
+def reward_score(
+    file: Annotated[Path, typer.Argument(help="a reward file, or a config that names one")],
+    input: Annotated[
+        Path, typer.Option(help="RUN/rollouts/step-*.jsonl.gz, or lines of answer, response and task")
+    ],
+    rows: Annotated[int, typer.Option(min=0, help="samples shown one by one")] = 20,
+) -> None:
+    """Score saved answers and show every part; status 1 when a part failed on some of them."""
+    from gspo_mm.observe.rescore import load_answers, reward_of, score_answers, show_scores, table_console
+
+    answers = list(load_answers(input))
+    scores = score_answers(reward_of(file), answers)
+    show_scores(answers, scores, rows, table_console())
+    raise typer.Exit(1 if any(score.error for score in scores) else 0)
 
 
 @app.command()

@@ -39,7 +39,7 @@ def load_rollouts(run_dir: Path, step: int) -> list[RolloutGroup]:
     """The groups as they were saved: equal token ids, log-probs, scores and images."""
     folder = Path(run_dir) / "rollouts"
     with gzip.open(folder / f"step-{step:08d}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [_decode(json.loads(line), folder / "images") for line in file]
+        return [decode_group(json.loads(line), folder / "images") for line in file]
 
 
 def list_steps(run_dir: Path) -> list[int]:
@@ -64,9 +64,12 @@ def _encode(group: RolloutGroup) -> dict[str, Any]:
     }
 
 
-def _decode(line: dict[str, Any], images: Path) -> RolloutGroup:
+def decode_group(line: dict[str, Any], images: Path | None) -> RolloutGroup:
+    """One saved line; without a folder of images theirs are empty bytes, of the size that they had."""
     prompt = line["prompt"]
-    encoded = tuple(EncodedImage(data=(images / i["key"]).read_bytes(), **i) for i in prompt["images"])
+    encoded = tuple(
+        EncodedImage(data=(images / i["key"]).read_bytes() if images else b"", **i) for i in prompt["images"]
+    )
     prompt |= {"images": encoded, "messages": tuple(prompt["messages"])}
     return RolloutGroup(
         id=line["id"],

@@ -1,14 +1,14 @@
-"""A YAML reward file -> a function from (prompt, completion) to a Score. `configs/rewards/digits.yaml` is an example.
+"""A YAML reward file -> a function from (prompt, completion) to a Score. `configs/rewards/README.md` explains it.
 
-Each part that covers the prompt's task judges the text; the reward is the weighted sum. The *answer* is what
-`extract` finds in the completion's text. Rules against reward hacking:
+Each part that covers the prompt's task judges the text; the reward is what `combine` makes of their values. The
+*answer* is what `extract` finds in the completion's text. Rules against reward hacking:
 
 - A text that states two different answers states none: every part that reads the extracted answer gives 0.
 - So does a text without an answer.
+- A part named in `gate` must give 1; else nothing that other parts give counts, and what penalties take does.
 - A part must judge every text; what it raises is a fault of the part or the data, never of the model. Such a
-completion
-  gets no reward (value NaN, `error` set), is counted and logged, and is left out of training; it is not
-  scored 0.
+  completion gets no reward (value NaN, `error` set), is counted and logged, and is left out of training; it is
+  not scored 0.
 
 A completion that was cut off at the length limit is judged by its text as it is.
 """
@@ -17,52 +17,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
-from gspo_mm.reward.grounding import BoxArgs, box_iou
-from gspo_mm.reward.text import (
-    Args,
-    ExactArgs,
-    FormatArgs,
-    NumberArgs,
-    compile_pattern,
-    exact,
-    format_,
-    number,
-)
-from gspo_mm.types import Completion, GspoError, Json, Prompt, RolloutGroup, Score
+from gspo_mm.reward.cases import Case
+from gspo_mm.reward.combine import COMBINE, closed_gate
+from gspo_mm.reward.part import CONTEXT, Args, PartType
+from gspo_mm.reward.parts import PARTS
+from gspo_mm.reward.pattern import BOXED, compile_pattern, extract_answer
+from gspo_mm.reward.user import user_part
+from gspo_mm.types import Completion, GspoError, Prompt, RolloutGroup, Score
 
 log = logging.getLogger(__name__)
 
 
 class RewardFileError(GspoError, ValueError):
     """The reward file cannot be used; the message names the file, the key, its value and the fix."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartType:
-    """A kind of reward part."""
-
-    judge: Callable[[str, Json, Any], float]  # (text, prompt's answer, args) -> value in [0, 1]
-    args: type[Args]
-    whole_text: bool = False  # judges the completion's text as it is, not the extracted answer
-
-
-# All kinds of parts. A new one is a function beside its siblings and a line here.
-PARTS: dict[str, PartType] = {
-    "exact": PartType(judge=exact, args=ExactArgs),
-    "number": PartType(judge=number, args=NumberArgs),
-    "box_iou": PartType(judge=box_iou, args=BoxArgs),
-    "format": PartType(judge=format_, args=FormatArgs, whole_text=True),
-}
 
 
 class _Section(BaseModel):
@@ -73,7 +50,8 @@ class PartSpec(_Section):
     """One entry of `parts:`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # names the part in scores and metrics
-    type: str  # a key of PARTS
+    type: str = ""  # a key of PARTS; one of this and `python`
+    python: str | None = None  # a function of yours, package.module:function; see user.py
     weight: Annotated[float, Field(ge=0.0)] = 1.0  # 0: measured, not rewarded
     tasks: Annotated[list[str], Field(min_length=1)] | None = None  # null: all tasks
     # This part decides Score.accuracy: 1 where its value reaches the threshold (true: 1.0).
@@ -93,6 +71,12 @@ class PartSpec(_Section):
     def _extracts(cls, pattern: str | None) -> str | None:
         return _check_extract(pattern)
 
+    @model_validator(mode="after")
+    def _has_one_kind(self) -> PartSpec:
+        if bool(self.type) == (self.python is not None):
+            raise ValueError("a part has a type or a python function; give it one of them")
+        return self
+
     def covers(self, task: str) -> bool:
         return self.tasks is None or task in self.tasks
 
@@ -102,24 +86,17 @@ class RewardSpec(_Section):
 
     name: str
     description: str = ""
-    extract: str | None = None  # regular expression, at most one group; null: the whole text is the answer
-    combine: Literal["sum"] = "sum"  # how parts become the reward: see COMBINE
+    # regular expression, at most one group; boxed: what stands in \\boxed{}; null: the whole text is the answer
+    extract: str | None = None
+    combine: Literal["sum", "product"] = "sum"  # how parts become the reward: see COMBINE
+    gate: list[str] = []  # names of parts that must give 1 before anything counts
     parts: Annotated[list[PartSpec], Field(min_length=1)]
+    cases: list[Case] = []  # samples and the scores that they must get: `gspo-mm reward check`
 
     @field_validator("extract")
     @classmethod
     def _extracts(cls, pattern: str | None) -> str | None:
         return _check_extract(pattern)
-
-
-def weighted_sum(values: list[float], weights: list[float]) -> float:
-    # Rounded, so that rewards equal on paper (0.1 + 0.2 and 0.3) are equal: else a group of them would look
-    # alive, and normalising it would turn a difference of 1e-17 into advantages of 1.
-    return round(math.fsum(value * weight for value, weight in zip(values, weights, strict=True)), 12)
-
-
-# Ways to combine parts (and `RewardSpec.combine` lists their names).
-COMBINE: dict[str, Callable[[list[float], list[float]], float]] = {"sum": weighted_sum}
 
 
 class RewardFunction:
@@ -129,8 +106,10 @@ class RewardFunction:
         """Raises RewardFileError for parts that do not fit together."""
         self.spec = spec
         self.source = source
-        self._args = {part.name: _parse_args(part, source) for part in spec.parts}
+        self._kinds = {part.name: _find_kind(part, spec, source) for part in spec.parts}
+        self._args = {part.name: _parse_args(part, self._kinds[part.name], source) for part in spec.parts}
         _check_parts(spec, source)
+        _check_combination(spec, self._kinds, source)
 
     def score(self, prompt: Prompt, completion: Completion) -> Score:
         """Judge one completion. Raises RewardFileError where no part covers the prompt's task."""
@@ -145,14 +124,18 @@ class RewardFunction:
         accuracy: float | None = None
         for part in parts:
             try:
-                value = self._judge(part, prompt, completion.text)
+                value = self._judge(part, prompt, completion)
             except Exception as error:  # any: a part is an extension point, and its failure is no 0
                 reason = f"part {part.name}: {type(error).__name__}: {error}"
                 return Score(value=math.nan, parts=values, error=reason)
             values[part.name] = value
             if part.accuracy is not False:
-                accuracy = float(value >= float(part.accuracy))
-        reward = COMBINE[self.spec.combine](list(values.values()), [part.weight for part in parts])
+                accuracy = float(round(value, 9) >= float(part.accuracy))
+        combine = COMBINE[self.spec.combine]
+        if any(values.get(name, 1.0) < 1.0 for name in self.spec.gate):
+            combine = closed_gate
+            accuracy = None if accuracy is None else 0.0
+        reward = combine(list(values.values()), [part.weight for part in parts])
         return Score(value=reward, parts=values, accuracy=accuracy)
 
     def score_groups(self, groups: Iterable[RolloutGroup]) -> list[RolloutGroup]:
@@ -176,13 +159,16 @@ class RewardFunction:
             )
         return scored
 
-    def _judge(self, part: PartSpec, prompt: Prompt, text: str) -> float:
-        kind = PARTS[part.type]
+    def _judge(self, part: PartSpec, prompt: Prompt, completion: Completion) -> float:
+        kind = self._kinds[part.name]
+        text = completion.text
         stated = text if kind.whole_text else extract_answer(text, part.extract or self.spec.extract)
+        context = {name: CONTEXT[name](prompt, completion) for name in kind.context}
         # Judged even where nothing is stated, so that a fault of the prompt's answer is found at once.
-        value = kind.judge(stated or "", prompt.answer, self._args[part.name])
-        if not 0.0 <= value <= 1.0:  # NaN too
-            raise ValueError(f"value {value!r} is outside [0, 1]")
+        value = kind.judge(stated or "", prompt.answer, self._args[part.name], **context)
+        lowest = 0.0 if self.spec.combine == "product" else kind.lowest
+        if not lowest <= value <= 1.0:  # NaN too
+            raise ValueError(f"value {value!r} is outside [{lowest:g}, 1]")
         return value if stated or kind.whole_text else 0.0
 
 
@@ -213,36 +199,36 @@ def parse_reward(values: Any, *, source: str) -> RewardFunction:
     return RewardFunction(spec, source=source)
 
 
-def extract_answer(text: str, pattern: str | None) -> str | None:
-    """The answer stated in the text, stripped; None where none is stated, or two different ones are."""
-    if pattern is None:
-        return text.strip()
-    answers = {(match[match.re.groups] or "").strip() for match in compile_pattern(pattern).finditer(text)}
-    return answers.pop() if len(answers) == 1 else None
-
-
 def failed_fraction(groups: Iterable[RolloutGroup]) -> float:
     """Completions whose reward failed, as a fraction of all; 0 without completions."""
     failed = [score.error is not None for group in groups for score in group.scores]
     return sum(failed) / len(failed) if failed else 0.0
 
 
-def _parse_args(part: PartSpec, source: str) -> Args:
+def _find_kind(part: PartSpec, spec: RewardSpec, source: str) -> PartType:
     where = f"parts.{part.name}"
+    if part.python is not None:
+        try:
+            return user_part(part.python, part.args, part.extract or spec.extract)
+        except ValueError as error:
+            raise RewardFileError(f"{source}: {where}.python={part.python!r} is refused: {error}") from None
     if part.type not in PARTS:
         raise RewardFileError(
             f"{source}: {where}.type={part.type!r} is unknown; use one of {', '.join(PARTS)}"
         )
-    kind = PARTS[part.type]
-    if kind.whole_text and part.extract is not None:
+    if PARTS[part.type].whole_text and part.extract is not None:
         raise RewardFileError(
             f"{source}: {where}.extract={part.extract!r} has no effect, as type {part.type} judges the whole "
             "text; remove it"
         )
+    return PARTS[part.type]
+
+
+def _parse_args(part: PartSpec, kind: PartType, source: str) -> Args:
     try:
         return kind.args.model_validate(part.args)
     except ValidationError as error:
-        raise RewardFileError(_sentence(error, source, f"{where}.args.", part.args)) from None
+        raise RewardFileError(_sentence(error, source, f"parts.{part.name}.args.", part.args)) from None
 
 
 def _check_parts(spec: RewardSpec, source: str) -> None:
@@ -266,8 +252,22 @@ def _check_parts(spec: RewardSpec, source: str) -> None:
                 )
 
 
+def _check_combination(spec: RewardSpec, kinds: dict[str, PartType], source: str) -> None:
+    for name in spec.gate:
+        if name not in kinds:
+            raise RewardFileError(
+                f"{source}: gate={name!r} names no part; use one of {', '.join(kinds)}, or remove it"
+            )
+    for part in spec.parts:
+        if spec.combine == "product" and part.type and kinds[part.name].lowest < 0:
+            raise RewardFileError(
+                f"{source}: parts.{part.name}.type={part.type} is a penalty, which a product cannot hold; "
+                "use combine: sum"
+            )
+
+
 def _check_extract(pattern: str | None) -> str | None:
-    if pattern is not None and compile_pattern(pattern).groups > 1:
+    if pattern not in (None, BOXED) and compile_pattern(pattern).groups > 1:
         raise ValueError(
             "it has more than one group; mark the answer with one, and write (?:...) for the others"
         )

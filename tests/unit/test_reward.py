@@ -16,9 +16,12 @@ from torchvision.ops import box_iou as torchvision_iou
 
 from gspo_mm.advantage import group_advantages
 from gspo_mm.config import AdvantageConfig
-from gspo_mm.reward import RewardFileError, failed_fraction, load_reward, spec
+from gspo_mm.reward import RewardFileError, failed_fraction, load_reward
 from gspo_mm.reward.grounding import BoxArgs, box_iou, iou, parse_box
-from gspo_mm.reward.spec import PARTS, extract_answer, parse_reward
+from gspo_mm.reward.part import PartType
+from gspo_mm.reward.parts import PARTS
+from gspo_mm.reward.pattern import extract_answer
+from gspo_mm.reward.spec import parse_reward
 from gspo_mm.reward.text import ExactArgs, FormatArgs, NumberArgs, exact, format_, number
 from gspo_mm.types import Completion, Finish, Prompt, RolloutGroup
 
@@ -351,7 +354,7 @@ def test_a_part_that_fails_gives_no_reward_and_never_zero(caplog, monkeypatch):
             raise KeyError("oops")
         return 1.0
 
-    monkeypatch.setitem(PARTS, "boom", spec.PartType(judge=boom, args=ExactArgs))
+    monkeypatch.setitem(PARTS, "boom", PartType(judge=boom, args=ExactArgs))
     reward = build(part("fine"), part("broken", "boom"))
     groups = [
         RolloutGroup(id=4, prompt=prompt("x"), prompt_ids=(1,), completions=tuple(map(completion, texts)))
@@ -374,7 +377,7 @@ def test_a_part_that_fails_gives_no_reward_and_never_zero(caplog, monkeypatch):
 
 @pytest.mark.parametrize("value", [math.nan, 1.5, -0.1])
 def test_a_part_that_leaves_the_unit_range_fails(value, monkeypatch):
-    monkeypatch.setitem(PARTS, "odd", spec.PartType(judge=lambda *_: value, args=ExactArgs))
+    monkeypatch.setitem(PARTS, "odd", PartType(judge=lambda *_: value, args=ExactArgs))
     assert "outside [0, 1]" in (score("x", "x", reward=build(part(type="odd"))).error or "")
 
 
@@ -384,7 +387,7 @@ def test_a_faulty_answer_is_found_whatever_the_model_says():
 
 
 def test_a_text_without_an_answer_scores_zero_even_where_the_part_would_not(monkeypatch):
-    monkeypatch.setitem(PARTS, "kind", spec.PartType(judge=lambda *_: 1.0, args=ExactArgs))
+    monkeypatch.setitem(PARTS, "kind", PartType(judge=lambda *_: 1.0, args=ExactArgs))
     reward = build(part(type="kind"), extract="<a>(.*?)</a>")
     assert score("<a>x</a>", "x", reward=reward).value == 1.0
     for text in ("", "x", "<a></a>", "<a>x</a><a>y</a>"):
@@ -402,15 +405,15 @@ FAULTS = [
     ({"name": "x", "parts": [{"type": "exact"}]}, "parts.0.name is missing"),
     ({"name": "x", "prts": 1, "parts": [part()]}, "prts=1 is unknown"),
     (
-        {"name": "x", "combine": "product", "parts": [part()]},
-        "combine='product' is refused: input should be 'sum'",
+        {"name": "x", "combine": "mean", "parts": [part()]},
+        "combine='mean' is refused: input should be 'sum' or 'product'",
     ),
     ({"name": "x", "extract": "(a", "parts": [part()]}, "extract='(a' is refused: not a regular expression"),
     ({"name": "x", "extract": "(a)(b)", "parts": [part()]}, "more than one group"),
     ({"name": "x", "parts": [part(extract="[")]}, "parts.p.extract='[' is refused"),
     (
         {"name": "x", "parts": [part(type="exakt")]},
-        "parts.p.type='exakt' is unknown; use one of exact, number",
+        "parts.p.type='exakt' is unknown; use one of exact, normalised, number",
     ),
     ({"name": "x", "parts": [part(args={"tolerance": 1})]}, "parts.p.args.tolerance=1 is unknown"),
     (

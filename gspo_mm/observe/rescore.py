@@ -1,0 +1,186 @@
+"""`gspo-mm reward`: score saved answers with a reward file and show each part; check a reward file's own cases."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gspo_mm.observe.rollouts import decode_group
+from gspo_mm.reward.cases import Checked, Sample, check_cases
+from gspo_mm.reward.spec import RewardFileError, RewardFunction, load_reward
+from gspo_mm.types import Completion, GspoError, Prompt, Score
+
+_SHOWN = 60  # characters of a response in a table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A saved answer, and what it was worth when it was saved."""
+
+    prompt: Prompt
+    completion: Completion
+    saved: Score | None = None
+
+
+def table_console() -> Console:
+    """Where tables go: as wide as the terminal, or wide enough where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def reward_of(path: Path) -> RewardFunction:
+    """The reward of a reward file, or of the config that names one in reward.file."""
+    try:
+        loaded = OmegaConf.load(path) if path.is_file() else None
+    except Exception:  # whatever is wrong with the YAML, load_reward says it in one sentence
+        loaded = None
+    if loaded is not None and "reward" in loaded and "parts" not in loaded:
+        from gspo_mm.config import load_config
+
+        return load_reward(load_config(path, any_world=True).reward.file)
+    return load_reward(path)
+
+
+def load_answers(path: Path) -> Iterator[Answer]:
+    """Answers of RUN/rollouts/step-*.jsonl.gz, or of lines {"answer", "response", "task"} as in `cases:`.
+
+    Raises GspoError naming file and line.
+    """
+    if not path.is_file():
+        raise GspoError(
+            f"--input {path} does not exist; name RUN/rollouts/step-*.jsonl.gz or a file of samples"
+        )
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield from _answers_of(json.loads(line), f"line {number}")
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise GspoError(f"--input {path}: line {number or 1} is no sample: {_reason(error)}") from None
+
+
+def score_answers(reward: RewardFunction, answers: Sequence[Answer]) -> list[Score]:
+    return [reward.score(answer.prompt, answer.completion) for answer in answers]
+
+
+def show_scores(answers: Sequence[Answer], scores: Sequence[Score], rows: int, console: Console) -> None:
+    """A table of the first answers, one of means by task, and the failures."""
+    names = list(dict.fromkeys(name for score in scores for name in score.parts))
+    table = Table("sample", "task", "answer", "response", *names, "reward", "right", "saved")
+    for answer, score in zip(answers[:rows], scores[:rows], strict=True):
+        table.add_row(
+            Text(answer.prompt.key),
+            Text(answer.prompt.task),
+            Text(_short(json.dumps(answer.prompt.answer, ensure_ascii=False), 24)),
+            Text(_short(answer.completion.text)),
+            *(_number(score.parts.get(name)) for name in names),
+            "failed" if score.error else _number(score.value),
+            _number(score.accuracy),
+            _number(answer.saved.value if answer.saved else None),
+        )
+    console.print(table)
+    if len(answers) > rows:
+        console.print(f"{len(answers) - rows} more samples; --rows shows more of them")
+    console.print(_means(answers, scores, names))
+    for answer, score in zip(answers, scores, strict=True):
+        if score.error:
+            console.print(Text(f"{answer.prompt.key} failed: {score.error}"))
+
+
+def check_file(path: Path, console: Console) -> bool:
+    """Run the `cases:` of a reward file and show them; True where all pass. Raises RewardFileError without cases."""
+    reward = load_reward(path)
+    if not reward.spec.cases:
+        raise RewardFileError(f"{path}: cases=[] checks nothing; add some, as in configs/rewards/README.md")
+    checked = check_cases(reward.spec.cases, reward.score)
+    console.print(_case_table(path, checked, [part.name for part in reward.spec.parts]))
+    wrong = sum(bool(one.faults) for one in checked)
+    console.print(
+        f"{path}: {len(checked)} cases, {wrong} differ" if wrong else f"{path}: {len(checked)} cases pass"
+    )
+    return not wrong
+
+
+def _case_table(path: Path, checked: Sequence[Checked], names: Sequence[str]) -> Table:
+    table = Table("case", "task", "answer", "response", *names, "reward", "expected", "", title=str(path))
+    for i, one in enumerate(checked):
+        case = one.case
+        times = f" (x{case.repeat})" if case.repeat > 1 else ""
+        table.add_row(
+            str(i),
+            Text(case.task),
+            Text(_short(json.dumps(case.answer, ensure_ascii=False), 24)),
+            Text(_short(case.response) + times),
+            *(_number(one.score.parts.get(name)) for name in names),
+            _number(None if one.score.error else one.score.value),
+            _number(case.score),
+            Text("; ".join(one.faults) or "ok", style="bold red" if one.faults else "green"),
+        )
+    return table
+
+
+def _means(answers: Sequence[Answer], scores: Sequence[Score], names: Sequence[str]) -> Table:
+    tasks: dict[str, list[Score]] = defaultdict(list)
+    for answer, score in zip(answers, scores, strict=True):
+        tasks[answer.prompt.task].append(score)
+    rows = sorted(tasks.items())
+    table = Table("mean of task", "samples", *names, "reward", "right", "failed")
+    for task, of_task in [*rows, ("all", list(scores))] if len(rows) > 1 else rows:
+        whole = [score for score in of_task if score.error is None]
+        table.add_row(
+            Text(task),
+            str(len(of_task)),
+            *(_mean([score.parts.get(name) for score in whole]) for name in names),
+            _mean([score.value for score in whole]),
+            _mean([score.accuracy for score in whole]),
+            str(len(of_task) - len(whole)),
+        )
+    return table
+
+
+def _answers_of(line: Any, key: str) -> Iterator[Answer]:
+    if not isinstance(line, dict):
+        raise ValueError("it holds no JSON object")
+    if "completions" not in line:
+        sample = Sample.model_validate(line)
+        yield Answer(prompt=sample.prompt(key), completion=sample.completion())
+        return
+    group = decode_group(line, images=None)
+    for i, completion in enumerate(group.completions):
+        saved = group.scores[i] if group.scores else None
+        yield Answer(prompt=group.prompt, completion=completion, saved=saved)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        return f"{key}: {fault['msg'].lower()} (keys: {', '.join(Sample.model_fields)})"
+    return f"key {error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+
+
+def _short(text: str, limit: int = _SHOWN) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _number(fmean(known) if known else None)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

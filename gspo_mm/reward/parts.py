@@ -1,0 +1,32 @@
+"""The table of built-in parts."""
+
+from __future__ import annotations
+
+from gspo_mm.reward import choice, grounding, math, ocr, shape, structure, text
+from gspo_mm.reward.part import PartType
+
+# All kinds of parts. A new one is a function beside its siblings and a line here.
+PARTS: dict[str, PartType] = {
+    "exact": PartType(judge=text.exact, args=text.ExactArgs),
+    "normalised": PartType(judge=text.normalised, args=text.NormalisedArgs),
+    "number": PartType(judge=text.number, args=text.NumberArgs),
+    "relaxed": PartType(judge=text.relaxed, args=text.RelaxedArgs),
+    "count": PartType(judge=text.count, args=text.CountArgs),
+    "choice": PartType(judge=choice.choice, args=choice.ChoiceArgs, context=("meta",)),
+    "math": PartType(judge=math.math_, args=math.MathArgs),
+    "anls": PartType(judge=ocr.anls, args=ocr.AnlsArgs),
+    "cer": PartType(judge=ocr.cer, args=ocr.ErrorRateArgs),
+    "wer": PartType(judge=ocr.wer, args=ocr.ErrorRateArgs),
+    "box_iou": PartType(judge=grounding.box_iou, args=grounding.BoxArgs, context=("size",)),
+    "point_in_box": PartType(judge=grounding.point_in_box, args=grounding.PlaceArgs, context=("size",)),
+    "grounding_f1": PartType(judge=grounding.grounding_f1, args=grounding.GroundingArgs, context=("size",)),
+    "set_f1": PartType(judge=structure.set_f1, args=structure.SetArgs),
+    "json_schema": PartType(judge=structure.json_schema, args=structure.JsonSchemaArgs),
+    "format": PartType(judge=text.format_, args=text.FormatArgs, whole_text=True),
+    "repetition": PartType(judge=shape.repetition, args=shape.RepetitionArgs, whole_text=True),
+    "language": PartType(judge=shape.language, args=shape.LanguageArgs, whole_text=True),
+    "length": PartType(judge=shape.length, args=shape.LengthArgs, whole_text=True, context=("tokens",)),
+    "overlong": PartType(
+        judge=shape.overlong, args=shape.OverlongArgs, whole_text=True, context=("tokens",), lowest=-1.0
+    ),
+}
