@@ -17,6 +17,7 @@ from gspo_mm.data.processor import Processor
 from gspo_mm.families import family_of, read_hf
 from gspo_mm.families.served import served
 from gspo_mm.policy.engine import Policy
+from gspo_mm.rollout import servers
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.checksums import checksum
@@ -63,9 +64,12 @@ def policy(fp8_config: Config) -> Policy:
 
 @pytest.fixture(scope="module")
 def fp8_engine(fp8_config: Config) -> Iterator[SGLangEngine]:
-    engine = SGLangEngine(served(fp8_config), Processor(fp8_config.model.path, fp8_config.data))
-    yield engine
-    engine.close()
+    """Never asked for its health: that samples a token, and without a GPU nothing multiplies in FP8."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(servers, "_HEALTH_EVERY", 1e9)
+        engine = SGLangEngine(served(fp8_config), Processor(fp8_config.model.path, fp8_config.data))
+        yield engine
+        engine.close()
 
 
 def push_of(config: Config, policy: Policy, engine: SGLangEngine) -> ServerPush:
