@@ -7,13 +7,13 @@ from contextlib import closing
 from statistics import fmean
 
 from gspo_mm.config import Config
-from gspo_mm.reward.spec import RewardFunction, load_reward
+from gspo_mm.reward.sources import Rewards, load_rewards
 from gspo_mm.rollout.engine import RolloutEngine, sample_groups
 from gspo_mm.types import EncodedPrompt, RolloutGroup, SamplingParams
 
 
 def evaluate(
-    engine: RolloutEngine, prompts: list[EncodedPrompt], reward: RewardFunction, *, max_new_tokens: int
+    engine: RolloutEngine, prompts: list[EncodedPrompt], reward: Rewards, *, max_new_tokens: int
 ) -> tuple[dict[str, float], list[RolloutGroup]]:
     """Metrics {"eval/accuracy", "eval/reward", "eval/accuracy/<task>"} and the scored answers, one per prompt.
 
@@ -47,7 +47,7 @@ def evaluate_folder(config: Config) -> dict[str, float]:
         metrics, _ = evaluate(
             engine,
             held_out_prompts(config, processor),
-            load_reward(config.reward.file),
+            load_rewards(config.reward.file, config.data.reward_files()),
             max_new_tokens=config.rollout.sampling.max_new_tokens,
         )
     return metrics

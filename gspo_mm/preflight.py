@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gspo_mm.config import Config, ConfigError
 from gspo_mm.data.places import expand_shards
-from gspo_mm.reward.spec import load_reward
+from gspo_mm.reward.sources import load_rewards
 
 
 def check_files(config: Config) -> None:
@@ -26,7 +26,7 @@ def check_files(config: Config) -> None:
         raise ConfigError(
             f"data.validation shares {min(overlap)} with data.train; held-out shards must be their own"
         )
-    load_reward(config.reward.file)
+    load_rewards(config.reward.file, config.data.reward_files())
     if config.rollout.replay and not (Path(config.rollout.replay) / "rollouts").is_dir():
         raise ConfigError(
             f"rollout.replay={config.rollout.replay} has no saved rollouts in it; name a run folder"

@@ -21,7 +21,7 @@ from gspo_mm.observe.rollouts import list_steps, load_rollouts
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.precision import DTYPES
 from gspo_mm.policy.reference import Reference
-from gspo_mm.reward.spec import RewardFunction, load_reward
+from gspo_mm.reward.sources import Rewards, load_rewards
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.registry import servers_folder
@@ -52,7 +52,7 @@ class Stages:
     engine: RolloutEngine | None
     scheduler: Scheduler | None  # beside servers: groups run while the trainer trains
     replay: Replay | None
-    reward: RewardFunction
+    reward: Rewards
     policy: Policy
     weights: WeightPush
     reference: Reference | None
@@ -86,7 +86,7 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
     check_served(config)
     set_threads()
     torch.manual_seed(config.run.seed)
-    reward = load_reward(config.reward.file)
+    reward = load_rewards(config.reward.file, config.data.reward_files())
     processor = Processor(config.model.path, config.data)
     source = PromptSource(
         config.data,
@@ -159,9 +159,7 @@ def build_host(config: Config, ranks: Ranks) -> ServerHost | None:
     return host_beside_trainer(served(config), servers_folder(config.run.path))
 
 
-def build_scheduler(
-    config: Config, engine: SGLangEngine, source: PromptSource, reward: RewardFunction
-) -> Scheduler:
+def build_scheduler(config: Config, engine: SGLangEngine, source: PromptSource, reward: Rewards) -> Scheduler:
     return Scheduler(
         config.rollout,
         source,

@@ -136,6 +136,13 @@ class DataConfig(Section):
                 raise ValueError(
                     f"data.{split} has two sources with name={min(twice)}; give each a name of its own"
                 )
+        files: dict[str, str | None] = {}
+        for source in [*self.sources("train"), *self.sources("validation")]:
+            if source.name and files.setdefault(source.name, source.reward) != source.reward:
+                raise ValueError(
+                    f"source {source.name} has reward={files[source.name]} in data.train and reward={source.reward} in "
+                    "data.validation; give both the same, or one of them another name"
+                )
         return self
 
     def sources(self, split: Literal["train", "validation"]) -> list[SourceConfig]:
@@ -145,6 +152,11 @@ class DataConfig(Section):
         if len(named) == len(entries):
             return named
         return [SourceConfig.model_construct(name="", shards=list(entries), weight=1.0, reward=None)]
+
+    def reward_files(self) -> dict[str, str]:
+        """Reward files of the sources that have one of their own, by name."""
+        sources = [*self.sources("train"), *self.sources("validation")]
+        return {source.name: source.reward for source in sources if source.reward}
 
 
 class TrainConfig(Section):
