@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -145,8 +146,23 @@ def test_parameters_and_stop_tokens_are_sent_as_configured(
         "return_logprob": True,
         "return_prompt_token_ids": True,
         "priority": 1,
+        "extra_key": ANY,
     }
     assert request.headers["Authorization"] == "Bearer user"
+
+
+def test_prefixes_are_shared_only_by_prompts_of_one_run_and_version(
+    server: FakeServer, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(server)
+    sample(engine)
+    sample(engine)
+    engine.run(engine.fleet.hold(engine.version + 1, engine.fleet.up()))
+    sample(engine)
+    sample(make_engine(server))
+    first, again, newer, other = [prompt.body["extra_key"] for prompt in server.prompts()]
+    assert first == again
+    assert len({first, newer, other}) == 3
 
 
 def test_top_k_off_is_what_servers_call_off(server: FakeServer, make_engine: MakeEngine) -> None:

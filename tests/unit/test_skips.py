@@ -62,8 +62,8 @@ def test_the_quarantine_file_lists_each_unusable_sample_once(tmp_path: Path) -> 
     log = SkipLog(1.0, tmp_path / "q.jsonl")
     for _ in range(3):  # epochs
         log.bad("a", BadSample("corrupt image", "png is empty"))
-        log.bad("b\udcff", BadSample("wrong json", "{\n"))
-    assert listed(tmp_path / "q.jsonl") == [("a", "corrupt image"), ("b\udcff", "wrong json")]
+        log.bad('b"\n', BadSample("wrong json", "{\udcff"))
+    assert listed(tmp_path / "q.jsonl") == [("a", "corrupt image"), ('b"\n', "wrong json")]
 
 
 def test_a_resumed_run_lists_what_it_would_have_listed(tmp_path: Path) -> None:
