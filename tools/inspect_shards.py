@@ -20,14 +20,14 @@ from typing import Annotated, Any
 import jinja2
 import numpy as np
 import typer
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from gspo_mm.config import DataConfig
 from gspo_mm.data.places import expand_shards
-from gspo_mm.data.processor import Processor
+from gspo_mm.data.processor import Processor, decode_image
 from gspo_mm.data.samples import BadSample, sample_key, to_prompt
 from gspo_mm.data.shards import RawSample, read_shard
 from gspo_mm.types import EncodedImage, GspoError, Prompt
@@ -207,8 +207,7 @@ def _words(message: Any) -> str:
 
 
 def _thumbnail(image: EncodedImage) -> dict[str, Any]:
-    with Image.open(io.BytesIO(image.data)) as opened:
-        upright = ImageOps.exif_transpose(opened).convert("RGB")
+    upright = decode_image(image.data)
     upright.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     upright.save(buffer, format="PNG")

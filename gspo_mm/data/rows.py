@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gspo_mm.data.samples import BadSample, to_prompt
+from gspo_mm.data.samples import FORMATS, BadSample, to_prompt
 
 PLACEHOLDER = "<image>"
 
@@ -149,7 +149,7 @@ def _suffix(data: bytes) -> str:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             name = (image.format or "").lower()
     except Image.DecompressionBombError:
         raise BadSample("image too large", "its header says so") from None
