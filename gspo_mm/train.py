@@ -242,15 +242,16 @@ class Loop:
         if metrics and self.metrics:
             self.metrics.write(0, {**metrics, **self.phases.take()})
         self.phases.take()
+        if isinstance(self.stages.engine, SGLangEngine):
+            self.stages.engine.busy.take()
 
     def record(self, metrics: dict[str, float]) -> None:
         """Write the step's line of metrics.jsonl and show it."""
         source, engine = self.stages.source, self.stages.engine
         times = self.phases.take()
         if isinstance(engine, SGLangEngine):
-            step = times["time/step"]
-            metrics["busy/trainer"] = 1 - times.get("time/rollout", 0.0) / step
-            metrics["busy/servers"] = engine.busy.take() / step
+            metrics["busy/trainer"] = 1 - times.get("time/rollout", 0.0) / times["time/step"]
+            metrics["busy/servers"] = engine.busy.take()
         tokens = metrics.pop("tokens")
         work = {name: metrics.pop(name) for name in list(metrics) if name.startswith(("flops/", "tokens/"))}
         metrics = {

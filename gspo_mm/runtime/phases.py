@@ -38,13 +38,13 @@ class Phases:
 
 
 class Busy:
-    """`with busy: ...` by any number of threads or tasks; `take()` says for how long there was at least one inside."""
+    """`with busy: ...` by any number of threads or tasks; `take()` says how much of the time one was inside."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
         self._seconds = 0.0
-        self._since = time.perf_counter()
+        self._taken = self._since = time.perf_counter()
 
     def __enter__(self) -> None:
         self._count(1)
@@ -53,11 +53,12 @@ class Busy:
         self._count(-1)
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """The fraction of the time since the last call, 0 to 1."""
         with self._lock:
             self._settle()
-            seconds, self._seconds = self._seconds, 0.0
-        return seconds
+            share = self._seconds / max(self._since - self._taken, 1e-9)
+            self._seconds, self._taken = 0.0, self._since
+        return share
 
     def _count(self, change: int) -> None:
         with self._lock:

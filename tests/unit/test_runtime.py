@@ -53,11 +53,11 @@ def test_work_beside_counts_once_however_much_there_is(monkeypatch: pytest.Monke
         with busy:
             now = 4.0
         now = 5.0
-        assert busy.take() == 4.0, "from 1 to 5"
+        assert busy.take() == 0.8, "from 1 to 5, of 5 s"
         now = 7.0
     now = 10.0
-    assert busy.take() == 2.0, "from 5 to 7"
-    assert busy.take() == 0.0
+    assert busy.take() == 0.4, "from 5 to 7, of 5 s"
+    assert busy.take() == 0.0, "no time has passed"
 
 
 def test_a_signal_becomes_a_request_and_handlers_come_back() -> None:
