@@ -29,12 +29,18 @@ class AdvantageResult:
 
     live: tuple[RolloutGroup, ...]  # with advantages [G], in the order they came
     dead: int  # groups dropped because all their rewards are equal
-    failed: int  # groups dropped because fewer than two of their completions have a reward
+    failed: (
+        int  # groups dropped because fewer than two of their completions have a reward, or not all as asked
+    )
     masked: int  # completions without a reward, over all groups
 
 
-def group_advantages(groups: Iterable[RolloutGroup], config: AdvantageConfig) -> AdvantageResult:
+def group_advantages(
+    groups: Iterable[RolloutGroup], config: AdvantageConfig, *, drop_failed: bool = False
+) -> AdvantageResult:
     """Normalise rewards within each group; groups may differ in size.
+
+    `drop_failed` drops a group of which any reward failed, instead of the completion (reward.on_failure=drop_group).
 
     Raises NonFiniteError naming group and completion for a reward that is NaN or infinite, ValueError for a
     group that was not scored.
@@ -55,7 +61,7 @@ def group_advantages(groups: Iterable[RolloutGroup], config: AdvantageConfig) ->
                     f"reward of group {group.id} completion {i} ({group.prompt.key}) is {reward:g}; a reward "
                     "part must return a finite number, or fail with an error"
                 )
-        if len(rewards) < 2:
+        if len(rewards) < 2 or (drop_failed and len(rewards) < len(group.scores)):
             failed += 1
         elif min(rewards.values()) == max(rewards.values()):
             dead += 1

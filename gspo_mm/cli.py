@@ -154,10 +154,10 @@ def reward_score(
     rows: Annotated[int, typer.Option(min=0, help="samples shown one by one")] = 20,
 ) -> None:
     """Score saved answers and show every part; status 1 when a part failed on some of them."""
-    from gspo_mm.observe.rescore import load_answers, reward_of, score_answers, show_scores, table_console
+    from gspo_mm.observe.rescore import load_answers, rewards_of, score_answers, show_scores, table_console
 
     answers = list(load_answers(input))
-    scores = score_answers(reward_of(file), answers)
+    scores = score_answers(rewards_of(file), [(each.prompt, each.completion) for each in answers])
     show_scores(answers, scores, rows, table_console())
     raise typer.Exit(1 if any(score.error for score in scores) else 0)
 

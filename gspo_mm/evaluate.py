@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from contextlib import closing
 from statistics import fmean
 
 from gspo_mm.config import Config
-from gspo_mm.reward.sources import Rewards, load_rewards
+from gspo_mm.reward.sources import Rewards, describe_failures, load_rewards
 from gspo_mm.rollout.engine import RolloutEngine, sample_groups
 from gspo_mm.types import EncodedPrompt, RolloutGroup, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -22,6 +25,8 @@ def evaluate(
     sampling = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
     groups = sample_groups(engine, prompts, group_size=1, sampling=sampling, seed=0, first_id=0)
     groups = reward.score_groups(groups)
+    if failures := describe_failures(groups, what="held-out answers"):
+        logger.warning(failures)
     right: dict[str, list[float]] = defaultdict(list)
     for group in groups:
         right[group.prompt.task].append(group.scores[0].accuracy or 0.0)
@@ -42,12 +47,13 @@ def evaluate_folder(config: Config) -> dict[str, float]:
 
     set_threads()
     processor = Processor(config.model.path, config.data)
-    with closing(build_engine(config, processor)) as engine:
+    rewards = load_rewards(config.reward, config.data.reward_files())
+    with closing(build_engine(config, processor)) as engine, closing(rewards):
         serve_folder(engine, config)
         metrics, _ = evaluate(
             engine,
             held_out_prompts(config, processor),
-            load_rewards(config.reward.file, config.data.reward_files()),
+            rewards,
             max_new_tokens=config.rollout.sampling.max_new_tokens,
         )
     return metrics

@@ -26,7 +26,7 @@ def check_files(config: Config) -> None:
         raise ConfigError(
             f"data.validation shares {min(overlap)} with data.train; held-out shards must be their own"
         )
-    load_rewards(config.reward.file, config.data.reward_files())
+    load_rewards(config.reward, config.data.reward_files())
     if config.rollout.replay and not (Path(config.rollout.replay) / "rollouts").is_dir():
         raise ConfigError(
             f"rollout.replay={config.rollout.replay} has no saved rollouts in it; name a run folder"

@@ -72,6 +72,7 @@ class Stages:
     def _close(self, reason: str) -> None:
         if self.scheduler:
             self.scheduler.close()
+        self.reward.close()
         self.source.close()
         self.weights.close()
         if self.engine:
@@ -86,7 +87,7 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
     check_served(config)
     set_threads()
     torch.manual_seed(config.run.seed)
-    reward = load_rewards(config.reward.file, config.data.reward_files())
+    reward = load_rewards(config.reward, config.data.reward_files())
     processor = Processor(config.model.path, config.data)
     source = PromptSource(
         config.data,
@@ -164,7 +165,7 @@ def build_scheduler(config: Config, engine: SGLangEngine, source: PromptSource, 
         config.rollout,
         source,
         engine,
-        score=lambda group: reward.score_groups([group])[0],
+        score=reward.start,
         is_dead=lambda group: group_advantages([group], config.advantage).dead > 0,
         sampling=SamplingParams(**config.rollout.sampling.model_dump()),
     )

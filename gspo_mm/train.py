@@ -32,7 +32,7 @@ from gspo_mm.observe.rollouts import save_rollouts
 from gspo_mm.observe.throughput import peak_flops, peak_memory, throughput
 from gspo_mm.policy.canary import check_sight
 from gspo_mm.policy.update import share_out, update_policy
-from gspo_mm.reward.spec import failed_fraction
+from gspo_mm.reward.sources import check_failures, failed_fraction
 from gspo_mm.rollout.engine import sample_groups
 from gspo_mm.rollout.scheduler import Pause, staleness_metrics
 from gspo_mm.rollout.servers import ServerError
@@ -119,7 +119,9 @@ class Loop:
             if self.ranks.main:
                 with phases("reward"):
                     groups = self.score(groups)
-                result = group_advantages(groups, config.advantage)
+                result = group_advantages(
+                    groups, config.advantage, drop_failed=config.reward.on_failure == "drop_group"
+                )
                 self.dead_steps.update(len(result.live))
                 updates = sequences_of_updates(result, config.train.updates_per_batch)
         with phases("share"):
@@ -191,13 +193,7 @@ class Loop:
     def score(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         if not all(group.scores for group in groups):  # servers' answers were scored as they came
             groups = self.stages.reward.score_groups(groups)
-        failed, limit = failed_fraction(groups), self.config.reward.max_failed_fraction
-        if failed > limit:
-            first = next(s.error for g in groups for s in g.scores if s.error)
-            raise GspoError(
-                f"{failed:.0%} of the rewards of step {self.step + 1} failed, more than "
-                f"reward.max_failed_fraction={limit:g}; mend the reward file; first failure: {first}"
-            )
+        check_failures(groups, self.config.reward, what=f"step {self.step + 1}")
         return groups
 
     def staleness(self, groups: list[RolloutGroup]) -> dict[str, float]:
@@ -352,6 +348,7 @@ def rollout_metrics(groups: list[RolloutGroup], result: AdvantageResult) -> dict
         "groups/live": len(result.live),
         "groups/dead": result.dead,
         "groups/failed": result.failed,
+        "reward/failed": failed_fraction(groups),
         "tokens": sum(lengths) + sum(len(g.prompt_ids) * len(g.completions) for g in groups),
     }
 

@@ -11,9 +11,21 @@ from gspo_mm.config.base import Fraction, Positive, Section
 
 class RewardConfig(Section):
     file: str = Field(description="YAML reward file, see configs/rewards/")
+    on_failure: Literal["mask", "drop_group", "fail"] = Field(
+        default="mask",
+        description="a completion whose reward failed is left out of training; drop_group: so is its whole group; fail: "
+        "the first one stops the run",
+    )
     max_failed_fraction: Fraction = Field(
         default=0.05, description="of completions in a step; more failed rewards stop the run"
     )
+    workers: Positive | None = Field(
+        default=None, description="processes that judge answers; null: half of the cores, 8 at most"
+    )
+    timeout: Annotated[float, Field(gt=0.0)] = Field(
+        default=10.0, description="seconds that the parts of one completion may take; services have their own"
+    )
+    memory_gib: Annotated[float, Field(gt=0.0)] = Field(default=4.0, description="memory of one worker")
 
 
 class AdvantageConfig(Section):

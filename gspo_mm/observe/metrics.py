@@ -24,6 +24,7 @@ FILE = "metrics.jsonl"
 METRICS = {
     "reward/mean": "mean reward of the step's completions",
     "reward/std": "standard deviation of the rewards of the step's completions",
+    "reward/failed": "fraction of the step's completions whose reward failed",
     "reward/part/*": "mean unweighted value of one part of the reward file, where it applied",
     "accuracy": "fraction of the sampled completions that the reward file calls correct",
     "eval/accuracy": "fraction of held-out prompts answered correctly, greedily",

@@ -6,6 +6,7 @@ import gzip
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,13 +15,16 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from gspo_mm.config import RewardConfig, load_config
 from gspo_mm.observe.rollouts import decode_group
-from gspo_mm.reward.cases import Checked, Sample, check_cases
-from gspo_mm.reward.spec import RewardFileError, RewardFunction, load_reward
-from gspo_mm.types import Completion, GspoError, Prompt, Score
+from gspo_mm.reward.cases import Case, Checked, Sample
+from gspo_mm.reward.sources import Rewards, load_rewards
+from gspo_mm.reward.spec import RewardFileError, load_reward
+from gspo_mm.types import Completion, GspoError, Prompt, RolloutGroup, Score
 
 _SHOWN = 60  # characters of a response in a table
 
@@ -40,17 +44,16 @@ def table_console() -> Console:
     return console if console.is_terminal else Console(width=200)
 
 
-def reward_of(path: Path) -> RewardFunction:
-    """The reward of a reward file, or of the config that names one in reward.file."""
+def rewards_of(path: Path) -> Rewards:
+    """The rewards of a reward file, or those of a config: reward.file and the files of its sources."""
     try:
         loaded = OmegaConf.load(path) if path.is_file() else None
     except Exception:  # whatever is wrong with the YAML, load_reward says it in one sentence
         loaded = None
     if loaded is not None and "reward" in loaded and "parts" not in loaded:
-        from gspo_mm.config import load_config
-
-        return load_reward(load_config(path, any_world=True).reward.file)
-    return load_reward(path)
+        config = load_config(path, any_world=True)
+        return load_rewards(config.reward, config.data.reward_files())
+    return load_rewards(RewardConfig(file=str(path)), {})
 
 
 def load_answers(path: Path) -> Iterator[Answer]:
@@ -67,13 +70,23 @@ def load_answers(path: Path) -> Iterator[Answer]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield from _answers_of(json.loads(line), f"line {number}")
+                    yield from _answers_of(json.loads(line), f"line {number}", path.parent / "images")
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise GspoError(f"--input {path}: line {number or 1} is no sample: {_reason(error)}") from None
 
 
-def score_answers(reward: RewardFunction, answers: Sequence[Answer]) -> list[Score]:
-    return [reward.score(answer.prompt, answer.completion) for answer in answers]
+def score_answers(rewards: Rewards, answers: Sequence[tuple[Prompt, Completion]]) -> list[Score]:
+    """One score per answer, with a progress bar."""
+    groups = [
+        RolloutGroup(id=i, prompt=prompt, prompt_ids=(), completions=(completion,))
+        for i, (prompt, completion) in enumerate(answers)
+    ]
+    with closing(rewards), Progress(transient=True) as progress:
+        bar = progress.add_task("scoring", total=len(groups))
+        futures = [rewards.start(group) for group in groups]
+        for future in futures:
+            future.add_done_callback(lambda _: progress.advance(bar))
+        return [future.result().scores[0] for future in futures]
 
 
 def show_scores(answers: Sequence[Answer], scores: Sequence[Score], rows: int, console: Console) -> None:
@@ -102,16 +115,23 @@ def show_scores(answers: Sequence[Answer], scores: Sequence[Score], rows: int, c
 
 def check_file(path: Path, console: Console) -> bool:
     """Run the `cases:` of a reward file and show them; True where all pass. Raises RewardFileError without cases."""
-    reward = load_reward(path)
-    if not reward.spec.cases:
+    spec = load_reward(path).spec
+    if not spec.cases:
         raise RewardFileError(f"{path}: cases=[] checks nothing; add some, as in configs/rewards/README.md")
-    checked = check_cases(reward.spec.cases, reward.score)
-    console.print(_case_table(path, checked, [part.name for part in reward.spec.parts]))
+    checked = check_cases(path, spec.cases)
+    console.print(_case_table(path, checked, [part.name for part in spec.parts]))
     wrong = sum(bool(one.faults) for one in checked)
     console.print(
         f"{path}: {len(checked)} cases, {wrong} differ" if wrong else f"{path}: {len(checked)} cases pass"
     )
     return not wrong
+
+
+def check_cases(path: Path, cases: Sequence[Case]) -> list[Checked]:
+    """Score each case with the reward file."""
+    answers = [(case.prompt(f"cases.{i}"), case.completion()) for i, case in enumerate(cases)]
+    scores = score_answers(rewards_of(path), answers)
+    return [Checked(case=case, score=score) for case, score in zip(cases, scores, strict=True)]
 
 
 def _case_table(path: Path, checked: Sequence[Checked], names: Sequence[str]) -> Table:
@@ -151,14 +171,15 @@ def _means(answers: Sequence[Answer], scores: Sequence[Score], names: Sequence[s
     return table
 
 
-def _answers_of(line: Any, key: str) -> Iterator[Answer]:
+def _answers_of(line: Any, key: str, images: Path) -> Iterator[Answer]:
     if not isinstance(line, dict):
         raise ValueError("it holds no JSON object")
     if "completions" not in line:
         sample = Sample.model_validate(line)
         yield Answer(prompt=sample.prompt(key), completion=sample.completion())
         return
-    group = decode_group(line, images=None)
+    # scored without their images where those are gone: few parts look at them
+    group = decode_group(line, lambda key: (images / key).read_bytes() if (images / key).is_file() else b"")
     for i, completion in enumerate(group.completions):
         saved = group.scores[i] if group.scores else None
         yield Answer(prompt=group.prompt, completion=completion, saved=saved)

@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ def load_rollouts(run_dir: Path, step: int) -> list[RolloutGroup]:
     """The groups as they were saved: equal token ids, log-probs, scores and images."""
     folder = Path(run_dir) / "rollouts"
     with gzip.open(folder / f"step-{step:08d}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [decode_group(json.loads(line), folder / "images") for line in file]
+        return [
+            decode_group(json.loads(line), lambda key: (folder / "images" / key).read_bytes())
+            for line in file
+        ]
 
 
 def list_steps(run_dir: Path) -> list[int]:
@@ -64,12 +68,10 @@ def _encode(group: RolloutGroup) -> dict[str, Any]:
     }
 
 
-def decode_group(line: dict[str, Any], images: Path | None) -> RolloutGroup:
-    """One saved line; without a folder of images theirs are empty bytes, of the size that they had."""
+def decode_group(line: dict[str, Any], read_image: Callable[[str], bytes]) -> RolloutGroup:
+    """One saved line, with images as they are read by their keys."""
     prompt = line["prompt"]
-    encoded = tuple(
-        EncodedImage(data=(images / i["key"]).read_bytes() if images else b"", **i) for i in prompt["images"]
-    )
+    encoded = tuple(EncodedImage(data=read_image(i["key"]), **i) for i in prompt["images"])
     prompt |= {"images": encoded, "messages": tuple(prompt["messages"])}
     return RolloutGroup(
         id=line["id"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ class Sample(BaseModel):
     answer: Any
     response: str
     task: str
+    question: str = ""  # for parts that read it
     tokens: Annotated[int, Field(ge=0)] | None = None  # of the response; for parts that count them
     size: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None  # of the image: width, height
     meta: dict[str, Any] = {}  # as in the sample's JSON
@@ -30,7 +30,10 @@ class Sample(BaseModel):
         images = ()
         if self.size is not None:
             images = (EncodedImage(data=b"", key="", width=self.size[0], height=self.size[1]),)
-        return Prompt(key=key, messages=(), images=images, answer=self.answer, task=self.task, meta=self.meta)
+        messages = ({"role": "user", "content": self.question},) if self.question else ()
+        return Prompt(
+            key=key, messages=messages, images=images, answer=self.answer, task=self.task, meta=self.meta
+        )
 
     def completion(self) -> Completion:
         tokens = self.tokens or 0
@@ -78,11 +81,3 @@ class Checked:
         if self.case.accuracy is not None and self.score.accuracy != self.case.accuracy:
             faults.append(f"accuracy {self.score.accuracy}, not {float(self.case.accuracy):g}")
         return faults
-
-
-def check_cases(cases: Sequence[Case], score: Callable[[Prompt, Completion], Score]) -> list[Checked]:
-    """Score each case. Raises what `score` raises, as for a task that no part covers."""
-    return [
-        Checked(case=case, score=score(case.prompt(f"cases.{i}"), case.completion()))
-        for i, case in enumerate(cases)
-    ]

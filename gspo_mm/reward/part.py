@@ -2,7 +2,8 @@
 
 A part takes the (extracted) response text, the prompt's answer and its `args`, and returns a value in [0, 1].
 Whatever the text holds, the result is a value: a wrong or garbled response scores 0. An *answer* that the
-part cannot use is a fault of the data and raises ValueError.
+part cannot use is a fault of the data and raises ValueError. A part that asks somebody else over the network is a
+`Service`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,12 +27,24 @@ class Args(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class Service(Protocol):
+    """A part that waits for others: it runs in the event loop that scores, not in a worker process."""
+
+    async def judge(self, text: str, prompt: Prompt, completion: Completion) -> float:
+        """A value as of any part; `text` is the extracted answer, never empty. What it raises is a failed reward."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartType:
-    """A kind of reward part."""
+    """A kind of reward part: a function, or for what takes a service the class that asks it."""
 
-    judge: Callable[..., float]  # (text, prompt's answer, args, one keyword per name in `context`) -> value
     args: type[Args]
+    # (text, prompt's answer, args, one keyword per name in `context`) -> value
+    judge: Callable[..., float] | None = None
+    service: Callable[..., Service] | None = None  # (args) -> Service; opens nothing yet, raises ValueError
     whole_text: bool = False  # judges the completion's text as it is, not the extracted answer
     context: tuple[str, ...] = ()  # names in CONTEXT
     lowest: float = 0.0  # of its values, up to 1; below 0 it is a penalty

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gspo_mm.reward import choice, grounding, math, ocr, shape, structure, text
+from gspo_mm.reward import choice, grounding, judge, math, ocr, remote, shape, structure, text
 from gspo_mm.reward.part import PartType
 
 # All kinds of parts. A new one is a function beside its siblings and a line here.
@@ -29,4 +29,6 @@ PARTS: dict[str, PartType] = {
     "overlong": PartType(
         judge=shape.overlong, args=shape.OverlongArgs, whole_text=True, context=("tokens",), lowest=-1.0
     ),
+    "judge": PartType(service=judge.Judge, args=judge.JudgeArgs),
+    "http": PartType(service=remote.Http, args=remote.HttpArgs),
 }

@@ -1,34 +1,121 @@
-"""Which reward file judges which prompts: that of their source in data.train or data.validation, else reward.file."""
+"""All rewards of a run: which file judges which prompts, and where it does so.
+
+A prompt is judged by the file of its source in data.train or data.validation, else by reward.file. Parts run in worker
+processes (`pool.py`), services are asked from an event loop; the caller gets futures.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
 
+from gspo_mm.config import RewardConfig
+from gspo_mm.reward.pool import WorkerPool
 from gspo_mm.reward.spec import RewardFunction, load_reward
-from gspo_mm.types import RolloutGroup
+from gspo_mm.runtime.background import Background
+from gspo_mm.types import Completion, GspoError, RolloutGroup, Score
+
+logger = logging.getLogger(__name__)
 
 
 class Rewards:
-    """Reward functions by source."""
+    """Reward functions by source. Processes start with the first group, and end with `close`."""
 
-    def __init__(self, default: RewardFunction, by_source: Mapping[str, RewardFunction]) -> None:
+    def __init__(
+        self, default: RewardFunction, by_source: Mapping[str, RewardFunction], limits: RewardConfig
+    ) -> None:
+        """`limits` says how many workers there are, and what each may take."""
         self._default = default
         self._by_source = dict(by_source)
+        self._limits = limits
+        self._functions = list(dict.fromkeys([default, *self._by_source.values()]))
+        self._pool: WorkerPool | None = None
+        self._background: Background | None = None
+        self._starting = threading.Lock()
+
+    def start(self, group: RolloutGroup) -> Future[RolloutGroup]:
+        """Score one group. Its future raises RewardFileError where no part covers the prompt's task."""
+        with self._starting:  # groups come from the trainer's thread and from the sampler's
+            if self._background is None:
+                self._background = Background("rewards")
+        return self._background.start(self._score(group))
 
     def score_groups(self, groups: Iterable[RolloutGroup]) -> list[RolloutGroup]:
-        """As `RewardFunction.score_groups`, each group by the file of its prompt's source."""
-        groups = list(groups)
-        scored: dict[int, RolloutGroup] = {}
-        for function in dict.fromkeys([self._default, *self._by_source.values()]):
-            places = [place for place, group in enumerate(groups) if self._of(group) is function]
-            scored |= zip(places, function.score_groups(groups[place] for place in places), strict=True)
-        return [scored[place] for place in range(len(groups))]
+        """The groups with `scores`; raises as `start`."""
+        return [future.result() for future in [self.start(group) for group in groups]]
 
-    def _of(self, group: RolloutGroup) -> RewardFunction:
-        return self._by_source.get(group.prompt.source, self._default)
+    def close(self) -> None:
+        """Give up what is under way."""
+        if self._background:
+            self._background.run(self._close_services())
+            self._background.close()
+            self._background = None
+        if self._pool:
+            self._pool.close()
+            self._pool = None
+
+    async def _score(self, group: RolloutGroup) -> RolloutGroup:
+        if self._pool is None:
+            limits = self._limits
+            self._pool = WorkerPool(
+                self._functions,
+                workers=limits.workers,
+                timeout=limits.timeout,
+                memory_gib=limits.memory_gib,
+            )
+        function, prompt = self._by_source.get(group.prompt.source, self._default), group.prompt
+        judged = await self._pool.judge(function, prompt, group.completions)
+
+        async def finish(completion: Completion, place: int) -> Score:
+            return function.combine(prompt, await function.ask(prompt, completion, judged[place]))
+
+        scores = await asyncio.gather(*(finish(c, i) for i, c in enumerate(group.completions)))
+        return replace(group, scores=tuple(scores))
+
+    async def _close_services(self) -> None:
+        for function in self._functions:
+            await function.close()
 
 
-def load_rewards(default: str, by_source: Mapping[str, str]) -> Rewards:
-    """Read all files, each once. Raises RewardFileError as `load_reward` does."""
-    loaded = {path: load_reward(path) for path in {default, *by_source.values()}}
-    return Rewards(loaded[default], {source: loaded[path] for source, path in by_source.items()})
+def load_rewards(limits: RewardConfig, by_source: Mapping[str, str]) -> Rewards:
+    """Read limits.file and the files of sources, each once. Raises RewardFileError as `load_reward` does."""
+    loaded = {path: load_reward(path) for path in {limits.file, *by_source.values()}}
+    return Rewards(loaded[limits.file], {source: loaded[path] for source, path in by_source.items()}, limits)
+
+
+def failed_fraction(groups: Iterable[RolloutGroup]) -> float:
+    """Completions whose reward failed, as a fraction of all; 0 without completions."""
+    failed = [score.error is not None for group in groups for score in group.scores]
+    return sum(failed) / len(failed) if failed else 0.0
+
+
+def describe_failures(groups: Iterable[RolloutGroup], *, what: str) -> str:
+    """How many rewards failed, and why most of them did; empty where none did."""
+    groups = list(groups)
+    reasons = Counter(score.error for group in groups for score in group.scores if score.error)
+    if not reasons:
+        return ""
+    total = sum(len(group.scores) for group in groups)
+    (reason, times), *others = reasons.most_common()
+    told = f"{reasons.total()} of {total} rewards of {what} failed, {times} of them so: {reason}"
+    return f"{told} (and {len(others)} other reasons)" if others else told
+
+
+def check_failures(groups: Iterable[RolloutGroup], limits: RewardConfig, *, what: str) -> None:
+    """Log failed rewards. Raises GspoError for more of them than `limits` allows."""
+    groups = list(groups)
+    if not (told := describe_failures(groups, what=what)):
+        return
+    if limits.on_failure == "fail":
+        raise GspoError(
+            f"reward.on_failure=fail, and {told}; mend the reward file, or set reward.on_failure=mask"
+        )
+    limit = limits.max_failed_fraction
+    if failed_fraction(groups) > limit:
+        raise GspoError(f"more than reward.max_failed_fraction={limit:g}: {told}; mend the reward file")
+    logger.warning(told)

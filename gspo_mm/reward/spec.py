@@ -15,10 +15,9 @@ A completion that was cut off at the length limit is judged by its text as it is
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,13 +28,11 @@ from yaml import YAMLError
 
 from gspo_mm.reward.cases import Case
 from gspo_mm.reward.combine import COMBINE, closed_gate
-from gspo_mm.reward.part import CONTEXT, Args, PartType
+from gspo_mm.reward.part import CONTEXT, Args, PartType, Service
 from gspo_mm.reward.parts import PARTS
 from gspo_mm.reward.pattern import BOXED, compile_pattern, extract_answer
 from gspo_mm.reward.user import user_part
-from gspo_mm.types import Completion, GspoError, Prompt, RolloutGroup, Score
-
-log = logging.getLogger(__name__)
+from gspo_mm.types import Completion, GspoError, Prompt, Score
 
 
 class RewardFileError(GspoError, ValueError):
@@ -99,20 +96,93 @@ class RewardSpec(_Section):
         return _check_extract(pattern)
 
 
-class RewardFunction:
-    """What a reward file says. Stateless but for the log."""
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What parts said of one completion so far."""
 
-    def __init__(self, spec: RewardSpec, *, source: str) -> None:
-        """Raises RewardFileError for parts that do not fit together."""
+    values: Mapping[str, float]  # by part
+    error: str | None = None  # why one of them failed
+
+
+class RewardFunction:
+    """What a reward file says. Stateless but for what its services keep."""
+
+    def __init__(self, spec: RewardSpec, *, source: str, asks: bool = True) -> None:
+        """`asks` false leaves services out. Raises RewardFileError for parts that do not fit together."""
         self.spec = spec
         self.source = source
         self._kinds = {part.name: _find_kind(part, spec, source) for part in spec.parts}
         self._args = {part.name: _parse_args(part, self._kinds[part.name], source) for part in spec.parts}
         _check_parts(spec, source)
         _check_combination(spec, self._kinds, source)
+        self._services = {
+            part.name: _make_service(make, self._args[part.name], f"{source}: parts.{part.name}")
+            for part in spec.parts
+            if asks and (make := self._kinds[part.name].service)
+        }
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether a part that is no service may look at pictures."""
+        return any("prompt" in kind.context for kind in self._kinds.values())
 
     def score(self, prompt: Prompt, completion: Completion) -> Score:
-        """Judge one completion. Raises RewardFileError where no part covers the prompt's task."""
+        """Judge one completion in this process. Raises RewardFileError where no part covers the prompt's task."""
+        assert not self._services
+        return self.combine(prompt, self.judge(prompt, completion))
+
+    def judge(self, prompt: Prompt, completion: Completion) -> Judged:
+        """What all parts that are no services say, up to the first that fails; raises as `score`."""
+        values: dict[str, float] = {}
+        for part in self._parts_of(prompt):
+            if self._kinds[part.name].service:
+                continue
+            try:
+                values[part.name] = self._judge(part, prompt, completion)
+            except Exception as error:  # any: a part is an extension point, and its failure is no 0
+                return Judged(values=values, error=_failure(part, error))
+        return Judged(values=values)
+
+    async def ask(self, prompt: Prompt, completion: Completion, judged: Judged) -> Judged:
+        """What services say besides. None is asked where a part failed already or a gate is closed: it might cost money."""
+        if judged.error is not None or self._gate_is_closed(judged.values):
+            return judged
+        values = dict(judged.values)
+        for part in self._parts_of(prompt):
+            if not self._kinds[part.name].service:
+                continue
+            try:
+                stated = self._stated(part, completion.text)
+                value = 0.0
+                if stated:
+                    value = await self._services[part.name].judge(stated, prompt, completion)
+                values[part.name] = self._check(part, value)
+            except Exception as error:
+                return Judged(values=values, error=_failure(part, error))
+        return Judged(values=values)
+
+    def combine(self, prompt: Prompt, judged: Judged) -> Score:
+        """The reward. A failed one is NaN, with `error`."""
+        parts = self._parts_of(prompt)
+        values = {part.name: judged.values[part.name] for part in parts if part.name in judged.values}
+        if judged.error is not None:
+            return Score(value=math.nan, parts=values, error=judged.error)
+        accuracy: float | None = None
+        for part in parts:
+            if part.accuracy is not False:
+                accuracy = float(round(values.get(part.name, 0.0), 9) >= float(part.accuracy))
+        combine = COMBINE[self.spec.combine]
+        if self._gate_is_closed(values):
+            combine = closed_gate
+            accuracy = None if accuracy is None else 0.0
+        weights = [part.weight for part in parts if part.name in values]
+        return Score(value=combine(list(values.values()), weights), parts=values, accuracy=accuracy)
+
+    async def close(self) -> None:
+        for service in self._services.values():
+            await service.close()
+
+    def _parts_of(self, prompt: Prompt) -> list[PartSpec]:
         parts = [part for part in self.spec.parts if part.covers(prompt.task)]
         if not parts:
             known = sorted({task for part in self.spec.parts for task in part.tasks or ()})
@@ -120,56 +190,28 @@ class RewardFunction:
                 f"{self.source}: prompt {prompt.key} has task={prompt.task!r}, which no part covers (tasks "
                 f"known here: {', '.join(known)}); add it to the tasks of a part"
             )
-        values: dict[str, float] = {}
-        accuracy: float | None = None
-        for part in parts:
-            try:
-                value = self._judge(part, prompt, completion)
-            except Exception as error:  # any: a part is an extension point, and its failure is no 0
-                reason = f"part {part.name}: {type(error).__name__}: {error}"
-                return Score(value=math.nan, parts=values, error=reason)
-            values[part.name] = value
-            if part.accuracy is not False:
-                accuracy = float(round(value, 9) >= float(part.accuracy))
-        combine = COMBINE[self.spec.combine]
-        if any(values.get(name, 1.0) < 1.0 for name in self.spec.gate):
-            combine = closed_gate
-            accuracy = None if accuracy is None else 0.0
-        reward = combine(list(values.values()), [part.weight for part in parts])
-        return Score(value=reward, parts=values, accuracy=accuracy)
+        return parts
 
-    def score_groups(self, groups: Iterable[RolloutGroup]) -> list[RolloutGroup]:
-        """Groups with `scores`; failed completions are logged, their share is `failed_fraction` of the result."""
-        scored = [
-            replace(
-                group, scores=tuple(self.score(group.prompt, completion) for completion in group.completions)
-            )
-            for group in groups
-        ]
-        failures = [
-            f"group {group.id} completion {i} ({group.prompt.key}): {score.error}"
-            for group in scored
-            for i, score in enumerate(group.scores)
-            if score.error is not None
-        ]
-        if failures:
-            total = sum(len(group.scores) for group in scored)
-            log.warning(
-                "reward failed for %d of %d completions, first: %s", len(failures), total, failures[0]
-            )
-        return scored
+    def _gate_is_closed(self, values: Mapping[str, float]) -> bool:
+        return any(values.get(name, 1.0) < 1.0 for name in self.spec.gate)
+
+    def _stated(self, part: PartSpec, text: str) -> str | None:
+        return extract_answer(text, part.extract or self.spec.extract)
 
     def _judge(self, part: PartSpec, prompt: Prompt, completion: Completion) -> float:
         kind = self._kinds[part.name]
-        text = completion.text
-        stated = text if kind.whole_text else extract_answer(text, part.extract or self.spec.extract)
+        assert kind.judge
+        stated = completion.text if kind.whole_text else self._stated(part, completion.text)
         context = {name: CONTEXT[name](prompt, completion) for name in kind.context}
         # Judged even where nothing is stated, so that a fault of the prompt's answer is found at once.
-        value = kind.judge(stated or "", prompt.answer, self._args[part.name], **context)
-        lowest = 0.0 if self.spec.combine == "product" else kind.lowest
+        value = self._check(part, kind.judge(stated or "", prompt.answer, self._args[part.name], **context))
+        return value if stated or kind.whole_text else 0.0
+
+    def _check(self, part: PartSpec, value: float) -> float:
+        lowest = 0.0 if self.spec.combine == "product" else self._kinds[part.name].lowest
         if not lowest <= value <= 1.0:  # NaN too
             raise ValueError(f"value {value!r} is outside [{lowest:g}, 1]")
-        return value if stated or kind.whole_text else 0.0
+        return value
 
 
 def load_reward(path: str | Path) -> RewardFunction:
@@ -199,12 +241,6 @@ def parse_reward(values: Any, *, source: str) -> RewardFunction:
     return RewardFunction(spec, source=source)
 
 
-def failed_fraction(groups: Iterable[RolloutGroup]) -> float:
-    """Completions whose reward failed, as a fraction of all; 0 without completions."""
-    failed = [score.error is not None for group in groups for score in group.scores]
-    return sum(failed) / len(failed) if failed else 0.0
-
-
 def _find_kind(part: PartSpec, spec: RewardSpec, source: str) -> PartType:
     where = f"parts.{part.name}"
     if part.python is not None:
@@ -229,6 +265,17 @@ def _parse_args(part: PartSpec, kind: PartType, source: str) -> Args:
         return kind.args.model_validate(part.args)
     except ValidationError as error:
         raise RewardFileError(_sentence(error, source, f"parts.{part.name}.args.", part.args)) from None
+
+
+def _make_service(make: Callable[..., Service], args: Args, where: str) -> Service:
+    try:
+        return make(args)
+    except ValueError as error:
+        raise RewardFileError(f"{where}.args.{error}") from None
+
+
+def _failure(part: PartSpec, error: Exception) -> str:
+    return f"part {part.name}: {type(error).__name__}: {error}"
 
 
 def _check_parts(spec: RewardSpec, source: str) -> None:

@@ -80,18 +80,24 @@ class _Group:
     kept: bool = False  # was given up once: not again
     version: int = 0  # when it was started
     future: Future[list[Completion]] | None = None
+    scoring: Future[RolloutGroup] | None = None
     done: RolloutGroup | None = None  # scored
+
+    def cancel(self) -> None:
+        for future in (self.future, self.scoring):
+            if future:
+                future.cancel()
 
 
 class Scheduler:
-    """Feeds the trainer from an engine whose groups run beside it. All methods belong to the training thread."""
+    """Feeds the trainer from an engine whose groups run beside it. All public methods belong to the training thread."""
 
     def __init__(
         self,
         config: RolloutConfig,
         source: Source,
         sampler: Sampler,
-        score: Callable[[RolloutGroup], RolloutGroup],
+        score: Callable[[RolloutGroup], Future[RolloutGroup]],
         is_dead: Callable[[RolloutGroup], bool],
         sampling: SamplingParams,
     ) -> None:
@@ -146,8 +152,7 @@ class Scheduler:
     def close(self) -> None:
         """Give up everything that runs."""
         for group in self._open:
-            if group.future:
-                group.future.cancel()
+            group.cancel()
 
     def state(self) -> dict[str, Any]:
         """Where the source has to go on so that no prompt is lost or taken twice; JSON."""
@@ -178,7 +183,7 @@ class Scheduler:
             group = self._waiting.pop(0) if self._waiting else self._take()
             group.version = version
             group.future = self._sampler.start(group.prompt, self._config.group_size, self._sampling)
-            group.future.add_done_callback(lambda _, group=group: self._arrived.put(group))
+            group.future.add_done_callback(lambda answers, group=group: self._answered(group, answers))
             self._open.append(group)
 
     def _take(self) -> _Group:
@@ -195,18 +200,28 @@ class Scheduler:
         self._next_id += 1
         return group
 
-    def _finish(self, group: _Group) -> None:
-        assert group.future
-        if group not in self._open or group.future.cancelled():
+    def _answered(self, group: _Group, answers: Future[list[Completion]]) -> None:
+        """Have the answers scored at once: this is called by the sampler's thread, while the trainer may train."""
+        if answers.cancelled():
             return
-        group.done = self._score(
-            RolloutGroup(
-                id=group.id,
-                prompt=group.prompt.prompt,
-                prompt_ids=group.prompt.token_ids,
-                completions=tuple(group.future.result()),
-            )
+        if answers.exception():
+            self._arrived.put(group)
+            return
+        answered = RolloutGroup(
+            id=group.id,
+            prompt=group.prompt.prompt,
+            prompt_ids=group.prompt.token_ids,
+            completions=tuple(answers.result()),
         )
+        group.scoring = self._score(answered)
+        group.scoring.add_done_callback(lambda _: self._arrived.put(group))
+
+    def _finish(self, group: _Group) -> None:
+        if group in self._open:
+            assert group.future
+            group.future.result()  # raises what sampling raised
+            assert group.scoring
+            group.done = group.scoring.result()
 
     def _drop_dead(self) -> None:
         if not self._config.drop_dead_groups:
@@ -236,10 +251,9 @@ class Scheduler:
         return batch, left, tail
 
     def _give_up(self, group: _Group) -> None:
-        assert group.future
-        group.future.cancel()
+        group.cancel()
         self._counts["given_up"] += 1
-        self._waiting.append(dataclasses.replace(group, kept=True, future=None, done=None))
+        self._waiting.append(dataclasses.replace(group, kept=True, future=None, scoring=None, done=None))
         self._waiting.sort(key=lambda g: g.place)
 
 

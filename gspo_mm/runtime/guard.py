@@ -31,6 +31,11 @@ def guarded(command: list[str]) -> list[str]:
     return [sys.executable, "-m", "gspo_mm.runtime.guard", str(os.getpid()), *command]
 
 
+def die_with_parent() -> None:
+    """End this process at once when the thread that started it is gone, however stuck this one is."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def main(parent: int, command: list[str]) -> int:
     """Run the command until it ends, the parent ends or a signal asks; returns an exit status."""
     libc = ctypes.CDLL(None)
@@ -42,7 +47,7 @@ def main(parent: int, command: list[str]) -> int:
     child = subprocess.Popen(
         command,
         start_new_session=True,  # a terminal's Ctrl-C is for the trainer, which then stops us in order
-        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
+        preexec_fn=die_with_parent,
     )
     while child.poll() is None and not stopping and os.getppid() == parent:
         time.sleep(_POLL)

@@ -97,7 +97,11 @@ def serve_folder(engine: RolloutEngine, config: Config) -> None:
         path = exchange_folder(config) / "v0"
         tensors = on_the_way(config)(source)
         write_served(path, served_template(config), tensors, bucket_mb=config.sync.bucket_mb)
+    timeout = config.sync.timeout
+    # servers that outlive runs may still answer what the last one gave up
+    engine.run(engine.control_all(servers, "/pause_generation", timeout=timeout, mode="abort"))
     engine.run(load_folder(engine, servers, path, config, version=0))
+    engine.run(engine.control_all(servers, "/continue_generation", timeout=timeout))
     engine.run(engine.fleet.hold(0, servers))
     if config.rollout.sglang.fp8:
         shutil.rmtree(path, ignore_errors=True)

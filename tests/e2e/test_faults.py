@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -128,6 +129,50 @@ def test_rewards_that_fail_too_often_stop_the_run_with_the_first_reason(
     )
     assert "reward.max_failed_fraction=0.05" in message
     assert "is no number" in message
+
+
+HANGS_NOW_AND_THEN = """
+import zlib
+def judge(text, prompt, completion):
+    number = zlib.crc32(repr(completion.token_ids).encode()) % 16
+    while number == 0:
+        pass
+    if number == 1:
+        raise RuntimeError("no idea")
+    return number / 16
+"""
+
+
+@pytest.mark.parametrize("on_failure", ["mask", "drop_group", "fail"])
+def test_a_reward_that_hangs_or_raises_costs_answers_and_not_the_run(
+    on_failure: str, short_config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own_rewards.py").write_text(HANGS_NOW_AND_THEN)
+    path = f"{ROOT}:{tmp_path}"
+    own = {"name": "own", "python": "own_rewards:judge"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"name": "test", "parts": [own]}))
+    command = [
+        "train",
+        str(short_config),
+        f"run.dir={tmp_path}",
+        f"reward.file={tmp_path / 'r.yaml'}",
+        f"reward.on_failure={on_failure}",
+        "reward.timeout=1.0",
+        "reward.max_failed_fraction=0.5",
+        "train.steps=2",
+        "train.eval_prompts=1",
+    ]
+    result = gspo_mm(*command, check=on_failure != "fail", PYTHONPATH=path)
+    if on_failure == "fail":
+        assert result.returncode == 2
+        assert "reward.on_failure=fail, and" in " ".join(result.stderr.split())
+        return
+    lines = [line for line in read_metrics(tmp_path / "short") if line["step"] > 0]
+    assert len(lines) == 2
+    assert all(0 < line["reward/failed"] < 0.5 for line in lines)
+    dropped = sum(line["groups/failed"] for line in lines)
+    assert dropped > 0 if on_failure == "drop_group" else dropped == 0
+    assert "of 32 rewards of step 1 failed" in (tmp_path / "short/log.txt").read_text()
 
 
 def test_wandb_without_its_package_is_told(short_config: Path, tmp_path: Path) -> None:

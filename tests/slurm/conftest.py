@@ -70,7 +70,7 @@ class Job:
         """For the message of a test that waited in vain."""
         return f"{self.text()[-4000:]}\n{self.cluster.run('scontrol', 'show', 'job', str(self.number), check=False)}"
 
-    def until[T](self, what: str, probe: Callable[[], T], *, seconds: float = 180) -> T:
+    def until[T](self, what: str, probe: Callable[[], T], *, seconds: float = 400) -> T:
         return until(f"{what} of job {self.number}", probe, seconds=seconds, told=self.told)
 
     def until_it_says(self, text: str) -> None:

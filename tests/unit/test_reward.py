@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torchvision.ops import box_iou as torchvision_iou
 
 from gspo_mm.advantage import group_advantages
 from gspo_mm.config import AdvantageConfig
-from gspo_mm.reward import RewardFileError, failed_fraction, load_reward
+from gspo_mm.reward import RewardFileError, load_reward
 from gspo_mm.reward.grounding import BoxArgs, box_iou, iou, parse_box
 from gspo_mm.reward.part import PartType
 from gspo_mm.reward.parts import PARTS
@@ -348,7 +347,7 @@ def test_accuracy_is_decided_by_the_marked_part(accuracy, value):
     assert score("[10, 20, 30, 30]", BOX, reward=reward).accuracy == value
 
 
-def test_a_part_that_fails_gives_no_reward_and_never_zero(caplog, monkeypatch):
+def test_a_part_that_fails_gives_no_reward_and_never_zero(monkeypatch):
     def boom(text, answer, args):
         if text == "bad":
             raise KeyError("oops")
@@ -356,23 +355,18 @@ def test_a_part_that_fails_gives_no_reward_and_never_zero(caplog, monkeypatch):
 
     monkeypatch.setitem(PARTS, "boom", PartType(judge=boom, args=ExactArgs))
     reward = build(part("fine"), part("broken", "boom"))
-    groups = [
-        RolloutGroup(id=4, prompt=prompt("x"), prompt_ids=(1,), completions=tuple(map(completion, texts)))
-        for texts in (["x", "bad", "y"], ["x", "y", "y"])
-    ]
-    with caplog.at_level(logging.WARNING):
-        scored = reward.score_groups(groups)
-    failed = scored[0].scores[1]
+    completions = tuple(map(completion, ["x", "bad", "y"]))
+    scores = tuple(reward.score(prompt("x"), each) for each in completions)
+    failed = scores[1]
     assert failed.error == "part broken: KeyError: 'oops'"
     assert math.isnan(failed.value)
     assert failed.accuracy is None
-    assert failed_fraction(scored) == pytest.approx(1 / 6)
-    assert failed_fraction([]) == 0.0
-    assert "1 of 6 completions, first: group 4 completion 1" in caplog.text
-    assert all(not group.scores for group in groups), "the groups given are not edited"
-    result = group_advantages(scored, AdvantageConfig())
+    assert failed.parts == {"fine": 0.0}
+    group = RolloutGroup(id=4, prompt=prompt("x"), prompt_ids=(1,), completions=completions, scores=scores)
+    result = group_advantages([group], AdvantageConfig())
     assert result.masked == 1
     assert result.live[0].advantages[1] == 0.0
+    assert group_advantages([group], AdvantageConfig(), drop_failed=True).failed == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, 1.5, -0.1])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from gspo_mm.config import ConfigError, parse_config
+from gspo_mm.config import ConfigError, RewardConfig, parse_config
 from gspo_mm.reward.sources import load_rewards
 from gspo_mm.reward.spec import RewardFileError
 from gspo_mm.types import Completion, Finish, Prompt, RolloutGroup
@@ -25,18 +26,19 @@ def group(number: int, source: str, text: str) -> RolloutGroup:
 
 def test_groups_keep_their_order_and_get_the_reward_of_their_source(tmp_path: Path) -> None:
     a, b = reward_file(tmp_path / "a.yaml", "a"), reward_file(tmp_path / "b.yaml", "b")
-    rewards = load_rewards(a, {"maps": b, "charts": a})
     groups = [group(i, source, "b") for i, source in enumerate(["maps", "", "charts", "maps", "other"])]
-    scored = rewards.score_groups(groups)
+    with closing(load_rewards(RewardConfig(file=a), {"maps": b, "charts": a})) as rewards:
+        scored = rewards.score_groups(groups)
+        assert rewards.score_groups([]) == []
     assert [g.id for g in scored] == [0, 1, 2, 3, 4]
     assert [g.scores[0].value for g in scored] == [1.0, 0.0, 0.0, 1.0, 0.0]
-    assert rewards.score_groups([]) == []
+    assert all(not g.scores for g in groups), "the groups given are not edited"
 
 
 def test_a_file_of_a_source_is_checked_like_the_default(tmp_path: Path) -> None:
     a = reward_file(tmp_path / "a.yaml", "a")
     with pytest.raises(RewardFileError, match=r"missing\.yaml does not exist"):
-        load_rewards(a, {"maps": str(tmp_path / "missing.yaml")})
+        load_rewards(RewardConfig(file=a), {"maps": str(tmp_path / "missing.yaml")})
 
 
 def data(train: list[object], validation: list[object]) -> dict[str, object]:

@@ -24,6 +24,13 @@ from gspo_mm.rollout.scheduler import Pause, Scheduler, staleness, staleness_met
 from gspo_mm.types import Completion, EncodedPrompt, Finish, GspoError, Prompt, RolloutGroup, SamplingParams
 
 
+def scored(group: RolloutGroup) -> Future[RolloutGroup]:
+    """As if the rewards were there at once."""
+    future: Future[RolloutGroup] = Future()
+    future.set_result(group)
+    return future
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _no_waiting() -> Iterator[None]:
     """Nothing happens beside the test's own thread, so there is nothing to wait for."""
@@ -103,7 +110,7 @@ class World:
             self.config,
             self.source,
             self,
-            score=lambda group: group,
+            score=scored,
             is_dead=lambda group: self.dead(group.prompt_ids[0]),
             sampling=SamplingParams(),
         )

@@ -1,0 +1,111 @@
+"""Worker processes in which reward parts run, so that none of them can stop, stall or starve the trainer.
+
+A worker judges the completions of a group one after the other. One that runs over its time is killed and another
+started; so is one that dies. Then each completion of that group is judged again, alone and with the whole time, so
+that only those fail that are to blame. A part that asks for more memory than a worker has gets a MemoryError, which is
+a failed reward like any other exception.
+
+Killing a process is the only limit that holds for code such as sympy's: signals and alarms break in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import resource
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as RanOut
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing import forkserver
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from gspo_mm.reward.spec import Judged, RewardFunction, RewardSpec
+from gspo_mm.runtime.guard import die_with_parent
+from gspo_mm.types import Completion, GspoError, Prompt
+
+
+class WorkerPool:
+    """Runs `RewardFunction.judge`. Processes start with the first call; they end with `close` or this process."""
+
+    def __init__(
+        self, functions: Sequence[RewardFunction], *, workers: int | None, timeout: float, memory_gib: float
+    ) -> None:
+        """`timeout` is in seconds, for one completion; `memory_gib` for one worker; workers null: by the cores."""
+        self._functions = list(functions)
+        self._timeout = timeout
+        self._memory = memory_gib
+        # forked from a process that has nothing but this package: the trainer's threads and GPUs cannot be forked
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._pool = ProcessPool(
+            max_workers=workers or default_workers(),
+            context=context,
+            initializer=_begin,
+            initargs=([(f.spec, f.source) for f in functions], memory_gib),
+        )
+
+    async def judge(
+        self, function: RewardFunction, prompt: Prompt, completions: Sequence[Completion]
+    ) -> list[Judged]:
+        """One result per completion. Raises RewardFileError where no part covers the prompt's task."""
+        number = self._functions.index(function)
+        if not function.reads_images:
+            prompt = replace(prompt, images=tuple(replace(image, data=b"") for image in prompt.images))
+        try:
+            return await self._start(number, prompt, completions)
+        except BrokenProcessPool:
+            raise GspoError(
+                f"no worker of the rewards could start for {function.source}; the log says why, above"
+            ) from None
+        except (RanOut, ProcessExpired):
+            return list(await asyncio.gather(*(self._judge_one(number, prompt, c) for c in completions)))
+
+    def close(self) -> None:
+        """End the workers, in the middle of what they do."""
+        self._pool.stop()
+        self._pool.join()
+
+    async def _judge_one(self, number: int, prompt: Prompt, completion: Completion) -> Judged:
+        try:
+            return (await self._start(number, prompt, [completion]))[0]
+        except RanOut:
+            error = f"took more than reward.timeout={self._timeout:g} s"
+        except ProcessExpired as fault:
+            error = f"its process died with exit status {fault.exitcode} (reward.memory_gib={self._memory:g})"
+        return Judged(values={}, error=error)
+
+    async def _start(self, number: int, prompt: Prompt, completions: Sequence[Completion]) -> list[Judged]:
+        # log-probs and versions are nothing that a part may ask for
+        slim = [replace(c, logprobs=(), versions=()) for c in completions]
+        future: Future[Any] = self._pool.schedule(_judge, args=(number, prompt, slim), timeout=self._timeout)
+        return await asyncio.wrap_future(future)
+
+
+def default_workers() -> int:
+    """Half of the cores that this process may use, 8 at most: the other half trains or serves."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
+# What follows runs in a worker.
+
+_functions: list[RewardFunction] = []
+
+
+def _begin(specs: list[tuple[RewardSpec, str]], memory_gib: float) -> None:
+    # The process that forks ends with the trainer, once nobody holds this end of its pipe; a stuck worker would.
+    alive = getattr(forkserver, "_forkserver")._forkserver_alive_fd  # noqa: B009
+    os.close(alive)
+    die_with_parent()
+    _functions.extend(RewardFunction(spec, source=source, asks=False) for spec, source in specs)
+    # data, not address space: libraries map far more than they ever touch
+    limit = int(memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _judge(number: int, prompt: Prompt, completions: Sequence[Completion]) -> list[Judged]:
+    return [_functions[number].judge(prompt, completion) for completion in completions]
