@@ -207,7 +207,10 @@ def _words(message: Any) -> str:
 
 
 def _thumbnail(image: EncodedImage) -> dict[str, Any]:
-    upright = decode_image(image.data)
+    try:
+        upright = decode_image(image.data)
+    except BadSample as fault:  # only its header was read so far
+        return {"fault": str(fault)}
     upright.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     upright.save(buffer, format="PNG")
@@ -228,7 +231,7 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
   img { display: block; min-width: 96px; max-width: 100%; image-rendering: pixelated; border: 1px solid #eee; }
   figcaption, small, dt { color: #777; font-size: 12px; }
   dl { margin: 6px 0 0; } dd { margin: 0 0 6px; white-space: pre-wrap; max-height: 14em; overflow: auto; }
-  dd.answer { font-weight: 600; }
+  dd.answer { font-weight: 600; } .fault { color: #a00; }
 </style></head><body>
 <h1>{{ shards }}</h1>
 <p>{{ cards | length }} of {{ "{:,}".format(samples) }} samples, drawn at random</p>
@@ -236,7 +239,11 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 {% for card in cards %}
 <article>
   {% for image in card.images %}
+  {% if image.fault %}
+  <p class="fault">{{ image.fault }}; training skips this sample</p>
+  {% else %}
   <figure><img src="{{ image.url }}" alt=""><figcaption>{{ image.width }} x {{ image.height }}</figcaption></figure>
+  {% endif %}
   {% endfor %}
   <dl>
     {% for role, words in card.messages %}<dt>{{ role }}</dt><dd>{{ words }}</dd>{% endfor %}

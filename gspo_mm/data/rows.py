@@ -155,7 +155,8 @@ def _suffix(data: bytes) -> str:
         raise BadSample("image too large", "its header says so") from None
     except Exception as error:  # decoders raise whatever their format's library does
         raise BadSample("corrupt image", str(error)) from None
-    return {"jpeg": "jpg", "tiff": "tif"}.get(name, name)
+    # phones put a second picture behind a JPEG, which makes it an MPO to Pillow and to nobody else
+    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(name, name)
 
 
 def _messages(prompt: Any, images: list[tuple[bytes, str]], folder: Path) -> list[dict[str, Any]]:

@@ -56,6 +56,19 @@ def test_counts_lengths_and_faults_are_told(tiny_model: Path, tmp_path: Path) ->
     assert "[image] 0 &lt;b&gt;?" in page, "text of the data is text"
 
 
+def test_a_picture_whose_body_is_damaged_has_its_place_on_the_page(tmp_path: Path) -> None:
+    rows = [{"question": "<image>?", "images": [f"{name}.png"], "answer": 1} for name in ("whole", "cut")]
+    (tmp_path / "whole.png").write_bytes(picture())
+    (tmp_path / "cut.png").write_bytes(picture()[:45])
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_tool("make_shards.py", "rows", tmp_path / "rows.jsonl", tmp_path / "out")
+    done = inspect(tmp_path / "out" / "*.tar", "--html", tmp_path / "sheet.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "sheet.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "training skips this sample" in page
+
+
 def test_a_pattern_without_shards_is_one_sentence(tmp_path: Path) -> None:
     done = inspect(tmp_path / "*.tar")
     assert done.returncode == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import threading
 from contextlib import closing
@@ -370,6 +371,7 @@ def test_a_config_names_the_reward_files_of_its_sources(monkeypatch, tmp_path):
 
 # --- any text
 
+FUZZ = int(os.environ.get("GSPO_FUZZ", "60"))  # texts for each part; GSPO_FUZZ=10000 for a long look
 OWN = [name for name, kind in PARTS.items() if kind.judge]  # services are others'
 
 ANSWERS = {
@@ -403,7 +405,7 @@ def one_of(name):
 
 
 @pytest.mark.parametrize("name", OWN)
-@settings(deadline=10_000, max_examples=60)
+@settings(deadline=10_000, max_examples=FUZZ)
 @given(text=ANY_TEXT)
 def test_no_text_makes_a_part_fail_or_hang(name, text):
     answer = ANSWERS.get(name, "ab")
@@ -424,7 +426,7 @@ def test_no_very_long_text_makes_a_part_fail_or_hang(name):
         assert result.error is None, word
 
 
-@settings(deadline=10_000, max_examples=60)
+@settings(deadline=10_000, max_examples=FUZZ)
 @given(text=ANY_TEXT, answer=ANY_ANSWER)
 def test_no_answer_of_the_data_ends_a_run(text, answer):
     """It is a score or a failure, and both are counted."""

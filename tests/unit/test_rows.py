@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from gspo_mm.data.processor import decode_image
 from gspo_mm.data.rows import Columns, Row, sample_of
 from gspo_mm.data.samples import BadSample, to_prompt
 from gspo_mm.types import Prompt
@@ -136,6 +137,17 @@ def test_formats_of_the_field_are_read_as_they_are(name: str, folder: Path) -> N
     assert contents(prompt) == messages
     assert (prompt.answer, prompt.task) == (answer, task)
     assert len(prompt.images) == json.dumps(messages).count("#")
+
+
+def test_a_phone_s_jpeg_with_a_second_picture_behind_it_is_a_jpeg(folder: Path) -> None:
+    two = io.BytesIO()
+    Image.new("RGB", (8, 6), "red").save(two, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 6))])
+    row = {"question": "?", "answer": "", "images": [{"bytes": two.getvalue()}]}
+    sample = sample_of(row, "k", Columns(), folder=folder, task="t")
+    assert sample["0.jpg"] == two.getvalue()
+    (image,) = to_prompt({**sample, "__url__": ""}).images
+    assert (image.width, image.height) == (8, 6)
+    assert decode_image(image.data).getpixel((4, 3))[0] > 200, "the first of both"
 
 
 def test_pictures_keep_their_bytes_order_and_format(folder: Path) -> None:
