@@ -90,19 +90,24 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def preflight(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Start the servers, bring them the weights and compare their log-probs with the policy's, by position.
+    """Read the first prompts and find their rewards; with servers, start them and compare them with the policy.
 
-    `train` does the same before its first step; here it is done alone, for a new model, machine or version of sglang.
+    Servers get the policy's weights, and their log-probs must be the policy's, by position. `train` does the same before
+    its first step; here it is done alone, for a new model, machine, version of sglang, data set or reward file.
     """
     loaded = _load(config, overrides)
-    _needs_servers(loaded)
     from gspo_mm.runtime.log import setup_logging
-    from gspo_mm.stages import preflight as run
+    from gspo_mm.stages import preflight_prompts, preflight_servers
     from gspo_mm.sync.parity import table
 
-    setup_logging(rank=int(os.environ.get("RANK", "0")))
-    gaps = run(loaded)
-    if os.environ.get("RANK", "0") == "0":
+    rank = int(os.environ.get("RANK", "0"))
+    setup_logging(rank=rank)
+    if rank == 0:
+        typer.echo(preflight_prompts(loaded))
+    if loaded.rollout.engine != "sglang":
+        return
+    gaps = preflight_servers(loaded)
+    if rank == 0:
         typer.echo(table(gaps))
 
 
@@ -201,11 +206,6 @@ def run_reporting_faults(command: Callable[[], Any]) -> None:
     log_to_file(message)
     typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
     sys.exit(2)
-
-
-def _needs_servers(config: Any) -> None:
-    if config.rollout.engine != "sglang":
-        raise GspoError(f"rollout.engine={config.rollout.engine} has no servers; set rollout.engine=sglang")
 
 
 def _load(path: Path, overrides: list[str] | None, *, any_world: bool = False) -> Any:

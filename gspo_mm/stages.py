@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -183,7 +184,25 @@ def check_servers(config: Config, stages: Stages) -> Mapping[str, Gap]:
     )
 
 
-def preflight(config: Config) -> Mapping[str, Gap]:
+def preflight_prompts(config: Config) -> str:
+    """Read the first training prompts and find the parts that judge them; says what they are like.
+
+    Raises DataError, or RewardFileError for a task that no part covers.
+    """
+    rewards = load_rewards(config.reward, config.data.reward_files())
+    processor = Processor(config.model.path, config.data)
+    with closing(PromptSource(config.data, processor, seed=config.run.seed, split="train")) as source:
+        prompts = source.take(config.rollout.prompts_per_step)
+    for each in prompts:
+        rewards.check(each.prompt)
+    tasks = Counter(each.prompt.task for each in prompts)
+    return (
+        f"the first {len(prompts)} prompts can be used: {', '.join(f'{n} {task}' for task, n in tasks.most_common())}; "
+        f"{max(len(each.token_ids) for each in prompts)} tokens in the longest"
+    )
+
+
+def preflight_servers(config: Config) -> Mapping[str, Gap]:
     """Start everything that a run needs, bring the weights to the servers and compare them with the policy."""
     stages = build_stages(config, Ranks(), total_updates=1)
     with stages.closing():

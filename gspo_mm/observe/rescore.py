@@ -81,7 +81,7 @@ def score_answers(rewards: Rewards, answers: Sequence[tuple[Prompt, Completion]]
         RolloutGroup(id=i, prompt=prompt, prompt_ids=(), completions=(completion,))
         for i, (prompt, completion) in enumerate(answers)
     ]
-    with closing(rewards), Progress(transient=True) as progress:
+    with closing(rewards), Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("scoring", total=len(groups))
         futures = [rewards.start(group) for group in groups]
         for future in futures:

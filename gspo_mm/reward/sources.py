@@ -18,7 +18,7 @@ from gspo_mm.config import RewardConfig
 from gspo_mm.reward.pool import WorkerPool
 from gspo_mm.reward.spec import RewardFunction, load_reward
 from gspo_mm.runtime.background import Background
-from gspo_mm.types import Completion, GspoError, RolloutGroup, Score
+from gspo_mm.types import Completion, GspoError, Prompt, RolloutGroup, Score
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,10 @@ class Rewards:
         self._pool: WorkerPool | None = None
         self._background: Background | None = None
         self._starting = threading.Lock()
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises RewardFileError where no part covers the prompt's task."""
+        self._of(prompt).parts_of(prompt)
 
     def start(self, group: RolloutGroup) -> Future[RolloutGroup]:
         """Score one group. Its future raises RewardFileError where no part covers the prompt's task."""
@@ -68,7 +72,7 @@ class Rewards:
                 timeout=limits.timeout,
                 memory_gib=limits.memory_gib,
             )
-        function, prompt = self._by_source.get(group.prompt.source, self._default), group.prompt
+        function, prompt = self._of(group.prompt), group.prompt
         judged = await self._pool.judge(function, prompt, group.completions)
 
         async def finish(completion: Completion, place: int) -> Score:
@@ -76,6 +80,9 @@ class Rewards:
 
         scores = await asyncio.gather(*(finish(c, i) for i, c in enumerate(group.completions)))
         return replace(group, scores=tuple(scores))
+
+    def _of(self, prompt: Prompt) -> RewardFunction:
+        return self._by_source.get(prompt.source, self._default)
 
     async def _close_services(self) -> None:
         for function in self._functions:

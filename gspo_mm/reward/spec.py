@@ -134,7 +134,7 @@ class RewardFunction:
     def judge(self, prompt: Prompt, completion: Completion) -> Judged:
         """What all parts that are no services say, up to the first that fails; raises as `score`."""
         values: dict[str, float] = {}
-        for part in self._parts_of(prompt):
+        for part in self.parts_of(prompt):
             if self._kinds[part.name].service:
                 continue
             try:
@@ -148,7 +148,7 @@ class RewardFunction:
         if judged.error is not None or self._gate_is_closed(judged.values):
             return judged
         values = dict(judged.values)
-        for part in self._parts_of(prompt):
+        for part in self.parts_of(prompt):
             if not self._kinds[part.name].service:
                 continue
             try:
@@ -163,7 +163,7 @@ class RewardFunction:
 
     def combine(self, prompt: Prompt, judged: Judged) -> Score:
         """The reward. A failed one is NaN, with `error`."""
-        parts = self._parts_of(prompt)
+        parts = self.parts_of(prompt)
         values = {part.name: judged.values[part.name] for part in parts if part.name in judged.values}
         if judged.error is not None:
             return Score(value=math.nan, parts=values, error=judged.error)
@@ -178,11 +178,8 @@ class RewardFunction:
         weights = [part.weight for part in parts if part.name in values]
         return Score(value=combine(list(values.values()), weights), parts=values, accuracy=accuracy)
 
-    async def close(self) -> None:
-        for service in self._services.values():
-            await service.close()
-
-    def _parts_of(self, prompt: Prompt) -> list[PartSpec]:
+    def parts_of(self, prompt: Prompt) -> list[PartSpec]:
+        """Those that cover the prompt's task. Raises RewardFileError where there are none."""
         parts = [part for part in self.spec.parts if part.covers(prompt.task)]
         if not parts:
             known = sorted({task for part in self.spec.parts for task in part.tasks or ()})
@@ -191,6 +188,10 @@ class RewardFunction:
                 f"known here: {', '.join(known)}); add it to the tasks of a part"
             )
         return parts
+
+    async def close(self) -> None:
+        for service in self._services.values():
+            await service.close()
 
     def _gate_is_closed(self, values: Mapping[str, float]) -> bool:
         return any(values.get(name, 1.0) < 1.0 for name in self.spec.gate)

@@ -48,6 +48,15 @@ def test_an_empty_reward_file_is_named(short_config: Path, tmp_path: Path) -> No
     assert "empty.yaml" in message
 
 
+def test_a_preflight_reads_prompts_and_finds_their_rewards(short_config: Path, tmp_path: Path) -> None:
+    told = gspo_mm("preflight", str(short_config)).stdout
+    assert "the first 8 prompts can be used" in told
+    assert "tokens in the longest" in told
+    digits = reward_file(tmp_path / "r.yaml", {"type": "number", "tasks": ["digit"]})
+    message = failure("preflight", str(short_config), f"reward.file={digits}", "rollout.prompts_per_step=32")
+    assert "which no part covers" in message
+
+
 def test_a_folder_that_cannot_be_written_is_named(short_config: Path) -> None:
     message = failure("train", str(short_config), "run.dir=/proc/runs")
     assert "run.dir=/proc/runs" in message

@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python tools/bench/overlap.py --steps 40
 
 Needs what `make quickstart` leaves. In turn, a step takes rollout + training; side by side it can take no less than the
-longer of the two. Where both have to share the cores of this machine, each takes longer beside the other than alone, so
-the ratio is printed twice: to the longer of rollout and training as they took in turn, and as they took side by side.
-Beside them is how busy that kept the cores, and the largest staleness of any token.
+longer of the two. In both runs the trainer has one half of the cores and the server the other, as they have machines of
+their own in a large run; with --shared both have all, and each takes longer beside the other than alone. So the ratio
+is printed twice: to the longer of rollout and training as they took in turn, and as they took side by side. Beside them
+is how busy that kept the cores, and the largest staleness of any token.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def main(
     warmup: Annotated[int, typer.Option(help="steps not counted")] = 5,
     mode: Annotated[str, typer.Option(help="sync.mode")] = "distributed",
     on_update: Annotated[str, typer.Option(help="rollout.on_update")] = "retract",
+    shared: Annotated[bool, typer.Option(help="both use all cores")] = False,
+    override: Annotated[list[str] | None, typer.Argument(help="further key=value of both runs")] = None,
 ) -> None:
     """Print medians of both runs and the ratios to the bounds."""
     with tempfile.TemporaryDirectory() as folder:
@@ -42,9 +45,9 @@ def main(
             "train.steps": steps,
             "sync.mode": mode,
             "rollout.on_update": on_update,
-        }
-        in_turn = run(settings, 0, warmup)
-        beside = run(settings, 1, warmup)
+        } | dict(word.split("=", 1) for word in override or [])
+        in_turn = run(settings, 0, warmup, shared)
+        beside = run(settings, 1, warmup, shared)
     rollout = in_turn.median("time/rollout")
     training = in_turn.median("time/step") - rollout
     step, cores = beside.median("time/step"), len(os.sched_getaffinity(0))
@@ -76,7 +79,7 @@ class Run:
         return sum(line[name] for line in self.lines) / len(self.lines)
 
 
-def run(settings: dict[str, object], staleness: int, warmup: int) -> Run:
+def run(settings: dict[str, object], staleness: int, warmup: int, shared: bool) -> Run:
     """Train, and look on."""
     settings = settings | {
         "run.name": f"staleness-{staleness}",
@@ -95,6 +98,8 @@ def run(settings: dict[str, object], staleness: int, warmup: int) -> Run:
     with psutil.Popen(command) as trainer:
         while trainer.poll() is None:
             done = path.read_text().count("\n") - 1 if path.exists() else 0
+            if done == 1 and not shared:
+                give_each_its_half(trainer)
             # the last step evaluates, so it does not count
             if warmup <= done < int(str(settings["train.steps"])) and done not in looks:
                 looks[done] = computed(trainer)
@@ -107,6 +112,17 @@ def run(settings: dict[str, object], staleness: int, warmup: int) -> Run:
         lines=[line for line in lines if first < line["step"] <= last],
         computed=(looks[last] - looks[first]) / (last - first),
     )
+
+
+def give_each_its_half(trainer: psutil.Process) -> None:
+    """The first half of the cores to the trainer and its helpers, the other to servers and theirs; now and from now on."""
+    cores = sorted(os.sched_getaffinity(0))
+    halves = cores[: len(cores) // 2], cores[len(cores) // 2 :]
+    guards = [p for p in trainer.children() if "gspo_mm.runtime.guard" in p.cmdline()]
+    servers = [process for guard in guards for process in [guard, *guard.children(recursive=True)]]
+    for process in [trainer, *trainer.children(recursive=True)]:
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, halves[process in servers])
 
 
 def computed(trainer: psutil.Process) -> float:
