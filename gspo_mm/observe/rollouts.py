@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score
+from gspo_mm.rollout.saved import decode_answers, encode_answers
+from gspo_mm.types import EncodedImage, Prompt, RolloutGroup
 
 
 def save_rollouts(run_dir: Path, step: int, groups: list[RolloutGroup]) -> Path:
@@ -55,15 +55,11 @@ def list_steps(run_dir: Path) -> list[int]:
 def _encode(group: RolloutGroup) -> dict[str, Any]:
     images = [{"key": i.key, "width": i.width, "height": i.height} for i in group.prompt.images]
     prompt = {f.name: getattr(group.prompt, f.name) for f in dataclasses.fields(Prompt)} | {"images": images}
-    scores = [
-        dataclasses.asdict(s) | {"value": None if math.isnan(s.value) else s.value} for s in group.scores
-    ]
     return {
         "id": group.id,
         "prompt": prompt,
         "prompt_ids": group.prompt_ids,
-        "completions": [dataclasses.asdict(c) for c in group.completions],
-        "scores": scores,
+        **encode_answers(group),
         "advantages": group.advantages,
     }
 
@@ -73,22 +69,11 @@ def decode_group(line: dict[str, Any], read_image: Callable[[str], bytes]) -> Ro
     prompt = line["prompt"]
     encoded = tuple(EncodedImage(data=read_image(i["key"]), **i) for i in prompt["images"])
     prompt |= {"images": encoded, "messages": tuple(prompt["messages"])}
-    return RolloutGroup(
+    group = RolloutGroup(
         id=line["id"],
         prompt=Prompt(**prompt),
         prompt_ids=tuple(line["prompt_ids"]),
-        completions=tuple(
-            Completion(
-                token_ids=tuple(c["token_ids"]),
-                logprobs=tuple(c["logprobs"]),
-                versions=tuple(c["versions"]),
-                finish=Finish(c["finish"]),
-                text=c["text"],
-            )
-            for c in line["completions"]
-        ),
-        scores=tuple(
-            Score(**s | {"value": math.nan if s["value"] is None else s["value"]}) for s in line["scores"]
-        ),
+        completions=(),
         advantages=tuple(line["advantages"]),
     )
+    return decode_answers(group, line)

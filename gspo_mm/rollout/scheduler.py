@@ -32,6 +32,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from gspo_mm.config import RolloutConfig
+from gspo_mm.rollout.saved import decode_answers, encode_answers
 from gspo_mm.types import Completion, EncodedPrompt, RolloutGroup, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,26 @@ class _Group:
     future: Future[list[Completion]] | None = None
     scoring: Future[RolloutGroup] | None = None
     done: RolloutGroup | None = None  # scored
+
+    def state(self) -> dict[str, Any]:
+        done = self.done
+        if done is None and self.scoring and self.scoring.done() and not self.scoring.exception():
+            done = self.scoring.result()  # arrived, and not looked at yet
+        answers = encode_answers(done) if done else None
+        return {"kept": self.kept, "version": self.version, "answers": answers}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.kept, self.version = state["kept"], state["version"]
+        if state["answers"]:
+            self.done = decode_answers(self.answered(()), state["answers"])
+
+    def answered(self, completions: Sequence[Completion]) -> RolloutGroup:
+        return RolloutGroup(
+            id=self.id,
+            prompt=self.prompt.prompt,
+            prompt_ids=self.prompt.token_ids,
+            completions=tuple(completions),
+        )
 
     def cancel(self) -> None:
         for future in (self.future, self.scoring):
@@ -155,25 +176,31 @@ class Scheduler:
             group.cancel()
 
     def state(self) -> dict[str, Any]:
-        """Where the source has to go on so that no prompt is lost or taken twice; JSON."""
+        """Where the source has to go on so that no prompt is lost or taken twice, and answers that are there; JSON.
+
+        What servers have sampled of the others is theirs, and is sampled again.
+        """
         pending = sorted([*self._open, *self._waiting], key=lambda g: g.place)
         if not pending:
             return {"source": self._source.state(), "pending": [], "taken": 0, "next_id": self._next_id}
         first = pending[0]
         return {
             "source": first.cursor,
-            "pending": [group.place - first.place for group in pending],
+            "pending": [group.state() | {"place": group.place - first.place} for group in pending],
             "taken": self._taken - first.place,
             "next_id": self._next_id,
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from `state`: prompts that were under way are started again first."""
+        """Continue from `state`: prompts that were under way and are not answered are started again first."""
         assert not self._open
         self._source.load(state["source"])
         self._taken, self._next_id = 0, state["next_id"]
         taken = [self._take() for _ in range(state["taken"])]
-        self._waiting = [taken[place] for place in state["pending"]]
+        for saved in state["pending"]:
+            group = taken[saved["place"]]
+            group.restore(saved)
+            (self._open if group.done else self._waiting).append(group)
 
     def _start_groups(self, version: int) -> None:
         limit = (self._config.max_staleness + version) * self._batch + math.ceil(
@@ -207,13 +234,7 @@ class Scheduler:
         if answers.exception():
             self._arrived.put(group)
             return
-        answered = RolloutGroup(
-            id=group.id,
-            prompt=group.prompt.prompt,
-            prompt_ids=group.prompt.token_ids,
-            completions=tuple(answers.result()),
-        )
-        group.scoring = self._score(answered)
+        group.scoring = self._score(group.answered(answers.result()))
         group.scoring.add_done_callback(lambda _: self._arrived.put(group))
 
     def _finish(self, group: _Group) -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from gspo_mm.config import RolloutConfig
 from gspo_mm.rollout import scheduler as module
+from gspo_mm.rollout.saved import encode_answers
 from gspo_mm.rollout.scheduler import Pause, Scheduler, staleness, staleness_metrics
 from gspo_mm.types import Completion, EncodedPrompt, Finish, GspoError, Prompt, RolloutGroup, SamplingParams
 
@@ -103,7 +104,8 @@ class World:
         """A scheduler in a new process."""
         self.jobs: list[Job] = []
         self.given_up: list[int] = []  # numbers of prompts whose answers were not waited for
-        self.open = 0  # groups started, and neither handed out, dropped nor given up
+        self.restored: set[int] = set()  # numbers of prompts that were answered before a crash
+        self.open = 0  # groups started or restored, and neither handed out, dropped nor given up
         self.dropped_for_batch = 0
         self.source = Numbers()
         self.scheduler = Scheduler(
@@ -116,6 +118,9 @@ class World:
         )
         if state is not None:
             self.scheduler.load(json.loads(json.dumps(state)))
+            first = state["source"]["next"]
+            self.restored = {first + g["place"] for g in state["pending"] if g["answers"] is not None}
+            self.open = len(self.restored)
 
     def start(
         self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams
@@ -124,7 +129,8 @@ class World:
         job = Job(prompt, self.books.version, Future())
         started = Counter(job.number for job in self.jobs)
         assert started[job.number] < 2, f"prompt {job.number} was given up twice"
-        assert started[job.number] or all(started[number] == 2 for number in self.given_up)
+        again = started[job.number] or job.number in self.restored
+        assert again or all(started[number] == 2 for number in self.given_up)
         self.jobs.append(job)
         self.open += 1
         job.future.add_done_callback(lambda future: self._note_end(job))
@@ -171,7 +177,7 @@ class World:
     def pending(self) -> list[int]:
         """Prompts that a scheduler resumed now would start first."""
         state = self.scheduler.state()
-        return [state["source"]["next"] + place for place in state["pending"]]
+        return [state["source"]["next"] + group["place"] for group in state["pending"]]
 
     def _note_end(self, job: Job) -> None:
         if job.future.cancelled():
@@ -449,6 +455,24 @@ def test_a_resumed_run_starts_what_was_under_way_first_and_numbers_on() -> None:
     assert [job.number for job in world.jobs] == [0, 2, 4, 5]
     assert numbers(found) == [0, 2]
     assert min(group.id for group in found) >= 4, "ids of the first process were given again"
+
+
+def test_answers_that_are_there_are_not_asked_for_again() -> None:
+    world = World(rollout(prompts_per_step=2, max_staleness=1))
+    world.on_wait = lambda: bool(world.finish(*(job for job in world.running() if job.number in (0, 1, 3))))
+    assert world.batch() == [0, 1]
+    (two,) = world.running()
+    assert two.number == 2
+    state = world.scheduler.state()
+    world.start_anew(state)
+    world.on_wait = lambda: bool(world.finish(*world.running()))
+    found = world.next_batch()
+    assert not isinstance(found, Pause)
+    assert [job.number for job in world.jobs] == [2, 4, 5]
+    assert sorted(numbers(found)) == [2, 3]
+    (three,) = (group for group in found if group.prompt_ids == (3,))
+    assert json.dumps(encode_answers(three)) == json.dumps(state["pending"][1]["answers"])
+    assert staleness(three, world.books.version) == 1
 
 
 def test_pixels_do_not_wait_with_the_prompt() -> None:
