@@ -14,18 +14,19 @@ import asyncio
 import multiprocessing
 import os
 import resource
+import signal
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as RanOut
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import CONSTS, ProcessExpired, ProcessPool
 
 from gspo_mm.reward.spec import Judged, RewardFunction, RewardSpec
-from gspo_mm.runtime.guard import die_with_parent
+from gspo_mm.runtime.guard import FOR_THE_TRAINER, die_with_parent
 from gspo_mm.types import Completion, GspoError, Prompt
 
 
@@ -39,9 +40,9 @@ class WorkerPool:
         self._functions = list(functions)
         self._timeout = timeout
         self._memory = memory_gib
-        # forked from a process that has nothing but this package: the trainer's threads and GPUs cannot be forked
+        _start_forking()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        CONSTS.term_timeout = 0.1  # seconds until a worker that is deaf to TERM is killed
         self._pool = ProcessPool(
             max_workers=workers or default_workers(),
             context=context,
@@ -84,6 +85,22 @@ class WorkerPool:
         slim = [replace(c, logprobs=(), versions=()) for c in completions]
         future: Future[Any] = self._pool.schedule(_judge, args=(number, prompt, slim), timeout=self._timeout)
         return await asyncio.wrap_future(future)
+
+
+def _start_forking() -> None:
+    """Start the process that forks workers: the trainer's threads and GPUs cannot be forked. It knows this package only.
+
+    It and they are deaf to what ends the trainer in order: Slurm sends TERM to all processes of a step, and the trainer's
+    last step still needs its rewards.
+    """
+    forkserver.set_forkserver_preload([__name__])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)  # children inherit it
+    try:
+        resource_tracker.ensure_running()  # unblocks INT and TERM, to which it is deaf by itself
+        signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def default_workers() -> int:

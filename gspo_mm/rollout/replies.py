@@ -8,10 +8,8 @@ replies of more than a few thousand tokens are therefore read in a process of th
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import multiprocessing
-import signal
 from array import array
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,10 +17,11 @@ from typing import Any
 
 import orjson
 
+from gspo_mm.runtime.guard import end_only_with_parent
+
 logger = logging.getLogger(__name__)
 
 _HERE = 64 * 1024  # bytes that are read at once, in about a millisecond
-_PR_SET_PDEATHSIG = 1
 
 
 class ReplyReader:
@@ -38,7 +37,7 @@ class ReplyReader:
             return compact(content)
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
-                1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin
+                1, mp_context=multiprocessing.get_context("spawn"), initializer=end_only_with_parent
             )
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, compact, content)
@@ -65,10 +64,3 @@ def compact(content: bytes) -> list[dict[str, Any]]:
         meta["output_token_logprobs"] = array("d", (entry[0] for entry in meta["output_token_logprobs"]))
         sample.pop("text", None)
     return samples
-
-
-def _begin() -> None:
-    """End with the trainer, however that ends, and not before it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

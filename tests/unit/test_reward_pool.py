@@ -168,6 +168,26 @@ def notes_of(folder: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
+def test_signals_that_stop_the_trainer_in_order_do_not_stop_its_rewards(tmp_path: Path) -> None:
+    """Slurm and terminals send them to all processes; in a process of its own, as that which forks is one per process."""
+    part = {"name": "own", "python": "tests.unit.failing_rewards:judge"}
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"name": "own", "parts": [part]}))
+    code = f"""
+import psutil, signal
+from tests.unit.test_reward_pool import *
+rewards = load_rewards(RewardConfig(file={str(tmp_path / "reward.yaml")!r}, workers=2, timeout=1.0), {{}})
+rewards.score_groups([group("2")])
+helpers = psutil.Process().children(recursive=True)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for helper in helpers:
+        helper.send_signal(number)
+scored = rewards.score_groups([group("2", "hang", "4"), group("die", "6", number=1)])
+assert [[s.error is None for s in g.scores] for g in scored] == [[True, False, True], [False, True]], scored
+rewards.close()
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=120)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

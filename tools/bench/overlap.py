@@ -40,7 +40,7 @@ def main(
 ) -> None:
     """Print medians of both runs and the ratios to the bounds."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
+        settings: dict[str, object] = {
             "run.dir": folder,
             "train.steps": steps,
             "sync.mode": mode,
