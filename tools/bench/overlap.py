@@ -45,7 +45,8 @@ def main(
             "train.steps": steps,
             "sync.mode": mode,
             "rollout.on_update": on_update,
-        } | dict(word.split("=", 1) for word in override or [])
+        }
+        settings |= {key: value for key, _, value in (word.partition("=") for word in override or [])}
         in_turn = run(settings, 0, warmup, shared)
         beside = run(settings, 1, warmup, shared)
     rollout = in_turn.median("time/rollout")
