@@ -125,6 +125,11 @@ class RolloutConfig(Section):
         default=0,
         description="versions that weights may be ahead of a trained token; 0: sample, then train, in turn",
     )
+    start_ahead: Literal["early", "late"] = Field(
+        default="early",
+        description="with max_staleness, groups for later steps start when the trainer asks for a batch, or late, when it "
+        "has got it: better where servers are busy with one batch alone, as on a CPU",
+    )
     oversample: Annotated[float, Field(ge=1.0, le=2.0)] = Field(
         default=1.0,
         description="groups started per group trained on; the slowest are given up, and come first in the next step",

@@ -4,7 +4,9 @@ The trainer is at version v when it takes its batch of B groups (rollout.prompts
 rollout.max_staleness. Three rules:
 
 Capacity    Groups that were started and not dropped number at most (η + v) B + f B, f = rollout.oversample. With
-            f = 1 this is AReaL's (η + v + 1) B (arXiv 2505.24298, eq. 3); η = 0 is synchronous.
+            f = 1 this is AReaL's (η + v + 1) B (arXiv 2505.24298, eq. 3); η = 0 is synchronous. Those beyond the batch
+            that the trainer waits for are started when it asks (rollout.start_ahead=early), so that servers stay full
+            while the last answers end; or when it has got it (late), so that they do not hold it up.
 Deadline    A group started at version s has to be trained on at version s + η or before. A batch is complete when B
             groups are finished and those left over can all still meet their deadlines; it takes the earliest
             deadlines first. So the staleness of every token is at most η, and long answers are waited for instead of
@@ -132,7 +134,6 @@ class Scheduler:
         self._open: list[_Group] = []  # started, not yet handed out
         self._waiting: list[_Group] = []  # taken from the source, to be started first
         self._arrived: queue.SimpleQueue[_Group] = queue.SimpleQueue()
-        self._handed_out = 0  # batches * B: what capacity counts
         self._taken = 0
         self._next_id = 0
         self._dropped = 0  # dead groups, for the batch to come
@@ -143,8 +144,11 @@ class Scheduler:
 
         Pause when something else has to be done first; what runs goes on running, and the next call takes it up.
         """
-        self._handed_out = version * self._batch
-        self._start_groups(version)
+        ahead = self._config.max_staleness * self._batch
+        waiting = math.ceil(self._config.oversample * self._batch)
+        if self._config.start_ahead == "early":
+            waiting += ahead
+        self._start_groups(version, waiting)
         while (settled := self._settle(version)) is None:
             if stopping():
                 return Pause.STOP
@@ -153,11 +157,13 @@ class Scheduler:
             with suppress(queue.Empty):
                 self._finish(self._arrived.get(timeout=_POLL))
             self._drop_dead()
-            self._start_groups(version)
+            self._start_groups(version, waiting)
         batch, self._open, tail = settled
         self._dropped = 0
         for group in tail:
             self._give_up(group)
+        if self._config.start_ahead == "late":
+            self._start_groups(version, ahead)
         groups = [group.done for group in sorted(batch, key=lambda g: g.id) if group.done]
         for group in groups:
             stale = staleness(group, version)
@@ -202,11 +208,9 @@ class Scheduler:
             group.restore(saved)
             (self._open if group.done else self._waiting).append(group)
 
-    def _start_groups(self, version: int) -> None:
-        limit = (self._config.max_staleness + version) * self._batch + math.ceil(
-            self._config.oversample * self._batch
-        )
-        while self._handed_out + len(self._open) < limit:
+    def _start_groups(self, version: int, count: int) -> None:
+        """Until `count` are open."""
+        while len(self._open) < count:
             group = self._waiting.pop(0) if self._waiting else self._take()
             group.version = version
             group.future = self._sampler.start(group.prompt, self._config.group_size, self._sampling)

@@ -207,6 +207,7 @@ CONFIGS = st.builds(
     max_staleness=st.integers(0, 3),
     oversample=st.sampled_from([1.0, 1.2, 1.5, 2.0]),
     drop_dead_groups=st.booleans(),
+    start_ahead=st.sampled_from(["early", "late"]),
 )
 
 
