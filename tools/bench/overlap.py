@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -123,7 +124,8 @@ def give_each_its_half(trainer: psutil.Process) -> None:
     servers = [process for guard in guards for process in [guard, *guard.children(recursive=True)]]
     for process in [trainer, *trainer.children(recursive=True)]:
         for thread in process.threads():
-            os.sched_setaffinity(thread.id, halves[process in servers])
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setaffinity(thread.id, halves[process in servers])
 
 
 def computed(trainer: psutil.Process) -> float:
