@@ -30,7 +30,7 @@ class AdvantageResult:
     live: tuple[RolloutGroup, ...]  # with advantages [G], in the order they came
     dead: int  # groups dropped because all their rewards are equal
     failed: (
-        int  # groups dropped because fewer than two of their completions have a reward, or not all as asked
+        int  # groups dropped because too few of their completions have a reward: fewer than two, or not all
     )
     masked: int  # completions without a reward, over all groups
 

@@ -175,16 +175,16 @@ def test_an_answer_under_way_goes_on_with_the_new_weights(
     assert answer.versions == (first,) * switch + (second,) * (len(answer.versions) - switch)
     sampled = torch.tensor(answer.logprobs)
     (new,) = logprobs(policy, processor, [some[3]], [answer])
-    # the median: where the switch fell decides what is answered, and now and then two experts are so near to a tie that
-    # server and policy ask different ones
-    anew = (new - sampled)[switch:].abs().median().item() <= 1e-4
-    assert anew == (on_update == "retract"), "in_place goes on from keys and values of the old weights"
+    anew = (new - sampled)[switch:].abs().max().item() <= 1e-4
+    off = ((new - sampled).abs() > 1e-4).nonzero().flatten().tolist()
+    told = f"in_place goes on from keys and values of the old weights; switch {switch}, off at {off}"
+    assert anew == (on_update == "retract"), told
     with torch.no_grad():
         for name, tensor in old.items():
             policy.weights[name].copy_(tensor)
     policy.forget_features()
     (before,) = logprobs(policy, processor, [some[3]], [answer])
-    assert (before - sampled)[:switch].abs().median() <= 1e-4
+    assert (before - sampled)[:switch].abs().max() <= 1e-4
     push.close()
 
 

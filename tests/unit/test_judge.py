@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,16 @@ def test_only_a_score_on_the_scale_is_a_verdict(reply: str, score: int | None) -
         return
     with pytest.raises(ValueError, match="which is no score from 0 to 2"):
         read_verdict(reply, 0, 2)
+
+
+@given(
+    reply=st.text()
+    | st.lists(st.sampled_from([*'{}[]":,-.e', "score", "2", "true", "\n", "```"]), max_size=30).map("".join)
+)
+@settings(max_examples=int(os.environ.get("GSPO_FUZZ", "300")), deadline=10_000)
+def test_whatever_a_judge_writes_is_a_score_or_a_fault(reply: str) -> None:
+    with suppress(ValueError):
+        assert 0 <= read_verdict(reply, 0, 2) <= 2
 
 
 @pytest.mark.parametrize(
