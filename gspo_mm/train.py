@@ -139,6 +139,9 @@ class Loop:
                 config=config,
                 phases=phases,
             )
+        if stages.scheduler and config.rollout.on_update == "finish":
+            with phases("rollout"):
+                stages.scheduler.finish(stopping=lambda: stop.requested)
         self.step += 1
         with phases("sync"):
             stages.weights.push(version=self.step)

@@ -137,9 +137,10 @@ class RolloutConfig(Section):
     drop_dead_groups: bool = Field(
         default=False, description="start another group for each whose rewards are all equal (DAPO)"
     )
-    on_update: Literal["retract", "in_place"] = Field(
+    on_update: Literal["retract", "in_place", "finish"] = Field(
         default="retract",
-        description="answers under way while weights change: retract computes their cache anew, in_place keeps it",
+        description="answers under way when new weights are there: retract computes their cache anew, in_place keeps it, "
+        "finish lets them end with the old weights first",
     )
     sglang: SGLangConfig = SGLangConfig()
     replay: str | None = Field(

@@ -17,7 +17,8 @@ Tail        Groups above η B that are left when a batch is complete (there are 
 Groups whose rewards are all equal teach nothing: with rollout.drop_dead_groups they are dropped as they come and
 others are started in their place ("dynamic sampling" of DAPO, arXiv 2503.14476).
 
-Answers under way while the weights change go on with the new ones; each token knows its version.
+Answers under way while the weights change go on with the new ones; each token knows its version. With
+rollout.on_update=finish the trainer waits for them before it pushes.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from threading import Event
 from typing import Any, Protocol
 
 from gspo_mm.config import RolloutConfig
@@ -84,6 +86,7 @@ class _Group:
     version: int = 0  # when it was started
     future: Future[list[Completion]] | None = None
     scoring: Future[RolloutGroup] | None = None
+    arrived: Event = field(default_factory=Event)  # scored, or failed; not looked at yet
     done: RolloutGroup | None = None  # scored
 
     def state(self) -> dict[str, Any]:
@@ -97,6 +100,7 @@ class _Group:
         self.kept, self.version = state["kept"], state["version"]
         if state["answers"]:
             self.done = decode_answers(self.answered(()), state["answers"])
+            self.arrived.set()
 
     def answered(self, completions: Sequence[Completion]) -> RolloutGroup:
         return RolloutGroup(
@@ -170,6 +174,16 @@ class Scheduler:
             assert stale <= self._config.max_staleness, f"group {group.id} is {stale} versions old"
         return groups
 
+    def finish(self, *, stopping: Callable[[], bool]) -> None:
+        """Wait until no answers are under way. What they raised, the next call of `next_batch` raises.
+
+        A stop ends the wait, and so does a server that waits for weights: answers may need it.
+        """
+        for group in self._open:
+            while not group.arrived.wait(_POLL):
+                if stopping() or self._sampler.wants_weights():
+                    return
+
     def take_counts(self) -> dict[str, float]:
         """Groups dropped because they were dead, and given up, since the last call; groups running now."""
         counts = {f"rollout/{name}": float(count) for name, count in self._counts.items()}
@@ -236,10 +250,14 @@ class Scheduler:
         if answers.cancelled():
             return
         if answers.exception():
-            self._arrived.put(group)
+            self._arrive(group)
             return
         group.scoring = self._score(group.answered(answers.result()))
-        group.scoring.add_done_callback(lambda _: self._arrived.put(group))
+        group.scoring.add_done_callback(lambda _: self._arrive(group))
+
+    def _arrive(self, group: _Group) -> None:
+        group.arrived.set()
+        self._arrived.put(group)
 
     def _finish(self, group: _Group) -> None:
         if group in self._open:
@@ -278,7 +296,9 @@ class Scheduler:
     def _give_up(self, group: _Group) -> None:
         group.cancel()
         self._counts["given_up"] += 1
-        self._waiting.append(dataclasses.replace(group, kept=True, future=None, scoring=None, done=None))
+        self._waiting.append(
+            dataclasses.replace(group, kept=True, future=None, scoring=None, arrived=Event(), done=None)
+        )
         self._waiting.sort(key=lambda g: g.place)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 
 from gspo_mm.batch import pack
 from gspo_mm.config import Config
@@ -173,19 +175,45 @@ def test_an_answer_under_way_goes_on_with_the_new_weights(
     switch = answer.versions.index(second)
     assert switch > 0
     assert answer.versions == (first,) * switch + (second,) * (len(answer.versions) - switch)
-    sampled = torch.tensor(answer.logprobs)
-    (new,) = logprobs(policy, processor, [some[3]], [answer])
-    anew = (new - sampled)[switch:].abs().max().item() <= 1e-4
-    off = ((new - sampled).abs() > 1e-4).nonzero().flatten().tolist()
-    told = f"in_place goes on from keys and values of the old weights; switch {switch}, off at {off}"
-    assert anew == (on_update == "retract"), told
+    off, clear = off_from(policy, processor, some[3], answer)
+    told = f"switch {switch}, off at {off.nonzero().flatten().tolist()}, clear until {clear}"
+    if on_update == "retract":
+        assert not off[switch:clear].any(), told
+    else:
+        assert off[switch:].any(), f"it goes on from keys and values of the old weights; {told}"
     with torch.no_grad():
         for name, tensor in old.items():
             policy.weights[name].copy_(tensor)
     policy.forget_features()
-    (before,) = logprobs(policy, processor, [some[3]], [answer])
-    assert (before - sampled)[:switch].abs().max() <= 1e-4
+    off, clear = off_from(policy, processor, some[3], answer)
+    assert not off[: min(switch, clear)].any(), off
     push.close()
+
+
+def off_from(
+    policy: Policy, processor: Processor, prompt: EncodedPrompt, answer: Completion
+) -> tuple[torch.Tensor, int]:
+    """Which of the answer's log-probs are not the policy's, and how many can be compared at all.
+
+    A token whose last expert in and first expert out are all but equal goes to either, by rounding, and moves all that
+    come after it. Of 200 tokens of random weights that happens in about one answer of fifty.
+    """
+    ties: list[torch.Tensor] = []
+
+    def look(router: TopKRouter, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        hidden = inputs[0].flatten(0, -2)
+        best = torch.nn.functional.linear(hidden, router.weight).topk(router.topk + 1).values
+        ties.append(best[:, -2] - best[:, -1] < 1e-5)
+
+    routers = [m for chunk in policy.chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
+    with ExitStack() as stack:
+        for router in routers:
+            stack.callback(router.register_forward_hook(look).remove)
+        (own,) = logprobs(policy, processor, [prompt], [answer])
+    assert len(ties) == len(routers) > 0
+    tied = torch.stack(ties).any(0)[len(prompt.token_ids) - 1 :][: len(own)]
+    clear = tied.int().argmax().item() if tied.any() else len(own)
+    return (own - torch.tensor(answer.logprobs)).abs() > 1e-4, int(clear)
 
 
 def running(engine: SGLangEngine) -> int:

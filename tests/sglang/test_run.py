@@ -20,7 +20,9 @@ from tests.sglang.conftest import MakeConfig
 STEPS, GROUPS = 5, 4
 
 
-@pytest.mark.parametrize(("on_update", "mode"), [("retract", "distributed"), ("in_place", "tensor")])
+@pytest.mark.parametrize(
+    ("on_update", "mode"), [("retract", "distributed"), ("in_place", "tensor"), ("finish", "disk")]
+)
 def test_no_token_is_older_than_the_bound_and_no_group_is_trained_on_twice(
     on_update: str, mode: str, make_config: MakeConfig, engine: SGLangEngine, tmp_path: Path
 ) -> None:
@@ -53,13 +55,18 @@ def test_no_token_is_older_than_the_bound_and_no_group_is_trained_on_twice(
 
     trained: list[int] = []
     ages: set[int] = set()
+    mixed = 0  # answers sampled by weights of two versions
     for step in range(1, STEPS + 1):
         groups = load_rollouts(config.run.path, step)
         assert len(groups) == GROUPS
         trained += [group.id for group in groups]
-        ages |= {step - 1 - version for g in groups for c in g.completions for version in c.versions}
+        completions = [c for group in groups for c in group.completions]
+        ages |= {step - 1 - version for c in completions for version in c.versions}
+        mixed += sum(len(set(c.versions)) > 1 for c in completions)
     assert len(set(trained)) == len(trained) == STEPS * GROUPS
     assert ages == {0, 1}
+    if on_update == "finish":
+        assert not mixed
     lines = [line for line in read_metrics(config.run.path) if line["step"]]
     assert max(line["rollout/staleness_max"] for line in lines) == 1
     for side in ("busy/trainer", "busy/servers"):

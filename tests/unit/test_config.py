@@ -150,7 +150,7 @@ def assert_told(config_file: Path, override: str, words: list[str]) -> None:
             "rollout.drop_dead_groups=true",
             ["rollout.drop_dead_groups=True", "rollout.engine=sglang", "rollout.drop_dead_groups=False"],
         ),
-        ("rollout.on_update=abort", ["rollout.on_update='abort'", "'retract' or 'in_place'"]),
+        ("rollout.on_update=abort", ["rollout.on_update='abort'", "'retract', 'in_place' or 'finish'"]),
         ("sync.mode=email", ["sync.mode='email'", "'disk'", "'distributed'"]),
         ("sync.bucket_mb=0", ["sync.bucket_mb=0", "greater than or equal to 1"]),
         ("sync.timeout=0", ["sync.timeout=0", "greater than or equal to 1"]),

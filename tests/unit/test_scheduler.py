@@ -208,6 +208,7 @@ CONFIGS = st.builds(
     oversample=st.sampled_from([1.0, 1.2, 1.5, 2.0]),
     drop_dead_groups=st.booleans(),
     start_ahead=st.sampled_from(["early", "late"]),
+    on_update=st.sampled_from(["retract", "finish"]),
 )
 
 
@@ -225,6 +226,7 @@ class Run:
         self.fickle = random.random()  # how often answers come out of their order
         self.pauses = random.choice([0.0, 0.0, 0.1])
         self.stuck = 0
+        self.paused = False
         self.checkpoint: tuple[dict[str, Any], Books] | None = None
 
     def something_happens(self) -> bool:
@@ -232,7 +234,11 @@ class Run:
         self.answer(self.random.randrange(3))
         self.stuck = 0 if self.world.running() else self.stuck + 1
         assert self.stuck < 50, "every open group is finished, and still there is no batch"
-        return self.random.random() < self.pauses
+        return self.pause()
+
+    def pause(self) -> bool:
+        self.paused = self.random.random() < self.pauses
+        return self.paused
 
     def answer(self, count: int) -> None:
         for _ in range(count):
@@ -245,8 +251,7 @@ class Run:
     def step(self) -> None:
         """One batch and its update, perhaps with stops, crashes and resumptions on the way."""
         world, config = self.world, self.config
-        stop = lambda: self.random.random() < self.pauses
-        while isinstance(groups := world.next_batch(stop=stop), Pause):
+        while isinstance(groups := world.next_batch(stop=self.pause), Pause):
             if self.random.random() < 0.3:  # stopped in order, and resumed
                 self.save()
                 self.resume()
@@ -255,6 +260,9 @@ class Run:
         self.check_tail()
         self.check_books()
         self.answer(self.random.randrange(4))
+        if config.on_update == "finish":
+            world.scheduler.finish(stopping=self.pause)
+            assert self.paused or not world.running()
         world.books.version += 1
         if self.random.random() < 0.5:
             self.save()
@@ -324,6 +332,28 @@ def test_groups_of_the_next_steps_are_started_at_once() -> None:
     world.on_wait = lambda: bool(world.finish(*world.running()[:1]))
     world.next_batch()
     assert len(world.jobs) == 2 * (3 + 1)
+
+
+def test_answers_end_before_a_push_and_their_faults_wait_for_the_next_batch() -> None:
+    world = World(rollout(prompts_per_step=2, max_staleness=1, on_update="finish"))
+    world.on_wait = lambda: bool(world.finish(*world.running()[:1]))
+    world.next_batch()
+    (other, _) = world.running()
+    other.future.set_exception(GspoError("no server answers"))
+    world.scheduler.finish(stopping=lambda: False)
+    assert not world.running()
+    with pytest.raises(GspoError, match="no server answers"):
+        world.next_batch()
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_stop_or_a_server_without_weights_ends_the_wait_for_answers(stopped: bool) -> None:
+    world = World(rollout(prompts_per_step=2, max_staleness=1, on_update="finish"))
+    world.on_wait = lambda: bool(world.finish(*world.running()[:1]))
+    world.next_batch()
+    world.on_wait = lambda: not stopped
+    world.scheduler.finish(stopping=lambda: stopped)
+    assert len(world.running()) == 2
 
 
 def test_a_batch_waits_for_a_long_answer_whose_time_has_come() -> None:

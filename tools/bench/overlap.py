@@ -35,7 +35,6 @@ def main(
     steps: Annotated[int, typer.Option(help="steps of each run")] = 40,
     warmup: Annotated[int, typer.Option(help="steps not counted")] = 5,
     mode: Annotated[str, typer.Option(help="sync.mode")] = "distributed",
-    on_update: Annotated[str, typer.Option(help="rollout.on_update")] = "retract",
     shared: Annotated[bool, typer.Option(help="both use all cores")] = False,
     override: Annotated[list[str] | None, typer.Argument(help="further key=value of both runs")] = None,
 ) -> None:
@@ -45,7 +44,6 @@ def main(
             "run.dir": folder,
             "train.steps": steps,
             "sync.mode": mode,
-            "rollout.on_update": on_update,
         }
         settings |= {key: value for key, _, value in (word.partition("=") for word in override or [])}
         in_turn = run(settings, 0, warmup, shared)
