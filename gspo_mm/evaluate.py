@@ -45,7 +45,7 @@ def evaluate_folder(config: Config) -> dict[str, float]:
     from gspo_mm.stages import build_engine, held_out_prompts, set_threads
     from gspo_mm.sync.push import serve_folder
 
-    set_threads()
+    set_threads(config)
     processor = Processor(config.model.path, config.data)
     rewards = load_rewards(config.reward, config.data.reward_files())
     with closing(build_engine(config, processor)) as engine, closing(rewards):

@@ -28,9 +28,10 @@ from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.registry import servers_folder
 from gspo_mm.rollout.replay import Replay
 from gspo_mm.rollout.scheduler import Scheduler
-from gspo_mm.rollout.servers import ServerHost, host_beside_trainer
+from gspo_mm.rollout.servers import ServerHost, host_beside_trainer, workers_beside_trainer
 from gspo_mm.rollout.sglang import SGLangEngine
-from gspo_mm.runtime.dist import Ranks
+from gspo_mm.runtime.dist import Ranks, ranks_here
+from gspo_mm.runtime.threads import share_of_cores
 from gspo_mm.sync.parity import Gap, check_parity
 from gspo_mm.sync.push import WeightPush, build_push
 from gspo_mm.types import EncodedPrompt, SamplingParams
@@ -86,7 +87,7 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
     """Load model, processor, shards and reward file. Raises a GspoError naming what is missing."""
     logger.info("loading %s", config.model.path)
     check_served(config)
-    set_threads()
+    set_threads(config)
     torch.manual_seed(config.run.seed)
     reward = load_rewards(config.reward, config.data.reward_files())
     processor = Processor(config.model.path, config.data)
@@ -246,8 +247,14 @@ def open_replay(run: str) -> Replay:
     return Replay(list_steps(path), partial(load_rollouts, path), source=run)
 
 
-def set_threads() -> None:
-    """Share the cores among the ranks of this machine, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+def set_threads(config: Config) -> None:
+    """Share the cores among the ranks of this machine, and servers that sample on them while the policy trains.
+
+    OMP_NUM_THREADS is stronger.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    processes = ranks_here()
+    if config.rollout.max_staleness and not torch.cuda.is_available():
+        processes += workers_beside_trainer(config)
+    torch.set_num_threads(share_of_cores(processes))

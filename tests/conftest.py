@@ -1,10 +1,18 @@
 """The tiny model and a few digit shards, made once per test session by the tools a user would call."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from gspo_mm.runtime.threads import share_of_cores
+
+# read when torch is imported, by this process and by all that tests start
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(share_of_cores(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+)
 
 # folders whose tests share what takes long to start, a server or a cluster; the others share within a file
 TOGETHER = ("sglang", "slurm")

@@ -28,10 +28,11 @@ from omegaconf import OmegaConf
 from gspo_mm.config import Config, SGLangConfig
 from gspo_mm.rollout import sglang_cpu
 from gspo_mm.rollout.registry import Registration, register, write_private
-from gspo_mm.runtime.dist import world_size
+from gspo_mm.runtime.dist import ranks_here, world_size
 from gspo_mm.runtime.guard import guarded
 from gspo_mm.runtime.net import address_towards, free_port, machine_name
 from gspo_mm.runtime.seeds import derive_seed
+from gspo_mm.runtime.threads import share_of_cores
 from gspo_mm.types import GspoError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class ServerHost:
     def __init__(
         self, config: Config, folder: Path, *, prefix: str, training: int = 0, address: str = LOOPBACK
     ) -> None:
-        """`address` is listened on where rollout.sglang.host names none; `training`: GPUs that are taken.
+        """`address` is listened on where rollout.sglang.host names none; `training`: ranks on this machine.
 
         Raises ServerError when sglang is not installed, or GPUs are too few.
         """
@@ -71,7 +72,15 @@ class ServerHost:
             gpus = [*first_gpus(sglang, training=training, present=torch.cuda.device_count())]
         self._stop = threading.Event()
         self._keepers = [
-            _Keeper(config, folder, f"{prefix}-{i}", sglang.host or address, first_gpu=gpu, stop=self._stop)
+            _Keeper(
+                config,
+                folder,
+                f"{prefix}-{i}",
+                sglang.host or address,
+                first_gpu=gpu,
+                threads=share_of_cores(training + sglang.servers * sglang.tp),
+                stop=self._stop,
+            )
             for i, gpu in enumerate(gpus)
         ]
 
@@ -103,6 +112,7 @@ class _Keeper:
         address: str,
         *,
         first_gpu: int | None,
+        threads: int,
         stop: threading.Event,
     ) -> None:
         self.thread = threading.Thread(target=self._keep, name=f"keeper of {name}", daemon=True)
@@ -112,6 +122,7 @@ class _Keeper:
         self._name = name
         self._address = address
         self._first_gpu = first_gpu
+        self._threads = threads  # of each process that computes, without a GPU
         self._ending = stop
         self.stop_reason = "stopped"
 
@@ -199,6 +210,7 @@ class _Keeper:
         env["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{private}/store"
         if self._first_gpu is None:
             env |= sglang_cpu.environment(self._folder)
+            env.setdefault("OMP_NUM_THREADS", str(self._threads))
         return env
 
     def _await_ready(self, process: subprocess.Popen[bytes], registration: Registration) -> str:
@@ -249,16 +261,19 @@ def host_beside_trainer(config: Config, folder: Path) -> ServerHost:
     """The servers of this machine of the trainer, not yet started. Raises ServerError like `ServerHost`."""
     several = trainer_machines(config) > 1
     address = address_towards([os.environ["MASTER_ADDR"]]) if several else LOOPBACK
-    return ServerHost(config, folder, prefix=machine_name(), training=_ranks_here(), address=address)
+    return ServerHost(config, folder, prefix=machine_name(), training=ranks_here(), address=address)
 
 
 def trainer_machines(config: Config) -> int:
     """On how many machines the trainer starts servers."""
-    return world_size() // _ranks_here() if config.rollout.sglang.start == "beside" else 1
+    return world_size() // ranks_here() if config.rollout.sglang.start == "beside" else 1
 
 
-def _ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def workers_beside_trainer(config: Config) -> int:
+    """Processes that sample on this machine, of servers that the trainer starts."""
+    sglang = config.rollout.sglang
+    started = config.rollout.engine == "sglang" and sglang.start != "elsewhere" and not sglang.urls
+    return sglang.servers * sglang.tp if started else 0
 
 
 def first_gpus(sglang: SGLangConfig, *, training: int, present: int) -> range:

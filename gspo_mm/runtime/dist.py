@@ -55,6 +55,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_here() -> int:
+    """Those of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 class Ranks:
     """All ranks of the job. Every method but `main` is a collective: all ranks must call it, in the same order."""
 

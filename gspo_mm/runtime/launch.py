@@ -10,6 +10,7 @@ import sys
 from pydantic import ValidationError
 
 from gspo_mm.config import ConfigError, ParallelConfig
+from gspo_mm.runtime.threads import share_of_cores
 
 
 def parse_plan(text: str) -> ParallelConfig:
@@ -41,7 +42,7 @@ def start_ranks(count: int) -> None:
     if count == 1 or "RANK" in os.environ:
         return
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    environment.setdefault("OMP_NUM_THREADS", str(share_of_cores(count)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     done = subprocess.run([*command, *sys.argv], env=environment)
     raise SystemExit(done.returncode)

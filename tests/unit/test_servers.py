@@ -327,6 +327,20 @@ def test_a_server_does_not_take_itself_for_a_rank_of_the_trainer(
     assert not set(names) & set(environment)
 
 
+@pytest.mark.parametrize(("said", "threads"), [(None, "4"), ("3", "3")])
+def test_servers_without_gpus_share_the_cores(
+    said: str | None, threads: str, start: StartHost, python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    start(servers=2)
+    eventually(lambda: len(seen(python)) == 2)
+    assert {told["env"]["OMP_NUM_THREADS"] for told in seen(python)} == {threads}
+
+
 @pytest.mark.parametrize(
     ("freeze", "size"), [([], "0"), (["vision"], "0"), (["vision", "projector", "router"], None)]
 )
