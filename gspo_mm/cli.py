@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,8 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 
     setup_logging()
     check_served(loaded)
+    # once servers run, they are what a signal stops; one that comes when this ends anyway must not make a failure of it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     typer.echo(run(served(loaded)))
 
 

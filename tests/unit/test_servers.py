@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +20,10 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
-from gspo_mm.config import Config, SGLangConfig, parse_config
+from gspo_mm.config import Config, SGLangConfig, parse_config, save_config
 from gspo_mm.rollout import servers as module
 from gspo_mm.rollout import sglang_cpu
-from gspo_mm.rollout.registry import Registration, register, registered, servers_folder
+from gspo_mm.rollout.registry import Registration, beat, register, registered, servers_folder
 from gspo_mm.rollout.servers import (
     ServerError,
     ServerHost,
@@ -281,6 +282,28 @@ def test_a_server_is_registered_when_it_answers(start: StartHost, folder: Path) 
     server = the_only(folder, "up")
     assert server.name == "node-0"
     assert answers(server, "/ready", timeout=PATIENCE)
+
+
+def test_a_signal_after_the_trainers_last_word_makes_no_failure_of_serving(
+    folder: Path, python: Path, tiny_model: Path, digit_shards: Path, tmp_path: Path
+) -> None:
+    """A cancelled trainer tells its servers, and Slurm stops them a moment later."""
+    sglang = {"python": str(python), "start": "elsewhere"}
+    sections = {
+        "model": {"path": str(tiny_model)},
+        "data": {"train": [str(digit_shards / "train-*.tar")]},
+        "reward": {"file": str(Path(__file__).parents[2] / "configs" / "rewards" / "digits.yaml")},
+    }
+    config = new_config(folder.parent, sglang=sglang, **sections)
+    save_config(config, tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "gspo_mm.cli", "serve", str(tmp_path / "config.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
+        assert serving.stdout
+        the_only(folder, "up")
+        beat(folder, ended="all steps are done")
+        assert serving.stdout.readline() == "the trainer's run is over: all steps are done\n"
+        serving.terminate()
+        assert serving.wait(PATIENCE) == 0
 
 
 def test_every_server_has_an_address_and_keys_of_its_own(start: StartHost, folder: Path) -> None:
