@@ -196,7 +196,7 @@ def off_from(
     """Which of the answer's log-probs are not the policy's, and how many can be compared at all.
 
     A token whose last expert in and first expert out are all but equal goes to either, by rounding, and moves all that
-    come after it. Of 200 tokens of random weights that happens in about one answer of fifty.
+    come after it. Of 200 tokens of random weights that happens in about one answer of eighty.
     """
     ties: list[torch.Tensor] = []
 
