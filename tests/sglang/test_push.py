@@ -175,45 +175,43 @@ def test_an_answer_under_way_goes_on_with_the_new_weights(
     switch = answer.versions.index(second)
     assert switch > 0
     assert answer.versions == (first,) * switch + (second,) * (len(answer.versions) - switch)
-    off, clear = off_from(policy, processor, some[3], answer)
-    told = f"switch {switch}, off at {off.nonzero().flatten().tolist()}, clear until {clear}"
+    off, ties = compare(policy, processor, some[3], answer)
+    told = f"switch {switch}, off at {off.nonzero().flatten().tolist()}, near ties of experts at {ties}"
     if on_update == "retract":
-        assert not off[switch:clear].any(), told
+        assert not off[switch:].any(), told
     else:
         assert off[switch:].any(), f"it goes on from keys and values of the old weights; {told}"
     with torch.no_grad():
         for name, tensor in old.items():
             policy.weights[name].copy_(tensor)
     policy.forget_features()
-    off, clear = off_from(policy, processor, some[3], answer)
-    assert not off[: min(switch, clear)].any(), off
+    off, ties = compare(policy, processor, some[3], answer)
+    assert not off[:switch].any(), f"switch {switch}, off at {off}, near ties of experts at {ties}"
     push.close()
 
 
-def off_from(
+def compare(
     policy: Policy, processor: Processor, prompt: EncodedPrompt, answer: Completion
-) -> tuple[torch.Tensor, int]:
-    """Which of the answer's log-probs are not the policy's, and how many can be compared at all.
+) -> tuple[torch.Tensor, list[int]]:
+    """Which of the answer's log-probs are not the policy's; and for a failure's message, where rounding could do that.
 
-    A token whose last expert in and first expert out are all but equal goes to either, by rounding, and moves all that
-    come after it. Of 200 tokens of random weights that happens in about one answer of eighty.
+    A token whose last expert in and first expert out are all but equal goes to either, and moves all that come after it.
+    Counted from the answer's first token; those of the prompt are below 0.
     """
-    ties: list[torch.Tensor] = []
+    near: list[torch.Tensor] = []
 
     def look(router: TopKRouter, inputs: tuple[torch.Tensor, ...], _: object) -> None:
         hidden = inputs[0].flatten(0, -2)
         best = torch.nn.functional.linear(hidden, router.weight).topk(router.topk + 1).values
-        ties.append(best[:, -2] - best[:, -1] < 1e-5)
+        near.append(best[:, -2] - best[:, -1] < 1e-6)
 
     routers = [m for chunk in policy.chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
     with ExitStack() as stack:
         for router in routers:
             stack.callback(router.register_forward_hook(look).remove)
         (own,) = logprobs(policy, processor, [prompt], [answer])
-    assert len(ties) == len(routers) > 0
-    tied = torch.stack(ties).any(0)[len(prompt.token_ids) - 1 :][: len(own)]
-    clear = tied.int().argmax().item() if tied.any() else len(own)
-    return (own - torch.tensor(answer.logprobs)).abs() > 1e-4, int(clear)
+    places = torch.stack(near).any(0).nonzero().flatten() - len(prompt.token_ids)
+    return (own - torch.tensor(answer.logprobs)).abs() > 1e-4, places.tolist()
 
 
 def running(engine: SGLangEngine) -> int:
