@@ -147,6 +147,11 @@ class RolloutConfig(Section):
         default=None, description="a run folder whose saved rollouts are trained on instead of sampling"
     )
 
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether servers go on from keys and values of the old weights when new ones come."""
+        return self.on_update == "in_place"
+
     @model_validator(mode="after")
     def _sampling_explores(self) -> RolloutConfig:
         if self.sampling.temperature == 0:

@@ -82,5 +82,5 @@ async def load_folder(
         model_path=str(path),
         weight_version=str(version),
         load_format="auto",  # those of FP8 servers is "dummy", which would be random weights
-        flush_cache=config.rollout.on_update != "in_place",
+        flush_cache=not config.rollout.keeps_cache,
     )

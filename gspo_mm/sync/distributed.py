@@ -31,7 +31,7 @@ class DistributedSender:
         self._policy = policy
         self._ranks = policy.ranks
         self._sync = config.sync
-        self._flush = config.rollout.on_update != "in_place"
+        self._flush = not config.rollout.keeps_cache
         self._on_the_way = on_the_way(config)
         self._senders = policy.weights.senders(policy.ranks)
         self._group: UpdateGroup | None = None  # of this rank, if it is a sender

@@ -138,7 +138,7 @@ class ServerPush:
         self._sender = sender
         self._sync = config.sync
         # with `finish` none are under way but those of a server that failed meanwhile
-        self._mode = "in_place" if config.rollout.on_update == "in_place" else "retract"
+        self._mode = "in_place" if config.rollout.keeps_cache else "retract"
         family = family_of(config.model.path)
         self._layers = family.linear_layers(family.load_config(config.model.path))
         # generations of servers; what they hold in FP8 is decided at their start

@@ -47,7 +47,7 @@ class TensorSender:
         self._ranks = policy.ranks
         self._sync = config.sync
         self._on_the_way = on_the_way(config)
-        self._flush = config.rollout.on_update != "in_place"
+        self._flush = not config.rollout.keeps_cache
         self._by_value = device().type == "cpu"
         self._gpus = self._ranks.gather((socket.gethostname(), device().index))  # of all ranks
 
