@@ -102,13 +102,14 @@ class Loop:
         """One batch through the whole pipeline, in the order of the picture above.
 
         Rank 0 samples, scores and deals; every rank trains on its share. A signal while answers are awaited ends it
-        early, with nothing changed.
+        early, with nothing changed. Servers that are lost end the run, with a checkpoint of what was done: they can
+        be started again, and the run goes on from there.
         """
         stages, config, phases = self.stages, self.config, self.phases
         try:
             groups = self.next_groups(stop)
         except ServerError as fault:
-            if fault.on_all_ranks:  # servers can be started again, and the run goes on from here
+            if fault.on_all_ranks:
                 self.save()
             raise
         if groups is None:
@@ -143,16 +144,16 @@ class Loop:
             with phases("rollout"):
                 stages.scheduler.finish(stopping=lambda: stop.requested)
         self.step += 1
-        with phases("sync"):
-            stages.weights.push(version=self.step)
-        evaluation = self.evaluate() if self.is_evaluation_step() else {}
+        evaluation, lost = self.hand_over()
         memory = {"memory/peak_gib": max(self.ranks.gather(peak_memory()))}
         if self.ranks.main:
             sampled = rollout_metrics(groups, result) | self.staleness(groups)
             self.record({**sampled, **update, **evaluation, **memory})
         # after the step's line is on disk, so that a resumed run misses none; its time counts in the next line
         with phases("checkpoint"):
-            self.keep(groups, result)
+            self.keep(groups, result, last=lost is not None)
+        if lost:
+            raise lost
 
     def next_groups(self, stop: StopRequest) -> list[RolloutGroup] | None:
         """The step's groups on rank 0, an empty list on other ranks; None when a signal came first.
@@ -207,6 +208,20 @@ class Loop:
         assert isinstance(engine, SGLangEngine)
         return staleness_metrics(groups, self.step - 1) | scheduler.take_counts() | engine.fleet.take_counts()
 
+    def hand_over(self) -> tuple[dict[str, float], ServerError | None]:
+        """The step's weights to the engine, and how well they answer when that is due.
+
+        A loss of the servers is returned: the step is done all the same.
+        """
+        try:
+            with self.phases("sync"):
+                self.stages.weights.push(version=self.step)
+            return (self.evaluate() if self.is_evaluation_step() else {}), None
+        except ServerError as fault:
+            if not fault.on_all_ranks:
+                raise
+            return {}, fault
+
     def is_evaluation_step(self) -> bool:
         every = self.config.train.eval_every
         return self.step == self.config.train.steps or bool(every and self.step % every == 0)
@@ -235,12 +250,16 @@ class Loop:
             logger.info("servers against the policy:\n%s", table(check_servers(self.config, self.stages)))
 
     def evaluate_before_training(self) -> None:
+        """Before the first step; or after the last one, when its evaluation was due and servers were lost."""
         self._stack.enter_context(self.progress)
-        fresh = self.ranks.from_main(self.ranks.main and self.step == 0 and not read_metrics(self.run.path))
-        metrics = self.evaluate() if fresh else {}
+        owed = False
+        if self.ranks.main and (self.step == 0 or self.is_evaluation_step()):
+            line = (read_metrics(self.run.path) or [{"step": 0}])[-1]
+            owed = line["step"] == self.step and "eval/accuracy" not in line
+        metrics = self.evaluate() if self.ranks.from_main(owed) else {}
+        times = self.phases.take()
         if metrics and self.metrics:
-            self.metrics.write(0, {**metrics, **self.phases.take()})
-        self.phases.take()
+            self.metrics.amend(self.step, {**metrics, **times})
         if isinstance(self.stages.engine, SGLangEngine):
             self.stages.engine.busy.take()
 
@@ -273,15 +292,16 @@ class Loop:
         self.metrics.write(self.step, metrics)
         self.progress.step(self.step, metrics)
 
-    def keep(self, groups: list[RolloutGroup], result: AdvantageResult) -> None:
-        """Save rollouts and a checkpoint when they are due."""
+    def keep(self, groups: list[RolloutGroup], result: AdvantageResult, *, last: bool) -> None:
+        """Save rollouts and a checkpoint when they are due; the checkpoint also when this step is the last for now."""
         observe, checkpoint = self.config.observe, self.config.checkpoint
         saves_rollouts = observe.save_rollouts_every and (self.step - 1) % observe.save_rollouts_every == 0
         if self.ranks.main and saves_rollouts:
             trained = {group.id: group for group in result.live}
             chosen = [trained.get(group.id, group) for group in groups]
             save_rollouts(self.run.path, self.step, chosen[: observe.rollouts_per_save or None])
-        if self.step == self.config.train.steps or (checkpoint.every and self.step % checkpoint.every == 0):
+        due = checkpoint.every and self.step % checkpoint.every == 0
+        if due or last or self.step == self.config.train.steps:
             self.save()
         else:
             self.run.settle(wait=False)

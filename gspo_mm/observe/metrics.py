@@ -131,6 +131,13 @@ class MetricsWriter:
         if self._wandb:
             self._wandb.log(dict(values), step=step)
 
+    def amend(self, step: int, values: Mapping[str, float]) -> None:
+        """Record what was found out only after the line of `step` was written, if it was; what stands there stays."""
+        written = [line for line in read_metrics(self._path.parent) if line["step"] == step]
+        known = {name: value for line in written for name, value in line.items() if is_documented(name)}
+        self.rewind(step - 1)
+        self.write(step, {**values, **known})
+
     def rewind(self, step: int) -> None:
         """Forget what was written after `step`; -1 forgets everything."""
         kept = [line for line in read_metrics(self._path.parent) if line["step"] <= step]

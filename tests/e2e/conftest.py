@@ -12,15 +12,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def gspo_mm(
-    *arguments: str, cwd: Path = ROOT, check: bool = True, ranks: int = 1, **environment: str
+    *arguments: str,
+    cwd: Path = ROOT,
+    check: bool = True,
+    ranks: int = 1,
+    script: Path | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user would, on `ranks` ranks; output is captured."""
+    """Run the command as a user would, on `ranks` ranks; output is captured. `script` stands in for the program."""
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         environment.setdefault("OMP_NUM_THREADS", "1")
     result = subprocess.run(
-        [*start, "-m", "gspo_mm.cli", *arguments],
+        [*start, *([str(script)] if script else ["-m", "gspo_mm.cli"]), *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,

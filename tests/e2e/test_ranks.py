@@ -61,3 +61,50 @@ def test_a_fault_on_one_rank_is_told_once_and_ends_all(short_config: Path) -> No
     assert result.returncode
     assert result.stderr.count("error: ") == 1, result.stderr
     assert "Traceback" not in result.stderr.split("error: ")[0]
+
+
+# the step is too short for the moment to be met by killing a server
+LOSES_SERVERS = """
+import os
+from gspo_mm import cli, train
+from gspo_mm.rollout.servers import ServerError
+from gspo_mm.sync.push import InProcessPush
+
+push, evaluate = InProcessPush.push, train.evaluate
+
+def lose_at(moment, version):
+    if f"{moment} {version}" == os.environ["LOSE_AT"]:
+        raise ServerError("all servers are gone")
+
+def losing_push(self, *, version):
+    with self._policy.ranks.together():
+        if self._engine:
+            lose_at("push", version)
+    push(self, version=version)
+
+def losing_evaluate(engine, *arguments, **options):
+    lose_at("evaluation", engine.version)
+    return evaluate(engine, *arguments, **options)
+
+InProcessPush.push, train.evaluate = losing_push, losing_evaluate
+if __name__ == "__main__":
+    cli.main()
+"""
+
+
+def test_a_run_that_loses_its_servers_keeps_the_step_and_evaluates_it_later(
+    short_config: Path, short_run: Path, tmp_path: Path
+) -> None:
+    script, run = tmp_path / "loses.py", short_run.parent / "loses"
+    script.write_text(LOSES_SERVERS)
+    command = ["train", str(short_config), "run.name=loses", "checkpoint.every=0", *LAYOUTS["dp2"]]
+    for moment, step in (("push", 2), ("evaluation", 4)):
+        result = gspo_mm(*command, ranks=2, check=False, script=script, LOSE_AT=f"{moment} {step}")
+        assert result.stderr.count("error: all servers are gone") == 1, result.stderr
+        lines = read_metrics(run)
+        assert [line["step"] for line in lines] == list(range(step + 1))
+        assert [line["step"] for line in lines if "eval/accuracy" in line] == list(range(0, step, 2))
+        assert (run / "checkpoints" / f"step-{step:08d}" / "state.json").exists()
+    gspo_mm(*command, ranks=2)
+    assert [line["step"] for line in read_metrics(run) if "eval/accuracy" in line] == [0, 2, 4]
+    assert_same_steps(run, short_run)
