@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -33,6 +34,8 @@ def setup_logging(run_dir: Path | None = None, *, rank: int = 0) -> None:
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         root.addHandler(file)
     logging.captureWarnings(True)
+    # torch's word to megatron-core, at every step of every rank, about functions that it will rename
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -31,6 +31,7 @@ def test_a_run_on_two_ranks_has_the_numbers_of_one(name: str, short_config: Path
     assert_same_steps(run, short_run)
     assert (run / "report.html").exists()
     assert result.stdout.count("accuracy_after") == 1  # rank 0 alone speaks
+    assert "Warning" not in result.stderr
     ours, theirs = read_hf(run / "hf"), read_hf(short_run / "hf")
     assert ours.names() == theirs.names()
     for key in ours.names():
