@@ -25,7 +25,7 @@ from gspo_mm.policy.reference import Reference
 from gspo_mm.reward.sources import Rewards, load_rewards
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
-from gspo_mm.rollout.registry import servers_folder
+from gspo_mm.rollout.registry import forget_ended, servers_folder
 from gspo_mm.rollout.replay import Replay
 from gspo_mm.rollout.scheduler import Scheduler
 from gspo_mm.rollout.servers import ServerHost, host_beside_trainer, workers_beside_trainer
@@ -88,6 +88,9 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
     logger.info("loading %s", config.model.path)
     check_served(config)
     set_threads(config)
+    if ranks.main and config.rollout.engine == "sglang":
+        # at once: a server elsewhere may stop for good while the model is loaded here, and that has to be told
+        forget_ended(servers_folder(config.run.path))
     torch.manual_seed(config.run.seed)
     reward = load_rewards(config.reward, config.data.reward_files())
     processor = Processor(config.model.path, config.data)

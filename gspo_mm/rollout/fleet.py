@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from gspo_mm.config import Config
-from gspo_mm.rollout.registry import Registration, beat, forget_ended, registered, servers_folder
+from gspo_mm.rollout.registry import Registration, beat, registered, servers_folder
 from gspo_mm.rollout.router import Router
 from gspo_mm.rollout.servers import (
     ServerError,
@@ -48,7 +48,6 @@ class Fleet:
         self._fault: ServerError | None = None
         self._task: asyncio.Task[None] | None = None
         self._host: ServerHost | None = None
-        forget_ended(self._folder)
         if self._sglang.start != "elsewhere" and not self._sglang.urls:
             self._host = host_beside_trainer(config, self._folder)
 

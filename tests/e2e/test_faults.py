@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gspo_mm.observe.metrics import read_metrics
+from gspo_mm.rollout.registry import Registration, register, registered, servers_folder
 from tests.e2e.conftest import ROOT, gspo_mm
+from tests.waiting import eventually
 
 
 def failure(*arguments: str) -> str:
@@ -182,6 +185,21 @@ def test_a_reward_that_hangs_or_raises_costs_answers_and_not_the_run(
     dropped = sum(line["groups/failed"] for line in lines)
     assert dropped > 0 if on_failure == "drop_group" else dropped == 0
     assert "of 32 rewards of step 1 failed" in (tmp_path / "short/log.txt").read_text()
+
+
+def test_a_server_that_stopped_for_an_earlier_run_is_no_matter_and_one_that_stops_now_is_told(
+    short_config: Path, tmp_path: Path
+) -> None:
+    servers = servers_folder(tmp_path / "short")
+    command = ["train", str(short_config), f"run.dir={tmp_path}", "rollout.engine=sglang"]
+    with ThreadPoolExecutor() as thread:
+        register(
+            servers, Registration(name="old", generation="", state="stopped", reason="the run has ended")
+        )
+        told = thread.submit(failure, *command, "rollout.sglang.start=elsewhere")
+        eventually(lambda: not registered(servers) or told.done(), patience=240)
+        register(servers, Registration(name="new", generation="", state="stopped", reason="has no room"))
+        assert "1 of 1 servers have stopped for good: new has no room" in told.result()
 
 
 def test_wandb_without_its_package_is_told(short_config: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from gspo_mm.config import parse_config
 from gspo_mm.rollout import fleet as module
 from gspo_mm.rollout.fleet import Fleet
-from gspo_mm.rollout.registry import Registration, last_beat, register, registered, servers_folder
+from gspo_mm.rollout.registry import Registration, last_beat, register, servers_folder
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.background import Background
 from tests.fake_server import FakeServer
@@ -119,16 +119,10 @@ def test_a_registration_that_nobody_answers_for_is_not_up(
 
 
 def test_a_run_does_not_begin_without_a_server_that_it_was_promised(loop: Background, folder: Path) -> None:
-    fleet = new_fleet(folder)
+    """Also when that stopped before anybody watched: while the model was loaded."""
     register(folder, gone(reason="has no room"))
     with pytest.raises(ServerError, match="1 of 1 servers have stopped for good: a has no room"):
-        loop.run(fleet.open())
-
-
-def test_what_an_earlier_run_left_is_forgotten(folder: Path) -> None:
-    register(folder, gone(reason="the run has ended"))
-    new_fleet(folder)
-    assert registered(folder) == []
+        loop.run(new_fleet(folder).open())
 
 
 def test_a_server_that_its_keeper_took_down_is_not_up(
