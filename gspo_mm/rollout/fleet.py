@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from gspo_mm.config import Config
-from gspo_mm.rollout.registry import Registration, beat, registered, servers_folder
+from gspo_mm.rollout.registry import Registration, beat, forget_ended, registered, servers_folder
 from gspo_mm.rollout.router import Router
 from gspo_mm.rollout.servers import (
     ServerError,
@@ -49,6 +49,7 @@ class Fleet:
         self._task: asyncio.Task[None] | None = None
         self._host: ServerHost | None = None
         if self._sglang.start != "elsewhere" and not self._sglang.urls:
+            forget_ended(self._folder)  # those of this run are yet to be started
             self._host = host_beside_trainer(config, self._folder)
 
     async def open(self) -> None:
