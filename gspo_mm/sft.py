@@ -41,7 +41,7 @@ def sft(config: Config) -> dict[str, Any]:
     ranks = Ranks()
     run = RunDir.open(config, ranks)
     setup_logging(run.path, rank=ranks.rank)
-    stages = build_stages(config, ranks, total_updates=config.sft.steps)
+    stages = build_stages(config, ranks, total_steps=config.sft.steps)
     with stages.closing(), ExitStack() as stack, run.settled():
         step = resume(run, stages)
         check_sight(stages.policy, stages.processor, stages.canary)
@@ -59,7 +59,7 @@ def sft(config: Config) -> dict[str, Any]:
         progress.start_at(step)
         stopped = False
         while step < config.sft.steps and not stopped:
-            values = train_step(stages, config, phases)
+            values = train_step(stages, config, phases, step)
             step += 1
             last = step == config.sft.steps
             if last:
@@ -118,8 +118,8 @@ def resume(run: RunDir, stages: Stages) -> int:
     return state["step"]
 
 
-def train_step(stages: Stages, config: Config, phases: Phases) -> dict[str, float]:
-    """One batch of samples, dealt over the ranks, one optimizer step."""
+def train_step(stages: Stages, config: Config, phases: Phases, step: int) -> dict[str, float]:
+    """One batch of samples, dealt over the ranks, one optimizer step; `step` were done before."""
     ranks = stages.ranks
     updates: list[list[Sequence]] = []
     with ranks.together(), phases("data"):
@@ -131,7 +131,7 @@ def train_step(stages: Stages, config: Config, phases: Phases) -> dict[str, floa
     with phases("pack"), ranks.together():
         batches = [pack(list(members), stages.processor) for members in share.micro_batches]
     with phases("update"):
-        return supervised_step(stages.policy, share, batches)
+        return supervised_step(stages.policy, share, batches, step)
 
 
 def supervised(prompt: EncodedPrompt, processor: Processor) -> Sequence:
@@ -148,13 +148,13 @@ def supervised(prompt: EncodedPrompt, processor: Processor) -> Sequence:
     )
 
 
-def supervised_step(policy: Policy, share: Share, batches: list[MicroBatch]) -> dict[str, float]:
+def supervised_step(policy: Policy, share: Share, batches: list[MicroBatch], step: int) -> dict[str, float]:
     """One optimizer step on the mean cross-entropy (nats) of the response tokens of all ranks."""
 
     def loss_fn(_: int, logprobs_R: torch.Tensor, __: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         return -logprobs_R.sum() / share.num_tokens, {}
 
-    stats = policy.update(batches, loss_fn)
+    stats = policy.update(batches, loss_fn, place=step)
     return {"sft/loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
 
 

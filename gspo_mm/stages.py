@@ -83,7 +83,7 @@ class Stages:
             self.host.stop(reason)
 
 
-def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
+def build_stages(config: Config, ranks: Ranks, *, total_steps: int) -> Stages:
     """Load model, processor, shards and reward file. Raises a GspoError naming what is missing."""
     logger.info("loading %s", config.model.path)
     check_served(config)
@@ -105,7 +105,7 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
         config.model.path,
         config.policy,
         seed=config.run.seed,
-        total_steps=total_updates,
+        total_steps=total_steps,
         experts_layout=config.model.experts_layout,
     )
     held_out: list[EncodedPrompt] = []
@@ -208,7 +208,7 @@ def preflight_prompts(config: Config) -> str:
 
 def preflight_servers(config: Config) -> Mapping[str, Gap]:
     """Start everything that a run needs, bring the weights to the servers and compare them with the policy."""
-    stages = build_stages(config, Ranks(), total_updates=1)
+    stages = build_stages(config, Ranks(), total_steps=1)
     with stages.closing():
         stages.weights.push(version=0)
         return check_servers(config, stages)

@@ -59,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
     setup_logging(run.path, rank=ranks.rank)
     if warning := check_clip_can_act(config.loss, config.train.updates_per_batch):
         logger.warning(warning)
-    stages = build_stages(config, ranks, total_updates=config.train.steps * config.train.updates_per_batch)
+    stages = build_stages(config, ranks, total_steps=config.train.steps)
     with stages.closing(), ExitStack() as stack, run.settled():
         loop = Loop(config, run, stages, stack)
         loop.resume()
@@ -139,6 +139,7 @@ class Loop:
                 reference=stages.reference,
                 config=config,
                 phases=phases,
+                step=self.step,
             )
         if stages.scheduler and config.rollout.on_update == "finish":
             with phases("rollout"):

@@ -132,7 +132,7 @@ def _load_all(policy: Policy, folder: Path) -> None:
     wanted = {**model, "optimizer": inner.sharded_state_dict(model, is_loading=True, metadata=metadata)}
     found = _read(wanted, folder)
     _fill(policy.chunks, found)
-    inner.load_state_dict(_as_chained(found["optimizer"], len(inner.chained_optimizers)))
+    policy.optimizer.load_state(_as_chained(found["optimizer"], len(inner.chained_optimizers)))
 
 
 def load_weights(chunks: list[PolicyModel], folder: Path) -> None:

@@ -37,11 +37,14 @@ class ParallelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    lr: Annotated[float, Field(gt=0.0)] = Field(default=1e-6, description="largest learning rate")
     min_lr_ratio: Fraction = Field(
-        default=1.0, description="learning rate at the last step, as a part of lr (cosine)"
+        default=1.0,
+        description="learning rate of the last training step, as a part of lr; cosine over the steps of the run",
     )
-    warmup_steps: NonNegative = 0
+    warmup_steps: NonNegative = Field(
+        default=0, description="training steps, each with all its updates, over which the rate rises to lr"
+    )
     beta1: Fraction = 0.9
     beta2: Fraction = 0.98
     eps: Annotated[float, Field(gt=0.0)] = 1e-8

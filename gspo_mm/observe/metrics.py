@@ -32,7 +32,7 @@ METRICS = {
     "eval/reward": "mean reward of the held-out answers",
     "loss": "GSPO loss, averaged over the step's updates",
     "grad_norm": "global gradient norm before clipping",
-    "lr": "learning rate",
+    "lr": "learning rate, mean over the step's updates",
     "ratio_mean": "importance ratio (sequence or token, by loss.level), mean",
     "ratio_min": "smallest importance ratio",
     "ratio_max": "largest importance ratio",

@@ -113,7 +113,7 @@ class Policy:
     ) -> Self:
         """Build the model of the Hugging Face folder `path` and load its weights.
 
-        `total_steps` counts optimizer steps, for the learning-rate schedule. `experts_layout`: see `read_hf`.
+        `total_steps` counts training steps, for the learning-rate schedule. `experts_layout`: see `read_hf`.
         Raises ValueError when the folder, the family, the parallel sizes or the number format do not fit.
         """
         family, hf, plan = prepare(path, config, seed=seed)
@@ -143,16 +143,21 @@ class Policy:
         return list(flat.split(counts))
 
     def update(
-        self, micro_batches: list[MicroBatch], loss_fn: LossFn, *, temperature: float = 1.0
+        self,
+        micro_batches: list[MicroBatch],
+        loss_fn: LossFn,
+        *,
+        temperature: float = 1.0,
+        place: float | None = None,
     ) -> UpdateStats:
         """One optimizer step on the sum of all micro-batches' losses, whose denominators are the whole step's.
 
-        `loss_fn` is called on the last pipeline stage. Raises NonFiniteError, on every rank and with the weights
+        `place` in the run, which decides the learning rate: see `Optimizer.step`. `loss_fn` is called on the last pipeline stage. Raises NonFiniteError, on every rank and with the weights
         untouched, when the gradient norm is NaN or infinite, or whatever GspoError `loss_fn` raised on any rank.
         """
         loss, metrics = self.backward(micro_batches, loss_fn, temperature=temperature)
         with self.ranks.together():
-            grad_norm, rate = self.optimizer.step()
+            grad_norm, rate = self.optimizer.step(place)
         return UpdateStats(loss=loss, grad_norm=grad_norm, lr=rate, metrics=metrics)
 
     def backward(

@@ -24,12 +24,25 @@ from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.types import NonFiniteError
 
 
-def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """Rate of update `step` (from 0): linear warm-up, then a cosine that ends at lr * min_lr_ratio."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+_STATE = ("params", "step")  # of a parameter group; the rest of it are settings
+_SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")  # of megatron's own scheduler, which we do not use
+
+
+def learning_rate(place: float, config: OptimizerConfig, total_steps: int) -> float:
+    """Rate at `place` in a run of `total_steps` training steps: linear warm-up, then a cosine to lr * min_lr_ratio.
+
+    Update k of the K of training step s (both from 0) is at s + k / K: a step moves the schedule by one, however many
+    updates its live groups make, or none. The last warm-up step is at lr as a whole, the last step of the run at
+    lr * min_lr_ratio; a run of one step stays at lr. What happened before `place` does not matter: a run that is
+    continued with another number of steps goes on along the curve of that number.
+    """
+    if place < config.warmup_steps:
+        return config.lr * min(1.0, (place + 1) / config.warmup_steps)
+    last = total_steps - 1
     low = config.lr * config.min_lr_ratio
+    if place >= last > 0:
+        return low
+    progress = (place - config.warmup_steps) / (last - config.warmup_steps) if last > 0 else 0.0
     return low + 0.5 * (config.lr - low) * (1.0 + math.cos(math.pi * progress))
 
 
@@ -46,7 +59,7 @@ class Optimizer:
     ) -> None:
         self._config = config
         self._total_steps = total_steps
-        self.step_count = 0
+        self.step_count = 0  # updates made
         with quiet_megatron():
             self._inner: Any = get_megatron_optimizer(
                 MegatronOptimizerConfig(
@@ -66,12 +79,14 @@ class Optimizer:
             )
 
     @torch.no_grad()
-    def step(self) -> tuple[float, float]:
+    def step(self, place: float | None = None) -> tuple[float, float]:
         """Clip and update; returns the global gradient norm before clipping and the learning rate used.
+
+        `place` in the run is that of `learning_rate`; None: every update is a training step.
 
         Raises NonFiniteError, with the parameters untouched, when the norm is NaN or infinite.
         """
-        rate = learning_rate(self.step_count, self._config, self._total_steps)
+        rate = learning_rate(self.step_count if place is None else place, self._config, self._total_steps)
         for group in self._inner.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
             # megatron leaves both multipliers to its scheduler; wd_mult is 0 for norms and biases
@@ -114,6 +129,22 @@ class Optimizer:
                 if parameter in part.model_param_gbuf_map:
                     own = part._get_model_param_range_map(parameter)["param"]
                     cast(Any, parameter).main_param.copy_(value.reshape(-1)[own.start : own.end])
+
+    def load_state(self, state: Any) -> None:
+        """Moments, float32 copies and the count of steps of a checkpoint; all settings stay those of the config.
+
+        A checkpoint's parameter groups hold the settings of the run that wrote it (betas, eps ...): torch takes them
+        over with the state, and megatron knows groups again by some of them, the learning rate among these.
+        """
+        own = self._inner.param_groups
+        settings = [{k: v for k, v in group.items() if k not in _STATE} for group in own]
+        parts = [state] if "optimizer" in state else state.values()
+        for group in [*own, *(group for part in parts for group in part["optimizer"]["param_groups"])]:
+            for key in _SCHEDULE:
+                group.pop(key, None)
+        self._inner.load_state_dict(state)
+        for group, before in zip(self._inner.param_groups, settings, strict=True):
+            group.update(before)
 
     @property
     def inner(self) -> Any:

@@ -55,8 +55,11 @@ def update_policy(
     reference: Reference | None,
     config: Config,
     phases: Phases,
+    step: int = 0,
 ) -> dict[str, float]:
     """One optimizer step per share; returns their metrics, which are those of all ranks. A collective.
+
+    `step` training steps were done before, which together with the share's number decides the learning rate.
 
     Old log-probs are the policy's own, from one pass before the first step and shared by all of them. With a
     single step that pass is left out: the ratio is then exactly 1 in value, while its gradient is not 0.
@@ -75,10 +78,20 @@ def update_policy(
     metrics: list[Metrics] = []
     with phases("update"):
         start = 0
-        for share, batches in zip(shares, batches_of_share, strict=True):
+        for number, (share, batches) in enumerate(zip(shares, batches_of_share, strict=True)):
             window = slice(start, start + len(batches))
+            place = step + number / len(shares)
             metrics.append(
-                _step(policy, share, batches, olds[window], refs[window], loss_config(config), temperature)
+                _step(
+                    policy,
+                    share,
+                    batches,
+                    olds[window],
+                    refs[window],
+                    loss_config(config),
+                    temperature,
+                    place,
+                )
             )
             start += len(batches)
     return {
@@ -103,6 +116,7 @@ def _step(
     refs: list[torch.Tensor] | list[None],
     config: LossConfig,
     temperature: float,
+    place: float,
 ) -> Metrics:
     def loss_fn(
         index: int, logprobs_R: torch.Tensor, entropy_R: torch.Tensor
@@ -126,7 +140,7 @@ def _step(
         )
         return output.loss, output.metrics
 
-    stats = policy.update(batches, loss_fn, temperature=temperature)
+    stats = policy.update(batches, loss_fn, temperature=temperature, place=place)
     return {**reduce_metrics(stats.metrics), "loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
 
 

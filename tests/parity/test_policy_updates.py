@@ -1,6 +1,7 @@
 """Optimizer steps of the policy: equal to torch's AdamW on transformers' model, exact on resume, and safe."""
 
 import copy
+import math
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -96,6 +97,79 @@ def test_a_resumed_policy_continues_bit_for_bit(
     assert rest == whole[2:]
     expected = weights(straight)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.export())
+
+
+CHANGED: dict[str, Any] = {
+    "lr": 3e-3,
+    "min_lr_ratio": 0.2,
+    "warmup_steps": 4,
+    "beta1": 0.5,
+    "beta2": 0.7,
+    "eps": 1e-2,
+    "weight_decay": 0.3,
+    "grad_clip": 0.01,
+}
+
+
+@pytest.fixture(scope="module")
+def two_steps(model: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Policy]:
+    """A checkpoint after two updates, and a policy that may be loaded from it."""
+    checkpoint = tmp_path_factory.mktemp("two") / "checkpoint"
+    first = policy(folder)
+    for seed in range(2):
+        first.update([random_batch(model, seed=seed)], mean_logprob)
+    save_policy(first, checkpoint).finish()
+    return checkpoint, first
+
+
+@pytest.mark.parametrize("changed", [*([key] for key in CHANGED), list(CHANGED)], ids=" ".join)
+def test_a_resumed_policy_steps_with_the_settings_that_the_config_has_now(
+    model: Any, folder: Path, two_steps: tuple[Path, Policy], changed: list[str]
+) -> None:
+    """Against AdamW written down in float64, from the checkpoint's own moments."""
+    settings = {key: CHANGED[key] for key in changed}
+    config = OptimizerConfig.model_validate({"lr": 1e-3, **settings})
+    resumed = policy(folder, **settings)
+    load_policy(resumed, two_steps[0])
+    inner = resumed.optimizer.inner
+    (before,) = [part.optimizer for part in inner.chained_optimizers]
+    old = {
+        p: (p.double(), *(before.state[p][k].double() for k in ("exp_avg", "exp_avg_sq")))
+        for group in before.param_groups
+        for p in group["params"]
+    }
+    stats = resumed.update([random_batch(model, seed=2)], mean_logprob)
+    count = 3
+    low = config.lr * config.min_lr_ratio  # the third of 6 steps: of a warm-up of 4, or along the cosine
+    falling = low + (config.lr - low) * (1 + math.cos(math.pi * 2 / 5)) / 2
+    rate = config.lr * 3 / 4 if config.warmup_steps else falling
+    assert stats.lr == pytest.approx(rate, rel=1e-12)
+    clipped = math.sqrt(sum(float(p.grad.double().square().sum()) for p in old))
+    assert clipped == pytest.approx(min(stats.grad_norm, config.grad_clip), rel=1e-3)
+    for group in before.param_groups:
+        decay = config.weight_decay * group["wd_mult"]
+        for p in group["params"]:
+            value, mean, square = old[p]
+            g = p.grad.double()
+            mean = config.beta1 * mean + (1 - config.beta1) * g
+            square = config.beta2 * square + (1 - config.beta2) * g * g
+            step = mean / (1 - config.beta1**count)
+            step = step / ((square / (1 - config.beta2**count)).sqrt() + config.eps)
+            expected = value - rate * decay * value - rate * step
+            moved = (expected - value).abs().max()
+            assert (p.double() - expected).abs().max() < 1e-4 * moved + 1e-7
+
+
+def test_no_setting_of_a_parameter_group_comes_from_the_checkpoint(
+    folder: Path, two_steps: tuple[Path, Policy]
+) -> None:
+    fresh, loaded = policy(folder, **CHANGED), policy(folder, **CHANGED)
+    load_policy(loaded, two_steps[0])
+    groups = zip(fresh.optimizer.inner.param_groups, loaded.optimizer.inner.param_groups, strict=True)
+    for wanted, found in groups:
+        assert {k: v for k, v in found.items() if k not in ("params", "step")} == {
+            k: v for k, v in wanted.items() if k not in ("params", "step")
+        }
 
 
 def test_the_state_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -199,6 +273,32 @@ def test_the_learning_rate_warms_up_then_falls_along_a_cosine_to_its_floor() -> 
     assert all(a > b for a, b in pairwise(rates[4:20]))
     assert rates[19:] == pytest.approx([0.2] * 6)
     assert learning_rate(7, OptimizerConfig(lr=3e-6), 20) == 3e-6
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(450, 8), (10, 0), (10, 9), (10, 10), (10, 40), (2, 0), (2, 1)]
+)
+def test_the_last_step_is_at_the_promised_rate_and_the_warm_up_reaches_lr(
+    updates: int, steps: int, warmup: int
+) -> None:
+    config = OptimizerConfig(lr=0.7, warmup_steps=warmup, min_lr_ratio=0.0)
+    rates = [
+        [learning_rate(step + k / updates, config, steps) for k in range(updates)] for step in range(steps)
+    ]
+    if warmup < steps:
+        assert rates[-1] == [0.0] * updates
+    if 0 < warmup <= steps:
+        assert rates[warmup - 1] == [0.7] * updates
+    if warmup < steps - 1:
+        assert rates[warmup][0] == 0.7
+    for step in range(1, min(warmup, steps)):
+        assert rates[step][0] == pytest.approx(0.7 * (step + 1) / warmup, rel=1e-12)
+
+
+def test_a_run_of_one_step_is_trained_with_the_whole_rate() -> None:
+    config = OptimizerConfig(lr=0.7, min_lr_ratio=0.0)
+    assert [learning_rate(place, config, 1) for place in (0, 0.5)] == [0.7, 0.7]
 
 
 @pytest.mark.parametrize(("recompute", "runs"), [("none", 1), ("full", 2)])

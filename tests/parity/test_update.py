@@ -1,8 +1,10 @@
 """A step's update does not depend on how it is split, and skips the passes it does not need."""
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from gspo_mm.advantage import group_advantages
 from gspo_mm.batch import sequences_of, split_evenly
+from gspo_mm.checkpoint.distributed import load_policy, save_policy
 from gspo_mm.config import Config, parse_config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
@@ -75,12 +78,18 @@ def run(
 
 
 def update(
-    policy: Policy, config: Config, groups: Any, processor: Processor, reference: Reference | None = None
+    policy: Policy,
+    config: Config,
+    groups: Any,
+    processor: Processor,
+    reference: Reference | None = None,
+    *,
+    step: int = 0,
 ) -> dict[str, float]:
     updates = [sequences_of(part) for part in split_evenly(groups, config.train.updates_per_batch)]
     shares, _ = share_out(policy, updates, processor=processor, config=config.policy)
     return update_policy(
-        policy, shares, processor=processor, reference=reference, config=config, phases=Phases()
+        policy, shares, processor=processor, reference=reference, config=config, phases=Phases(), step=step
     )
 
 
@@ -181,6 +190,52 @@ def test_rollouts_without_log_probs_are_trained_on_unless_they_are_to_be_correct
     assert torch.equal(weights(policy), before)
     metrics = update_policy(policy, shares, config=plain, **given)
     assert not any(name.startswith("mismatch/") for name in metrics)
+
+
+def closed_form(place: float, *, steps: int) -> float:
+    """Of lr 1e-3, min_lr_ratio 0, two warm-up steps."""
+    if place < 2:
+        return 1e-3 * min(1.0, (place + 1) / 2)
+    if place >= steps - 1:
+        return 0.0
+    return 1e-3 * math.cos(math.pi / 2 * (place - 2) / (steps - 3)) ** 2
+
+
+def test_the_learning_rate_counts_training_steps_however_many_updates_they_make(
+    tiny_model: Path, digit_shards: Path, groups: Any, processor: Processor, tmp_path: Path
+) -> None:
+    """Live groups per step: 6, 1 (one update), 0 (none), 6 ...; resumed after step 4, and then of 8 steps, not 6."""
+    optimizer = {"lr": 1e-3, "min_lr_ratio": 0.0, "warmup_steps": 2}
+    settings = config(
+        tiny_model,
+        digit_shards,
+        policy={"dtype": "float32", "optimizer": optimizer},
+        rollout={"prompts_per_step": 6},
+        train={"updates_per_batch": 3},
+    )
+    live = [6, 1, 0, 6, 2, 6, 3, 1]
+
+    def train(policy: Policy, steps: range) -> list[tuple[float, float]]:
+        total = policy.optimizer._total_steps
+        found = []
+        for step in steps:
+            if live[step]:
+                lr = update(policy, settings, groups[: live[step]], processor, step=step)["lr"]
+                updates = min(3, live[step])
+                places = [step + k / updates for k in range(updates)]
+                found.append((lr, fmean(closed_form(place, steps=total) for place in places)))
+        return found
+
+    first = Policy.from_hf(settings.model.path, settings.policy, seed=0, total_steps=6)
+    rates = train(first, range(6))
+    assert [found for found, _ in rates] == pytest.approx([wanted for _, wanted in rates], rel=1e-12, abs=0)
+    assert rates[-1][0] == 0.0
+    save_policy(first, tmp_path / "checkpoint").finish()
+    longer = Policy.from_hf(settings.model.path, settings.policy, seed=0, total_steps=8)
+    load_policy(longer, tmp_path / "checkpoint")
+    rates = train(longer, range(4, 8))
+    assert [found for found, _ in rates] == pytest.approx([wanted for _, wanted in rates], rel=1e-12, abs=0)
+    assert rates[0][0] > rates[1][0] > rates[2][0] > rates[3][0] == 0.0
 
 
 def test_kl_to_the_reference_starts_at_zero_and_grows(

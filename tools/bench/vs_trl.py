@@ -90,7 +90,7 @@ class OurStep:
                 "train": {"updates_per_batch": 1},
             }
         )
-        self.stages = build_stages(self.config, Ranks(), total_updates=1000)
+        self.stages = build_stages(self.config, Ranks(), total_steps=1000)
         self.stages.processor.stop_token_ids = ()  # every answer runs to its full length
         self.phases = Phases()
         self.step = 0
