@@ -39,9 +39,10 @@ logger = logging.getLogger(__name__)
 def sft(config: Config) -> dict[str, Any]:
     """Run or resume supervised training as `config.sft` says; returns what RUN/summary.json then holds."""
     ranks = Ranks()
-    run = RunDir.open(config, ranks)
+    run = RunDir.open(config, ranks, command="sft")
     setup_logging(run.path, rank=ranks.rank)
-    stages = build_stages(config, ranks, total_steps=config.sft.steps)
+    run.log_notes()
+    stages = build_stages(config, ranks, total_steps=config.sft.steps, resumed=run.state)
     with stages.closing(), ExitStack() as stack, run.settled():
         step = resume(run, stages)
         check_sight(stages.policy, stages.processor, stages.canary)
@@ -76,7 +77,8 @@ def sft(config: Config) -> dict[str, Any]:
             progress.step(step, values)
             stopped = ranks.any(stop.requested)
             if last or stopped or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                run.save(step, partial(save_policy, stages.policy), {"source": stages.source.state()})
+                state = {"command": "sft", "source": stages.source.state()}
+                run.save(step, partial(save_policy, stages.policy), state)
             else:
                 run.settle(wait=False)
         run.settle()

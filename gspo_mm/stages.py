@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,8 +84,14 @@ class Stages:
             self.host.stop(reason)
 
 
-def build_stages(config: Config, ranks: Ranks, *, total_steps: int) -> Stages:
-    """Load model, processor, shards and reward file. Raises a GspoError naming what is missing."""
+def build_stages(
+    config: Config, ranks: Ranks, *, total_steps: int, resumed: Mapping[str, Any] | None = None
+) -> Stages:
+    """Load model, processor, shards and reward file. Raises a GspoError naming what is missing.
+
+    `resumed`, on rank 0: the state of the checkpoint that the run goes on from. Its place in the shards is looked at
+    before the model is loaded.
+    """
     logger.info("loading %s", config.model.path)
     check_served(config)
     set_threads(config)
@@ -101,6 +108,9 @@ def build_stages(config: Config, ranks: Ranks, *, total_steps: int) -> Stages:
         split="train",
         quarantine=quarantine(config, "train") if ranks.main else None,
     )
+    with ranks.together():
+        if ranks.main and resumed:
+            source.load((resumed.get("scheduler") or resumed)["source"])
     policy = Policy.from_hf(
         config.model.path,
         config.policy,

@@ -55,11 +55,12 @@ def train(config: Config) -> dict[str, Any]:
     Raises a GspoError with one sentence for anything a user can mend.
     """
     ranks = Ranks()
-    run = RunDir.open(config, ranks)
+    run = RunDir.open(config, ranks, command="train")
     setup_logging(run.path, rank=ranks.rank)
+    run.log_notes()
     if warning := check_clip_can_act(config.loss, config.train.updates_per_batch):
         logger.warning(warning)
-    stages = build_stages(config, ranks, total_steps=config.train.steps)
+    stages = build_stages(config, ranks, total_steps=config.train.steps, resumed=run.state)
     with stages.closing(), ExitStack() as stack, run.settled():
         loop = Loop(config, run, stages, stack)
         loop.resume()
@@ -310,6 +311,7 @@ class Loop:
     def save(self) -> None:
         scheduler = self.stages.scheduler
         state = {
+            "command": "train",
             "next_group": self.next_group,
             "source": self.stages.source.state(),
             "scheduler": scheduler.state() if scheduler else None,

@@ -23,21 +23,11 @@ from typing import Any, Protocol
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_mm.config import CheckpointConfig, Config, load_config, save_config
+from gspo_mm.config.resume import Command, changes
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import GspoError
 
 logger = logging.getLogger(__name__)
-
-# what a checkpoint's content depends on: changing one of these would silently make another experiment of it
-_FIXED = (
-    "run.seed",
-    "model.path",
-    "data.train",
-    "data.shuffle_buffer",
-    "data.curriculum",
-    "policy.dtype",
-    "policy.freeze",
-)
 
 
 class ResumeError(GspoError, ValueError):
@@ -66,10 +56,12 @@ class RunDir:
         self._keep = config.keep
         self._background = config.background
         self._ranks = ranks
+        self.state: dict[str, Any] | None = None  # on rank 0, of the checkpoint that the run goes on from
+        self._notes: list[str] = []
         self._pending: tuple[int, Writing, dict[str, Any]] | None = None
 
     @classmethod
-    def open(cls, config: Config, ranks: Ranks) -> RunDir:
+    def open(cls, config: Config, ranks: Ranks, *, command: Command = "train") -> RunDir:
         """Create the folder or check that it may be continued; writes the resolved config. A collective.
 
         Raises ResumeError when `run.resume` forbids or misses a run, or when its settings clash.
@@ -77,10 +69,10 @@ class RunDir:
         run = cls(config.run.path, config.checkpoint, ranks)
         with ranks.together():
             if ranks.main:
-                run._open(config)
+                run._open(config, command)
         return run
 
-    def _open(self, config: Config) -> None:
+    def _open(self, config: Config, command: Command) -> None:
         run = self
         exists = (run.path / "config.yaml").exists()
         if exists and config.run.resume == "never":
@@ -92,7 +84,7 @@ class RunDir:
                 f"run.resume=must but {run.path} holds no checkpoint; use run.resume=auto to start one"
             )
         if exists:
-            run._check_same_experiment(config)
+            run._check_same_experiment(config, command)
         run._create(config)
 
     def latest(self) -> Path | None:
@@ -177,7 +169,7 @@ class RunDir:
     def load(self, checkpoint: Path, read_policy: Callable[[Path], None]) -> dict[str, Any]:
         """Hand the policy's folder to `read_policy` on all ranks; returns `state` as given to `save`, with "step"."""
         read_policy(checkpoint / "policy")
-        return json.loads((checkpoint / "state.json").read_text())
+        return _read_state(checkpoint)
 
     def write_json(self, name: str, value: Any) -> None:
         """Atomically replace RUN/name."""
@@ -200,18 +192,33 @@ class RunDir:
                 f"run.dir={config.run.dir} cannot be written ({error.strerror}); choose a writable run.dir"
             ) from None
 
-    def _check_same_experiment(self, config: Config) -> None:
+    def log_notes(self) -> None:
+        """What `open` has to say, for when the log is set up."""
+        for note in self._notes:
+            logger.warning("resuming %s with %s", self.path, note)
+
+    def _check_same_experiment(self, config: Config, command: Command) -> None:
+        latest = self.latest()
+        if latest:
+            self.state = _read_state(latest)
+        state = self.state or {}
+        if (written_by := state.get("command", command)) != command:
+            raise ResumeError(
+                f"{self.path} holds a run of `gspo-mm {written_by}`, which `gspo-mm {command}` cannot continue; choose "
+                "another run.name"
+            )
         before = load_config(self.path / "config.yaml", any_world=True)
-        for key in _FIXED:
-            old, new = _lookup(before, key), _lookup(config, key)
-            if old != new:
-                raise ResumeError(
-                    f"{self.path} was started with {key}={old!r} but the config now says {new!r}; "
-                    "restore it, or choose another run.name"
-                )
-        changed = sorted(_differences(before.model_dump(), config.model_dump()))
-        if changed:
-            logger.warning("resuming %s with changed settings: %s", self.path, ", ".join(changed))
+        under_way = len((state.get("scheduler") or {}).get("pending", ()))
+        found = changes(before, config, command=command, under_way=under_way)
+        if found.refusals:
+            raise ResumeError(
+                f"{self.path} was started with {found.refusals[0]}; restore it, or choose another run.name"
+            )
+        self._notes = found.notes
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text())
 
 
 def _reason(error: BaseException) -> str:
@@ -219,19 +226,6 @@ def _reason(error: BaseException) -> str:
     while isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[-200:]
-
-
-def _lookup(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [d for k in new for d in _differences(old.get(k), new[k], f"{prefix}.{k}" if prefix else k)]
-    return [] if old == new else [f"{prefix}={new!r} (was {old!r})"]
 
 
 def _sync_path(path: Path) -> None:

@@ -152,7 +152,9 @@ class Policy:
     ) -> UpdateStats:
         """One optimizer step on the sum of all micro-batches' losses, whose denominators are the whole step's.
 
-        `place` in the run, which decides the learning rate: see `Optimizer.step`. `loss_fn` is called on the last pipeline stage. Raises NonFiniteError, on every rank and with the weights
+        `place` in the run, which decides the learning rate: see `Optimizer.step`.
+
+        `loss_fn` is called on the last pipeline stage. Raises NonFiniteError, on every rank and with the weights
         untouched, when the gradient norm is NaN or infinite, or whatever GspoError `loss_fn` raised on any rank.
         """
         loss, metrics = self.backward(micro_batches, loss_fn, temperature=temperature)

@@ -23,7 +23,6 @@ from gspo_mm.policy.precision import PrecisionError
 from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.types import NonFiniteError
 
-
 _STATE = ("params", "step")  # of a parameter group; the rest of it are settings
 _SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")  # of megatron's own scheduler, which we do not use
 

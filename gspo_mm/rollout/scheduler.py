@@ -209,18 +209,31 @@ class Scheduler:
             "pending": [group.state() | {"place": group.place - first.place} for group in pending],
             "taken": self._taken - first.place,
             "next_id": self._next_id,
+            "sizes": self._sizes(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from `state`: prompts that were under way and are not answered are started again first."""
+        """Continue from `state`: prompts that were under way and are not answered are started again first.
+
+        With other sizes, so are those that are answered: their deadlines were those of the sizes before.
+        """
         assert not self._open
         self._source.load(state["source"])
         self._taken, self._next_id = 0, state["next_id"]
         taken = [self._take() for _ in range(state["taken"])]
         for saved in state["pending"]:
             group = taken[saved["place"]]
-            group.restore(saved)
+            if state.get("sizes", self._sizes()) == self._sizes():
+                group.restore(saved)
             (self._open if group.done else self._waiting).append(group)
+        if again := sum(s["answers"] is not None for s in state["pending"]) - len(self._open):
+            logger.warning(
+                "%d answered groups are sampled again, as the sizes of `rollout` have changed", again
+            )
+
+    def _sizes(self) -> list[float]:
+        """What decides how many groups run at once and until when: see the rules above."""
+        return [self._batch, self._config.max_staleness, self._config.oversample]
 
     def _start_groups(self, version: int, count: int) -> None:
         """Until `count` are open."""

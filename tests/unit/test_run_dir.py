@@ -119,7 +119,7 @@ def test_a_changed_setting_is_told_and_taken(tmp_path: Path, caplog: pytest.LogC
     RunDir.open(config(tmp_path), Ranks())
     values = config(tmp_path).model_dump()
     values["train"]["steps"] = 7
-    RunDir.open(parse_config(values), Ranks())
+    RunDir.open(parse_config(values), Ranks()).log_notes()
     assert "train.steps=7 (was 100)" in caplog.text
 
 

@@ -506,6 +506,43 @@ def test_answers_that_are_there_are_not_asked_for_again() -> None:
     assert staleness(three, world.books.version) == 1
 
 
+@pytest.mark.parametrize("oversample", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize(("prompts", "stale"), [(1, 0), (2, 1), (4, 0), (4, 1), (4, 2), (8, 3)])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_resumed_with_other_sizes_trains_every_prompt_once_and_none_too_stale(
+    prompts: int, stale: int, oversample: float, seed: int
+) -> None:
+    random, stuck = Random(seed), 0
+
+    def some_finish() -> bool:
+        nonlocal stuck
+        running = world.running()
+        stuck = 0 if running else stuck + 1
+        assert stuck < 50, "every open group is finished, and still there is no batch"
+        world.finish(*random.sample(running, min(len(running), random.randint(1, 5))))
+        return False
+
+    world = World(rollout(prompts_per_step=4, max_staleness=2, oversample=2.0))
+    world.on_wait = some_finish
+    for _ in range(3):
+        world.batch()
+    world.on_wait = lambda: bool(world.finish(*random.sample(world.running(), len(world.running()) // 2)))
+    world.next_batch(stop=lambda: not world.running())
+    state = world.scheduler.state()
+    world.config = rollout(prompts_per_step=prompts, max_staleness=stale, oversample=oversample)
+    world.start_anew(state)
+    world.on_wait = some_finish
+    for _ in range(12):
+        groups = world.next_batch()
+        assert not isinstance(groups, Pause)
+        assert len(groups) == prompts
+        assert max(staleness(group, world.books.version) for group in groups) <= stale
+        world.books.version += 1
+    handed = Counter(world.books.handed)
+    assert set(handed.values()) == {1}
+    assert set(range(max(handed))) <= set(handed) | set(world.pending())
+
+
 def test_pixels_do_not_wait_with_the_prompt() -> None:
     world = World(rollout(prompts_per_step=1))
     plain = world.source.take
