@@ -77,7 +77,8 @@ Shards = Annotated[
 class DataConfig(Section):
     train: Shards = Field(
         description="training shards: paths, URLs, pipe: commands, with {000..031} braces or globs; or a list of "
-        "{name, shards, weight, reward} that are mixed",
+        "{name, shards, weight, reward} that are mixed. A run that is continued ends its epoch with the shards that it "
+        "began with; others come in with the next one",
     )
     validation: Shards = Field(
         default=[],

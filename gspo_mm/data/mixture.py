@@ -59,7 +59,8 @@ class Mixture:
     """Iterator over (raw sample, position after it and after the other readers' samples of that round).
 
     With `repeat` for ever, sources drawn by weight; without, one source after the other, each once.
-    Raises DataError as `SampleStream` does, and when `position` is of other sources.
+    Raises DataError as `SampleStream` does, and when `position` is of other sources. `notes` say how the shards differ
+    from those that the position is of.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Mixture:
             )
             for source in sources
         ]
+        self.notes = [note for stream in self._streams for note in stream.notes]
         self._bounds = list(accumulate(source.weight for source in sources))
         self._seed = seed
         self._repeat = repeat

@@ -54,6 +54,11 @@ def is_url(place: str) -> bool:
     return "://" in place and not place.startswith(_PIPE)
 
 
+def is_local(place: str) -> bool:
+    """Whether it is a file of this machine's file systems."""
+    return not is_url(place) and not place.startswith(_PIPE)
+
+
 def shard_name(place: str) -> str:
     """The last part of a path, URL or command: what samples are called by."""
     return PurePath(shown(place)).name

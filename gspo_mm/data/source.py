@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,8 @@ from gspo_mm.data.samples import BadSample, sample_key, to_prompt
 from gspo_mm.data.shards import RawSample
 from gspo_mm.data.skips import SkipLog
 from gspo_mm.types import DataError, EncodedPrompt, Prompt
+
+logger = logging.getLogger(__name__)
 
 
 class PromptSource:
@@ -47,6 +50,7 @@ class PromptSource:
         self._skips = SkipLog(config.max_bad_fraction, quarantine)
         self._position = Position()
         self._open: Iterator[tuple[RawSample, Position]] | None = None
+        self._told: set[str] = set()
 
     @property
     def epoch(self) -> int:
@@ -90,7 +94,10 @@ class PromptSource:
         return {"position": self._position.state(), "skips": self._skips.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken: the next prompt is the one that would have been next then."""
+        """Continue where `state` was taken: the next prompt is the one that would have been next then.
+
+        Raises DataError when the shards that are there now do not allow it.
+        """
         if "position" not in state:
             raise DataError(
                 "the checkpoint's place in the data is of an older version of this program; start another run.name"
@@ -98,6 +105,7 @@ class PromptSource:
         self.close()
         self._position = Position.of(state["position"])
         self._skips.load(state["skips"])
+        self._mixture()
 
     def close(self) -> None:
         """Stop reading ahead; `take` would begin anew where it stands."""
@@ -108,16 +116,25 @@ class PromptSource:
     def _samples(self) -> Iterator[tuple[RawSample, Position]]:
         if self._open is None:
             self._skips.rewind()
-            mixture = Mixture(
-                self._sources,
-                shuffle_buffer=self._config.shuffle_buffer if self._training else 0,
-                seed=self._seed,
-                repeat=self._training,
-                position=self._position,
-            )
+            mixture = self._mixture()
             limit = self._config.prefetch_mb * 2**20
             self._open = Prefetch(mixture, size=size_of, max_bytes=limit) if limit else iter(mixture)
         return self._open
+
+    def _mixture(self) -> Mixture:
+        """From where the source stands; what is to be said of its shards is said once."""
+        mixture = Mixture(
+            self._sources,
+            shuffle_buffer=self._config.shuffle_buffer if self._training else 0,
+            seed=self._seed,
+            repeat=self._training,
+            position=self._position,
+        )
+        for note in mixture.notes:
+            if note not in self._told:
+                logger.warning(note)
+        self._told |= set(mixture.notes)
+        return mixture
 
     def _prompts(self) -> Iterator[EncodedPrompt]:
         since = self.epoch  # of the last usable prompt

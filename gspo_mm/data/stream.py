@@ -1,7 +1,8 @@
 """The samples of one source, shuffled, as a stream that can stop anywhere and continue exactly there.
 
-The order of an epoch is a function of (seed, name, epoch) and of how many samples each shard holds. So a position is a
-few integers: the epoch, how many of its samples were handed out, and what the shards that were read to their end held.
+The order of an epoch is a function of (seed, name, epoch), of its list of shards, and of how many samples each of them
+holds. So a position is that list and a few integers: the epoch, how many of its samples were handed out, and what the
+shards that were read to their end held. An epoch ends with the shards that it began with: see `listing.py`.
 
 Resuming draws the same random numbers again over bare places (shard, number) instead of samples, about a million
 a second, and then reads only the shards that the shuffle buffer still holds samples of, and the one under way.
@@ -12,9 +13,10 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from gspo_mm.data.listing import Shard, find_again, list_shards
 from gspo_mm.data.places import shown
 from gspo_mm.data.shards import RawSample, read_shard
 from gspo_mm.runtime.seeds import derive_seed
@@ -28,14 +30,16 @@ class Cursor:
     epoch: int = 0
     read: int = 0
     counts: tuple[int, ...] = ()  # samples in each of the epoch's first shards, those read to their end
+    shards: tuple[Shard, ...] = ()  # of the epoch, before they are shuffled; () in checkpoints of older versions
 
     def state(self) -> dict[str, Any]:
         """JSON; `Cursor.of` reads it back. Not `asdict`, which copies `counts` number by number at every prompt."""
-        return {"epoch": self.epoch, "read": self.read, "counts": self.counts}
+        return {"epoch": self.epoch, "read": self.read, "counts": self.counts, "shards": self.shards}
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Cursor:
-        return cls(epoch=state["epoch"], read=state["read"], counts=tuple(state["counts"]))
+        shards = tuple(Shard(*shard) for shard in state.get("shards", ()))
+        return cls(epoch=state["epoch"], read=state["read"], counts=tuple(state["counts"]), shards=shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ class SampleStream:
     With `shuffle_buffer` > 0 the shards' order is shuffled, and samples through a buffer of that size; with 0 both
     keep their order. `repeat` goes on with the next epoch for ever. `name` gives each source of a mixture an order
     of its own.
+
+    Raises DataError at once when a shard that the rest of the cursor's epoch needs is gone, or has another size.
     """
 
     def __init__(
@@ -69,8 +75,15 @@ class SampleStream:
         self._seed = seed
         self._name = name
         self._repeat = repeat
+        self._listing = list_shards(shards)
+        self.notes: list[str] = []  # how the shards differ from those of the cursor
         self.cursor = cursor or Cursor()
         self._counts = self.cursor.counts
+        self._of_epoch: list[str | None] = self._shards
+        if self.cursor.read and self.cursor.shards:
+            self._find_again()
+        else:
+            self.cursor = replace(self.cursor, shards=self._listing)
         self._samples = self._epoch()
 
     def __iter__(self) -> Iterator[RawSample]:
@@ -85,22 +98,64 @@ class SampleStream:
                     f"{shown(self._shards[0])} and {len(self._shards) - 1} other shards hold no sample; make "
                     "them anew with tools/make_shards.py"
                 )
-            self.cursor = Cursor(epoch=self.cursor.epoch + 1)
-            self._counts = ()
+            self.cursor = Cursor(epoch=self.cursor.epoch + 1, shards=self._listing)
+            self._counts, self._of_epoch = (), self._shards
             self._samples = self._epoch()
-        self.cursor = Cursor(epoch=self.cursor.epoch, read=self.cursor.read + 1, counts=self._counts)
+        self.cursor = replace(self.cursor, read=self.cursor.read + 1, counts=self._counts)
         return sample
 
-    def _epoch(self) -> Iterator[RawSample]:
-        """The samples of the cursor's epoch from the cursor on."""
+    def _find_again(self) -> None:
+        """Look for the shards of the cursor's epoch among those that are there now."""
+        self._of_epoch, new = find_again(self.cursor.shards, self._shards)
+        gone = [i for i, place in enumerate(self._of_epoch) if place is None]
+        if gone:
+            names = {i: self.cursor.shards[i].place for i in gone}
+            if needed := [names[i] for i in gone if i in self._needed(gone)]:
+                raise DataError(
+                    f"{_some(needed)} is gone, and the rest of epoch {self.cursor.epoch} is read from it; restore it, or "
+                    "start another run.name"
+                )
+            self.notes.append(
+                f"{_some(list(names.values()))} is gone: epoch {self.cursor.epoch} has used it, the next ones are without it"
+            )
+        if new:
+            self.notes.append(f"{_some(new)} is new: it comes in with epoch {self.cursor.epoch + 1}")
+
+    def _needed(self, gone: Sequence[int]) -> set[int]:
+        """Which shards of the epoch hold samples that are still to come."""
+        _, order, _ = self._order()
+        counts = self._counts
+        needed = {number for number in order[len(counts) :]}
+        if not needed & set(gone):  # else nothing more has to be looked at
+            _, buffer = self._replay()
+            needed |= {order[item.shard] for item in buffer if isinstance(item, _Place)}
+            self._counts = counts
+        return needed
+
+    def _order(self) -> tuple[random.Random, list[int], list[str]]:
+        """Random numbers of the cursor's epoch, and its shards in their order: their numbers and places."""
         labels = ("epoch", self._name, self.cursor.epoch) if self._name else ("epoch", self.cursor.epoch)
         rng = random.Random(derive_seed(self._seed, *labels))
-        shards = rng.sample(self._shards, len(self._shards)) if self._shuffle_buffer else self._shards
+        order = list(range(len(self._of_epoch)))
+        if self._shuffle_buffer:
+            order = rng.sample(order, len(order))
+        # what is gone is not read, as `_find_again` has made sure
+        return rng, order, [self._of_epoch[number] or "" for number in order]
+
+    def _replay(self) -> tuple[Iterator[RawSample | _Place], list[RawSample | _Place]]:
+        """The epoch after what the cursor has read, and the shuffle buffer at that point."""
+        rng, _, shards = self._order()
         buffer: list[RawSample | _Place] = []
         items = _shuffled(self._items(shards, self._counts), buffer, self._shuffle_buffer, rng)
         for _ in range(self.cursor.read):
             if next(items, None) is None:
                 raise _changed(shards)
+        return items, buffer
+
+    def _epoch(self) -> Iterator[RawSample]:
+        """The samples of the cursor's epoch from the cursor on."""
+        shards = self._order()[2]
+        items, buffer = self._replay()
         _fill(buffer, shards)
         for item in items:
             if isinstance(item, _Place):
@@ -113,11 +168,14 @@ class SampleStream:
             for number in range(count):
                 yield _Place(shard, number)
         for shard in shards[len(counts) :]:
-            count = 0
+            count, held = 0, None
             for sample in read_shard(shard):
-                count += 1
-                yield sample
-            self._counts = (*self._counts, count)
+                if held is not None:
+                    yield held
+                count, held = count + 1, sample
+            self._counts = (*self._counts, count)  # before the last one is out: with it the shard is done
+            if held is not None:
+                yield held
 
 
 def _shuffled(
@@ -154,6 +212,11 @@ def _fill(buffer: list[RawSample | _Place], shards: Sequence[str]) -> None:
                 break
         else:
             raise _changed(shards[shard : shard + 1])
+
+
+def _some(places: Sequence[str]) -> str:
+    more = f" (like {len(places) - 1} others)" if len(places) > 1 else ""
+    return f"shard {shown(places[0])}{more}"
 
 
 def _changed(shards: Sequence[str]) -> DataError:
