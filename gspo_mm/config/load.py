@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from gspo_mm.config.base import ALTERNATIVES, ConfigError
 from gspo_mm.config.schema import Config
+from gspo_mm.config.unquoted import Misread, faults, misread
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, *, any_world: bool = False) -> Config:
@@ -24,18 +25,33 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, any_wor
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; try configs/quickstart.yaml")
     changes = [_parse_override(item) for item in overrides or []]
+    unquoted: list[Misread] = []
     try:
         loaded = OmegaConf.load(path)
         if not OmegaConf.is_dict(loaded) or not loaded:
             raise ConfigError(f"{path} holds no mapping of sections; start from configs/quickstart.yaml")
         raw = OmegaConf.merge(loaded, *changes)
         values = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+        unquoted += misread(path.read_text())
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     except Exception as error:  # YAML's own scanner and parser errors share no public base with OmegaConf's
         if type(error).__module__.startswith("yaml"):
             raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         raise
+    for item in overrides or []:
+        key, _, value = item.partition("=")
+        unquoted += misread(value, tuple(key.split(".")))
+
+    def refused(values: Any) -> list[tuple[Any, ...]]:
+        try:
+            Config.model_validate(values, context={"any_world": any_world})
+        except ValidationError as error:
+            return [_location(fault) for fault in error.errors(include_url=False)]
+        return []
+
+    if told := faults(unquoted, values, refused):
+        raise ConfigError("\n".join(f"{path}: {sentence}" for sentence in told))
     return parse_config(values, source=str(path), any_world=any_world)
 
 
@@ -72,7 +88,7 @@ def _sentences(error: ValidationError, source: str) -> list[str]:
 
 
 def _sentence(fault: Any) -> str:
-    location = tuple(part for part in fault["loc"] if part not in ALTERNATIVES)
+    location = _location(fault)
     key = ".".join(str(part) for part in location)
     kind, value = fault["type"], fault.get("input")
     if kind == "extra_forbidden":
@@ -83,6 +99,10 @@ def _sentence(fault: Any) -> str:
     if kind == "value_error":
         return message
     return f"{key}={value!r} is refused: {message[0].lower()}{message[1:]}{_hint(kind, value)}"
+
+
+def _location(fault: Any) -> tuple[Any, ...]:
+    return tuple(part for part in fault["loc"] if part not in ALTERNATIVES)
 
 
 def _hint(kind: str, value: Any) -> str:

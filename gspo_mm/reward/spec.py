@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
+from gspo_mm.config.unquoted import faults, misread
 from gspo_mm.reward.cases import Case
 from gspo_mm.reward.combine import COMBINE, closed_gate
 from gspo_mm.reward.part import CONTEXT, Args, PartType, Service
@@ -222,8 +223,11 @@ def load_reward(path: str | Path) -> RewardFunction:
         raise RewardFileError(f"reward.file={path} does not exist; try configs/rewards/digits.yaml")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        unquoted = misread(path.read_text())
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise RewardFileError(f"{path} is not a valid YAML file: {' '.join(str(error).split())}") from None
+    if told := faults(unquoted, values, _refused):
+        raise RewardFileError(f"{path}: {told[0]}")
     return parse_reward(values, source=str(path))
 
 
@@ -240,6 +244,24 @@ def parse_reward(values: Any, *, source: str) -> RewardFunction:
     except ValidationError as error:
         raise RewardFileError(_sentence(error, source, "", values)) from None
     return RewardFunction(spec, source=source)
+
+
+def _refused(values: Any) -> list[tuple[Any, ...]]:
+    """Places of a reward file that cannot hold what they have, `args` of our own parts included."""
+    places = _places(RewardSpec, values)
+    for number, part in enumerate(values.get("parts") or ()):
+        if isinstance(part, dict) and (kind := PARTS.get(str(part.get("type")))):
+            args = _places(kind.args, part.get("args") or {})
+            places += [("parts", number, "args", *place) for place in args]
+    return places
+
+
+def _places(model: type[BaseModel], values: Any) -> list[tuple[Any, ...]]:
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        return [fault["loc"] for fault in error.errors(include_url=False)]
+    return []
 
 
 def _find_kind(part: PartSpec, spec: RewardSpec, source: str) -> PartType:
