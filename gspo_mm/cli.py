@@ -224,6 +224,8 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     for name, value in summary.items():
+        if isinstance(value, list):  # sentences, which the log has
+            continue
         typer.echo(f"{name:>30}  {value:.4g}" if isinstance(value, float) else f"{name:>30}  {value}")
     typer.echo(f"{'report':>30}  {run / 'report.html'}")
 

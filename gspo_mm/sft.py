@@ -20,6 +20,7 @@ from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.evaluate import evaluate
 from gspo_mm.families.write import export_hf
+from gspo_mm.observe.health import Health, at_start
 from gspo_mm.observe.metrics import MetricsWriter, read_metrics
 from gspo_mm.observe.progress import Progress
 from gspo_mm.observe.report import write_report
@@ -42,6 +43,8 @@ def sft(config: Config) -> dict[str, Any]:
     run = RunDir.open(config, ranks, command="sft")
     setup_logging(run.path, rank=ranks.rank)
     run.log_notes()
+    for warning in at_start(config, steps=config.sft.steps):
+        logger.warning(warning)
     stages = build_stages(config, ranks, total_steps=config.sft.steps, resumed=run.state)
     with stages.closing(), ExitStack() as stack, run.settled():
         step = resume(run, stages)
@@ -96,12 +99,16 @@ def finish(run: RunDir, stages: Stages, config: Config) -> dict[str, Any]:
     with stages.ranks.together():
         if stages.ranks.main:
             lines = read_metrics(run.path)
+            health = Health(eval_prompts=config.train.eval_prompts)
+            for line in lines:
+                health.look(line)
             summary = {
                 "accuracy_after": lines[-1].get("eval/accuracy"),
                 "loss_last": lines[-1]["sft/loss"],
                 "steps": lines[-1]["step"],
                 "seconds": sum(line["time/step"] for line in lines),
                 "skipped_samples": stages.source.skipped,
+                "warnings": [*at_start(config, steps=config.sft.steps), *health.finish()],
             }
             run.write_json("summary.json", summary)
             if config.observe.report:

@@ -25,6 +25,7 @@ from gspo_mm.config import Config
 from gspo_mm.evaluate import evaluate
 from gspo_mm.families.write import export_hf
 from gspo_mm.loss.gspo import check_clip_can_act
+from gspo_mm.observe.health import Health, at_start
 from gspo_mm.observe.metrics import MetricsWriter, read_metrics
 from gspo_mm.observe.progress import Progress
 from gspo_mm.observe.report import write_report
@@ -58,7 +59,8 @@ def train(config: Config) -> dict[str, Any]:
     run = RunDir.open(config, ranks, command="train")
     setup_logging(run.path, rank=ranks.rank)
     run.log_notes()
-    if warning := check_clip_can_act(config.loss, config.train.updates_per_batch):
+    clip = check_clip_can_act(config.loss, config.train.updates_per_batch)
+    for warning in filter(None, (clip, *at_start(config, steps=config.train.steps))):
         logger.warning(warning)
     stages = build_stages(config, ranks, total_steps=config.train.steps, resumed=run.state)
     with stages.closing(), ExitStack() as stack, run.settled():
@@ -89,6 +91,7 @@ class Loop:
         self.step = 0  # training steps done; also the weight version
         self.next_group = 0
         self.dead_steps = DeadStepGuard(config.advantage.max_dead_steps)
+        self.health = Health(eval_prompts=config.train.eval_prompts)
         self.ranks = stages.ranks
         self.metrics: MetricsWriter | None = None
         if self.ranks.main:
@@ -262,6 +265,8 @@ class Loop:
         times = self.phases.take()
         if metrics and self.metrics:
             self.metrics.amend(self.step, {**metrics, **times})
+        for line in read_metrics(self.run.path) if self.metrics else []:
+            self.health.look(line)
         if isinstance(self.stages.engine, SGLangEngine):
             self.stages.engine.busy.take()
 
@@ -292,6 +297,7 @@ class Loop:
         }
         assert self.metrics
         self.metrics.write(self.step, metrics)
+        self.health.look(metrics)
         self.progress.step(self.step, metrics)
 
     def keep(self, groups: list[RolloutGroup], result: AdvantageResult, *, last: bool) -> None:
@@ -342,7 +348,8 @@ class Loop:
         summary: dict[str, Any] = {}
         with self.ranks.together():
             if self.ranks.main:
-                summary = summarize(read_metrics(self.run.path))
+                warnings = [*at_start(self.config, steps=self.config.train.steps), *self.health.finish()]
+                summary = summarize(read_metrics(self.run.path)) | {"warnings": warnings}
                 self.run.write_json("summary.json", summary)
                 if self.config.observe.report:
                     write_report(self.run.path)

@@ -11,7 +11,11 @@ from gspo_mm.config.base import NonNegative, Positive, Section
 
 class SamplingConfig(Section):
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0,
+        description="below 1, as top_k above 0, answers are of a truncated distribution: off-policy against log-probs, "
+        "which are of the whole one",
+    )
     top_k: NonNegative = Field(default=0, description="0: off")
     max_new_tokens: Positive = 64
 

@@ -34,10 +34,26 @@ def setup_logging(run_dir: Path | None = None, *, rank: int = 0) -> None:
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         root.addHandler(file)
     logging.captureWarnings(True)
-    # torch's word to megatron-core, at every step of every rank, about functions that it will rename
+    python = logging.getLogger("py.warnings")
+    python.filters = [_Once()]
+    # torch's word to megatron-core, on every rank, about functions that it will rename
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class _Once(logging.Filter):
+    """Lets a warning of Python's through once; Python itself forgets what it has shown with every `catch_warnings`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in self._seen
+        self._seen.add(text)
+        return new
 
 
 def log_to_file(message: str) -> None:

@@ -98,6 +98,20 @@ def test_log_and_warnings_reach_the_runs_file(tmp_path: Path) -> None:
     assert "careful" in text
 
 
+def test_what_a_library_says_of_its_future_is_logged_once(tmp_path: Path) -> None:
+    """Also where other code changes the filters, as the optimizer does at every step."""
+    with warnings.catch_warnings():
+        setup_logging(tmp_path)
+        try:
+            for _ in range(5):
+                warnings.warn("`old` will go", FutureWarning, stacklevel=1)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="nothing")
+        finally:
+            logging.captureWarnings(False)
+    assert (tmp_path / "log.txt").read_text().count("FutureWarning: `old` will go") == 1
+
+
 def test_progress_prints_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(total=3, title="run") as progress:
         progress.start_at(1)
