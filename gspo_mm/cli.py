@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -197,6 +199,7 @@ def run_reporting_faults(command: Callable[[], Any]) -> None:
         return
     except GspoError as error:
         message = str(error)
+        _tell_launcher(message)
         if error.told_elsewhere or os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(2)
     except OSError as error:
@@ -204,11 +207,21 @@ def run_reporting_faults(command: Callable[[], Any]) -> None:
             raise
         where = error.filename or "a file of the run"
         message = f"{where} cannot be written ({error.strerror}); free some space, or choose another run.dir"
+        _tell_launcher(message)
     from gspo_mm.runtime.log import log_to_file
 
     log_to_file(message)
     typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
     sys.exit(2)
+
+
+def _tell_launcher(message: str) -> None:
+    """Have torchrun end its report of a failed rank with our sentence; it cannot be kept from writing one."""
+    if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        return
+    extra = {"timestamp": str(int(time.time()))}  # torchrun takes the earliest for the root cause
+    with suppress(OSError):
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def _load(path: Path, overrides: list[str] | None, *, any_world: bool = False) -> Any:

@@ -62,6 +62,8 @@ def test_a_fault_on_one_rank_is_told_once_and_ends_all(short_config: Path) -> No
     assert result.returncode
     assert result.stderr.count("error: ") == 1, result.stderr
     assert "Traceback" not in result.stderr.split("error: ")[0]
+    *_, last, _ = result.stderr.strip().splitlines()
+    assert "advantage.max_dead_steps=1" in last  # what torchrun writes after it ends with the sentence again
 
 
 # the step is too short for the moment to be met by killing a server

@@ -112,6 +112,70 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(short_config: Path, s
     assert_same_metrics(killed, short_run)
 
 
+def test_a_continued_run_trains_with_the_settings_it_has_now(short_config: Path, short_run: Path) -> None:
+    """Two steps, then two with other settings; the last is at the promised rate, and what is ignored is named."""
+    command = ["train", str(short_config), "run.name=changed"]
+    gspo_mm(*command, "train.steps=2")
+    changes = [
+        "policy.optimizer.lr=2.0e-3",
+        "policy.optimizer.min_lr_ratio=0.1",
+        "policy.optimizer.beta1=0.5",
+        "loss.level=token",
+        "rollout.group_size=2",
+        "sft.steps=9",
+    ]
+    gspo_mm(*command, *changes)
+    run = short_run.parent / "changed"
+    before, after = read_metrics(short_run)[1:3], read_metrics(run)[1:]
+    assert [numbers(line)["loss"] for line in after[:2]] == pytest.approx([line["loss"] for line in before])
+    log = (run / "log.txt").read_text()
+    for change in changes[:-1]:
+        assert change.replace("e-3", "").split("=")[0] + "=" in log
+    assert "changed and ignored: sft.steps=9 (gspo-mm train does not use it)" in log
+    assert after[3]["lr"] == pytest.approx(2e-4, rel=1e-12)
+    assert after[2]["lr"] > after[3]["lr"]
+    assert after[2]["loss"] != before[1]["loss"]
+    groups = load_rollouts(run, 3)
+    assert {len(group.completions) for group in groups} == {2}
+    assert {len(group.completions) for group in load_rollouts(run, 2)} == {4}
+
+
+def test_a_change_that_would_make_another_run_is_refused_before_the_model_is_loaded(
+    short_config: Path, short_run: Path
+) -> None:
+    result = gspo_mm("train", str(short_config), "policy.dtype=bfloat16", check=False)
+    assert result.returncode == 2
+    assert (
+        "policy.dtype='float32' but the config now says 'bfloat16', and weights and optimizer"
+        in result.stderr
+    )
+    assert "loading" not in result.stderr
+
+
+def test_a_constant_reward_and_a_huge_rate_are_told_and_stand_in_the_summary(
+    short_config: Path, tmp_path: Path
+) -> None:
+    reward = tmp_path / "constant.yaml"
+    reward.write_text(
+        "name: c\nparts:\n- {name: any, type: format, accuracy: true, args: {pattern: '(?s).*'}}\n"
+    )
+    result = gspo_mm(
+        "train",
+        str(short_config),
+        f"run.dir={tmp_path}",
+        "run.name=constant",
+        f"reward.file={reward}",
+        "train.steps=2",
+        "policy.optimizer.lr=0.5",
+        "rollout.sampling.top_p=0.9",
+    )
+    told = json.loads((tmp_path / "constant" / "summary.json").read_text())["warnings"]
+    assert ["off-policy" in told[0], "lr=0.5" in told[1], "all answers got the reward 1" in told[2]] == [
+        True
+    ] * 3
+    assert all(result.stderr.count(sentence) == 1 for sentence in told)
+
+
 def test_a_finished_run_started_again_only_reports(short_config: Path, short_run: Path) -> None:
     before = read_metrics(short_run)
     gspo_mm("train", str(short_config))
