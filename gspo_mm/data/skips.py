@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gspo_mm.data.samples import BadSample, LeftOut
+from gspo_mm.data.faults import BadSample, LeftOut
 from gspo_mm.types import DataError
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gspo_mm.config import DataConfig
+from gspo_mm.data.faults import BadSample
 from gspo_mm.data.filters import Filter
 from gspo_mm.data.mixture import Mixture, Position, Source
 from gspo_mm.data.places import expand_shards
 from gspo_mm.data.prefetch import Prefetch
 from gspo_mm.data.processor import Processor
-from gspo_mm.data.samples import BadSample, sample_key, to_prompt
+from gspo_mm.data.samples import sample_key, to_prompt
 from gspo_mm.data.shards import RawSample
 from gspo_mm.data.skips import SkipLog
 from gspo_mm.types import DataError, EncodedPrompt, Prompt
