@@ -84,7 +84,7 @@ def as_png(data: bytes) -> bytes:
 def shown(data: bytes) -> tuple[str, bytes]:
     """MIME type and bytes of the picture for a viewer: as they came where any shows them so, else `as_png`."""
     with _opened(data) as image:
-        kind = image.format.replace("MPO", "JPEG")
+        kind = _format(image)
         plain = kind in ("PNG", "JPEG", "WEBP") and image.mode in ("RGB", "L")
         if plain and not image.has_transparency_data and _orientation(image, data) == 1:
             return Image.MIME[kind], data
@@ -110,11 +110,12 @@ def thumbnail(data: bytes, side: int) -> bytes:
     return png_of(image)
 
 
-def kind_of(data: bytes) -> tuple[str, str]:
-    """Format and mode by Pillow's names, from the header. Raises BadSample."""
+def kind_of(data: bytes) -> tuple[str, ...]:
+    """Format and mode by Pillow's names, then what they do not say of how it must be shown. Raises BadSample."""
     with _opened(data) as image:
-        # phones put a second picture behind a JPEG, which makes it an MPO to Pillow and to nobody else
-        return (image.format or "").replace("MPO", "JPEG"), image.mode
+        turned = _orientation(image, data)
+        notes = [f"orientation {turned}"] * (turned != 1) + ["transparency"] * ("transparency" in image.info)
+        return _format(image), image.mode, *notes
 
 
 @contextmanager
@@ -133,6 +134,11 @@ def _opened(data: bytes) -> Iterator[Any]:
         raise BadSample("corrupt image", f"its header is of none of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise whatever their format's library does
         raise BadSample("corrupt image", str(error) or type(error).__name__) from None
+
+
+def _format(image: Any) -> str:
+    """Phones put a second picture behind a JPEG, which makes it an MPO to Pillow and to nobody else."""
+    return image.format.replace("MPO", "JPEG")
 
 
 def _orientation(image: Any, data: bytes) -> Any:

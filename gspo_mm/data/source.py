@@ -78,6 +78,14 @@ class PromptSource:
             )
         return prompts
 
+    def look(self, count: int) -> Iterator[Prompt]:
+        """The sound ones of the next `count` samples, their pictures unread. For a source that nothing is taken from."""
+        for raw, position in islice(self._samples(), count):
+            try:
+                yield self._checked(raw, position)
+            except BadSample:
+                continue  # counted by whoever trains on the others
+
     def all(self, limit: int) -> list[EncodedPrompt]:
         """The first `limit` prompts of a split that ends, or fewer when it holds fewer. Raises DataError as `take`."""
         assert not self._training
