@@ -46,12 +46,17 @@ _PNG_SILENT = {b"IHDR", b"IDAT", b"IEND", b"pHYs", b"sRGB", b"tIME"}
 
 
 def measure(data: bytes) -> tuple[int, int]:
-    """Width and height that `decode_image` will give, from the header wherever it tells. Raises BadSample."""
+    """Width and height that `decode_image` will give, from the header wherever that tells. Raises BadSample.
+
+    Pixels are looked at only where their values decide whether the image can be shown.
+    """
     with _opened(data) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise BadSample("image too large", f"{width}x{height} pixels, more than {MAX_PIXELS}")
         turned = _orientation(image, data) in (5, 6, 7, 8)  # axes swapped
+        if image.mode in ("I", "F"):
+            decode_image(data)
         # Pillow gives the upright size of a TIFF whose own tag turns it
         return (height, width) if turned and _ORIENTATION not in _tags(image) else (width, height)
 

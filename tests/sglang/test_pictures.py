@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +16,13 @@ from gspo_mm.data.processor import Processor
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout import sglang as client
 from gspo_mm.rollout.sglang import SGLangEngine, request_of
+from gspo_mm.stages import check_servers
 from gspo_mm.sync.parity import ParityError, check_parity
 from gspo_mm.sync.push import serve_folder
 from gspo_mm.types import EncodedImage, EncodedPrompt, Prompt, SamplingParams
 from tests.pictures import ALL, scene
-from tests.tars import image_bytes
+from tests.sglang.conftest import MakeConfig
+from tests.tars import image_bytes, record, write_tar
 
 SENT = [
     *("JPEG RGB", "JPEG CMYK", "PNG P", "PNG I;16", "TIFF LAB", "GIF P", "BMP 1"),
@@ -25,6 +30,11 @@ SENT = [
     *("TIFF floats", "TIFF 32 bits", "animated WEBP", "MPO", "PNG with gamma"),
     *("JPEG turned 6 by exif", "PNG turned 5 by xmp", "WEBP turned 8 by both", "TIFF turned 7 by exif"),
 ]
+
+
+def as_it_came(image: EncodedImage) -> str:
+    """What SGLang would have to decode in its own way."""
+    return "data:image/any;base64," + base64.b64encode(image.data).decode()
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +87,6 @@ def test_the_server_computes_the_policys_log_probs_whatever_the_picture_is(
 def test_a_picture_that_the_server_sees_otherwise_is_named_with_what_is_odd_about_it(
     policy: Policy, engine: SGLangEngine, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if the bytes went out as they came, which the server decodes in its own way."""
-
-    def as_it_came(image: EncodedImage) -> str:
-        return "data:image/any;base64," + base64.b64encode(image.data).decode()
-
     monkeypatch.setattr(client, "data_url", as_it_came)
     names = ["PNG RGB", "JPEG RGB", "PNG L", "BMP RGB", "PNG palette, alphas"]
     prompts = [encoded(processor, name, ALL[name]) for name in names]
@@ -92,3 +97,28 @@ def test_a_picture_that_the_server_sees_otherwise_is_named_with_what_is_odd_abou
     assert "other pictures than the policy in 1 of 5 samples" in said
     assert "PNG palette, alphas (PNG P transparency, 40x24) by " in said
     assert "extra_args" not in said
+
+
+def test_the_preflight_finds_the_odd_pictures_of_the_training_data(
+    make_config: MakeConfig,
+    policy: Policy,
+    engine: SGLangEngine,
+    processor: Processor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The held-out prompt alone would pass."""
+    members = []
+    for number in range(40):
+        data = ALL["PNG RGBA"] if number == 31 else image_bytes(scene())
+        members += [(f"{number}.png", data), (f"{number}.json", record(f"What is it? {number}"))]
+    config = make_config(data={"train": [write_tar(tmp_path / "odd.tar", members)]})
+    config.rollout.sglang.max_logprob_gap = 1e-4
+    usual = [encoded(processor, "held out", image_bytes(scene()))]
+    given: Any = SimpleNamespace(
+        policy=policy, engine=engine, processor=processor, canary=usual, ranks=policy.ranks
+    )
+    check_servers(config, given)
+    monkeypatch.setattr(client, "data_url", as_it_came)
+    with pytest.raises(ParityError, match=r"in 1 of 3 samples.*odd.tar/31 \(PNG RGBA, 40x24\) by "):
+        check_servers(config, given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ from gspo_mm.rollout import sglang as client
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.parity import ParityError
 from gspo_mm.train import train
-from gspo_mm.types import EncodedImage
 from tests.pictures import scene, turned
 from tests.sglang.conftest import MakeConfig
+from tests.sglang.test_pictures import as_it_came
 from tests.tars import image_bytes, record, write_tar
 
 SAMPLES, GROUPS = 64, 8
@@ -65,11 +64,6 @@ def watched(
 def test_a_picture_that_the_server_sees_otherwise_stops_the_run(
     watched: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if the bytes went out as they came."""
-
-    def as_it_came(image: EncodedImage) -> str:
-        return "data:image/any;base64," + base64.b64encode(image.data).decode()
-
     monkeypatch.setattr(client, "data_url", as_it_came)
     with pytest.raises(ParityError, match=r"odd.tar/turned-\d+ \(PNG RGB orientation 6, 24x40\)"):
         train(watched)
