@@ -60,8 +60,8 @@ class _Sample:
 
     @property
     def after_image(self) -> float:
-        """Mean of the prompt's tokens after its first image; 0 where there is none."""
-        return fmean(self.differences["after an image"] or [0.0])
+        """Mean over the prompt's tokens after its first image, or over the response where that is more."""
+        return max(fmean(self.differences[place] or [0.0]) for place in ("after an image", "response"))
 
     def named(self) -> str:
         images = ", ".join(describe(image) for image in self.prompt.images)
@@ -83,11 +83,12 @@ def check_parity(
     prompts: list[EncodedPrompt],
     *,
     threshold: float,
+    times: float = 1.0,
 ) -> Mapping[str, Gap]:
     """Gaps by place, over `prompts` and the same ones without their images. A collective; rank 0 has the engine.
 
-    Raises ParityError with the cause and the table when the mean gap of a place is above `threshold` nats, or that of
-    one sample after its image, where text agrees.
+    Raises ParityError with the cause and the table when the mean gap of a place is above `threshold` x `times` nats,
+    or that of one sample after its image, where text agrees.
     """
     asked: list[_Answered] = []
     with policy.ranks.together():
@@ -108,7 +109,7 @@ def check_parity(
             differences[place].append(abs(server - of_policy))
         samples.append(_Sample(prompt=answered.sequence.prompt, differences=differences))
     gaps = _gaps(samples)
-    if cause := _cause(samples, gaps, threshold):
+    if cause := _cause(samples, gaps, threshold, times):
         raise ParityError(f"{cause}\n{table(gaps)}")
     return gaps
 
@@ -122,17 +123,16 @@ def _gaps(samples: list[_Sample]) -> dict[str, Gap]:
     }
 
 
-def _cause(samples: list[_Sample], gaps: Mapping[str, Gap], threshold: float) -> str | None:
+def _cause(samples: list[_Sample], gaps: Mapping[str, Gap], threshold: float, times: float) -> str | None:
     """A sentence on what differs and what to do about it; None when all agree."""
-    bound = f"rollout.sglang.max_logprob_gap={threshold:g} nats"
+    limit = threshold * times
+    bound = f"{times:g} x " * (times != 1.0) + f"rollout.sglang.max_logprob_gap={threshold:g} nats"
     pictured = [sample for sample in samples if sample.prompt.images]
     # one picture among many hardly moves the mean of all; what text differs by as well is no picture's doing
     of_text = gaps["text"].mean if "text" in gaps else 0.0
-    unlike = [
-        sample for sample in pictured if not sample.after_image <= max(threshold, _STANDS_OUT * of_text)
-    ]
-    failing = [place for place, gap in gaps.items() if not gap.mean <= threshold]
-    if unlike and "text" not in failing and len(unlike) < max(2, len(pictured)):
+    unlike = [sample for sample in pictured if not sample.after_image <= max(limit, _STANDS_OUT * of_text)]
+    failing = [place for place, gap in gaps.items() if not gap.mean <= limit]
+    if unlike and "text" not in failing and len(unlike) <= max(1, len(pictured) // 2):
         worst = sorted(unlike, key=lambda sample: sample.after_image, reverse=True)
         named = "; ".join(sample.named() for sample in worst[:_NAMED])
         return (
@@ -146,7 +146,7 @@ def _cause(samples: list[_Sample], gaps: Mapping[str, Gap], threshold: float) ->
         what = "plain text differs already: see that rollout.sglang.extra_args change neither precision nor model"
     elif "after an image" in failing:
         what = (
-            "text agrees, what follows an image does not, in every sample: the vision tower, its inputs or the positions "
+            "text agrees, what follows an image does not, in most samples: the vision tower, its inputs or the positions "
             "differ; see that the servers have the policy's processor, and data.min_pixels and data.max_pixels with it"
         )
     else:

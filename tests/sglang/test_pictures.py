@@ -112,8 +112,10 @@ def test_the_preflight_finds_the_odd_pictures_of_the_training_data(
     for number in range(40):
         data = ALL["PNG RGBA"] if number == 31 else image_bytes(scene())
         members += [(f"{number}.png", data), (f"{number}.json", record(f"What is it? {number}"))]
-    config = make_config(data={"train": [write_tar(tmp_path / "odd.tar", members)]})
-    config.rollout.sglang.max_logprob_gap = 1e-4
+    config = make_config(
+        data={"train": [write_tar(tmp_path / "odd.tar", members)]},
+        rollout={"sglang": {"max_logprob_gap": 1e-4}},
+    )
     usual = [encoded(processor, "held out", image_bytes(scene()))]
     given: Any = SimpleNamespace(
         policy=policy, engine=engine, processor=processor, canary=usual, ranks=policy.ranks
