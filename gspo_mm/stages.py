@@ -6,7 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 
 from gspo_mm.advantage import group_advantages
 from gspo_mm.config import Config
+from gspo_mm.data.faults import BadSample
+from gspo_mm.data.odd import odd_ones
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.families.served import check_served, served
@@ -38,6 +40,9 @@ from gspo_mm.sync.push import WeightPush, build_push
 from gspo_mm.types import EncodedPrompt, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 256  # training samples whose pictures' headers are read before the first step
+_ODD_PROMPTS = 8  # of them that servers and policy are compared on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,13 +192,17 @@ def build_scheduler(config: Config, engine: SGLangEngine, source: PromptSource, 
 
 
 def check_servers(config: Config, stages: Stages) -> Mapping[str, Gap]:
-    """The parity preflight on the canary prompts: `check_parity`."""
+    """The parity preflight on the canary prompts and on training prompts with odd pictures: `check_parity`."""
     assert stages.engine is None or isinstance(stages.engine, SGLangEngine)
+    prompts = stages.canary
+    with stages.ranks.together():
+        if stages.engine:
+            prompts = [*prompts, *odd_prompts(config, stages.processor)]
     return check_parity(
         stages.policy,
         stages.engine,
         stages.processor,
-        stages.canary,
+        prompts,
         threshold=config.rollout.sglang.max_logprob_gap,
     )
 
@@ -252,6 +261,17 @@ def canary_prompts(
     found = [p for p in candidates if p.prompt.images][: config.train.canary_prompts]
     if not found:
         logger.warning("no prompt with an image was found: whether the model sees is not checked")
+    return found
+
+
+def odd_prompts(config: Config, processor: Processor) -> list[EncodedPrompt]:
+    """Training prompts whose pictures are unlike the others', out of the first ones."""
+    found = []
+    with closing(PromptSource(config.data, processor, seed=config.run.seed, split="train")) as source:
+        chosen = odd_ones(source.look(_LOOKED_AT), _ODD_PROMPTS)
+    for prompt in chosen:
+        with suppress(BadSample):  # counted when its turn to be trained on comes
+            found.append(processor.encode(prompt))
     return found
 
 

@@ -45,6 +45,7 @@ from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.stages import Stages, build_stages, check_servers
 from gspo_mm.sync.parity import table
+from gspo_mm.sync.watch import GapWatch
 from gspo_mm.types import GspoError, RolloutGroup, Sequence
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,10 @@ class Loop:
         self.next_group = 0
         self.dead_steps = DeadStepGuard(config.advantage.max_dead_steps)
         self.health = Health(eval_prompts=config.train.eval_prompts)
+        has_servers = config.rollout.engine == "sglang" and not config.rollout.replay
+        self.gap_watch = (
+            GapWatch(config, stages.policy, stages.engine, stages.processor) if has_servers else None
+        )
         self.ranks = stages.ranks
         self.metrics: MetricsWriter | None = None
         if self.ranks.main:
@@ -135,6 +140,7 @@ class Loop:
             )
         stages.weights.make_room()
         update: dict[str, float] = {}
+        gaps: dict[str, float] = {}  # of servers and policy, by sequence
         if shares:
             update = balance | update_policy(
                 stages.policy,
@@ -144,6 +150,7 @@ class Loop:
                 config=config,
                 phases=phases,
                 step=self.step,
+                gaps=gaps,
             )
         if stages.scheduler and config.rollout.on_update == "finish":
             with phases("rollout"):
@@ -159,6 +166,8 @@ class Loop:
             self.keep(groups, result, last=lost is not None)
         if lost:
             raise lost
+        if self.gap_watch:
+            self.gap_watch.check(self.step, groups, gaps)
 
     def next_groups(self, stop: StopRequest) -> list[RolloutGroup] | None:
         """The step's groups on rank 0, an empty list on other ranks; None when a signal came first.
@@ -251,7 +260,7 @@ class Loop:
     def bring_first_weights(self) -> None:
         """The policy's weights to the engine; servers must then compute what the policy computes."""
         self.stages.weights.push(version=self.step)
-        if self.config.rollout.engine == "sglang" and not self.config.rollout.replay:
+        if self.gap_watch:
             logger.info("servers against the policy:\n%s", table(check_servers(self.config, self.stages)))
 
     def evaluate_before_training(self) -> None:

@@ -61,8 +61,8 @@ class EncodedImage:
 
     data: bytes  # PNG, JPEG, WebP ... bytes as found in the shard
     key: str  # SHA-256 of `data`, hexadecimal: equal content is one image
-    width: int  # pixels, after EXIF rotation
-    height: int  # pixels, after EXIF rotation
+    width: int  # pixels, upright: see data/pictures.py
+    height: int  # pixels, upright
 
     @staticmethod
     def key_of(data: bytes) -> str:

@@ -6,7 +6,6 @@ python tools/inspect_shards.py 'data/digits/train-*.tar' --model data/tiny-model
 from __future__ import annotations
 
 import base64
-import io
 import json
 import random
 import sys
@@ -20,15 +19,16 @@ from typing import Annotated, Any
 import jinja2
 import numpy as np
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from gspo_mm.config import DataConfig
+from gspo_mm.data.faults import BadSample
+from gspo_mm.data.pictures import kind_of, thumbnail
 from gspo_mm.data.places import expand_shards
-from gspo_mm.data.processor import Processor, decode_image
-from gspo_mm.data.samples import BadSample, sample_key, to_prompt
+from gspo_mm.data.processor import Processor
+from gspo_mm.data.samples import sample_key, to_prompt
 from gspo_mm.data.shards import RawSample, read_shard
 from gspo_mm.types import EncodedImage, GspoError, Prompt
 
@@ -143,8 +143,7 @@ def note(facts: Facts, prompt: Prompt, processor: Processor | None) -> None:
 
 
 def _format(image: EncodedImage) -> str:
-    with Image.open(io.BytesIO(image.data)) as opened:
-        return f"{opened.format} {opened.mode}"
+    return " ".join(kind_of(image.data))
 
 
 def tell(facts: Facts, paths: Sequence[str]) -> None:
@@ -208,13 +207,10 @@ def _words(message: Any) -> str:
 
 def _thumbnail(image: EncodedImage) -> dict[str, Any]:
     try:
-        upright = decode_image(image.data)
+        shown = thumbnail(image.data, THUMBNAIL)
     except BadSample as fault:  # only its header was read so far
         return {"fault": str(fault)}
-    upright.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    upright.save(buffer, format="PNG")
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    url = "data:image/png;base64," + base64.b64encode(shown).decode()
     return {"url": url, "width": image.width, "height": image.height}
 
 

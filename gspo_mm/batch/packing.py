@@ -35,7 +35,7 @@ def sequences_of(groups: Iterable[RolloutGroup]) -> list[Sequence]:
     """One Sequence per trainable completion; those whose reward failed or that are empty are left out."""
     return [
         Sequence(
-            name=f"group {group.id} completion {i} ({group.prompt.key})",
+            name=sequence_name(group, i),
             prompt=group.prompt,
             token_ids=group.prompt_ids + completion.token_ids,
             prompt_length=len(group.prompt_ids),
@@ -46,6 +46,10 @@ def sequences_of(groups: Iterable[RolloutGroup]) -> list[Sequence]:
         for i, completion in enumerate(group.completions)
         if completion.token_ids and group.scores[i].error is None
     ]
+
+
+def sequence_name(group: RolloutGroup, number: int) -> str:
+    return f"group {group.id} completion {number} ({group.prompt.key})"
 
 
 def pack(sequences: list[Sequence], processor: Pixels) -> MicroBatch:

@@ -80,7 +80,12 @@ class SGLangConfig(Section):
     max_restarts: NonNegative = Field(default=5, description="of one server in a row before it is left out")
     max_logprob_gap: Annotated[float, Field(gt=0.0)] = Field(
         default=0.1,
-        description="mean |log-prob of server - of policy| in nats above which `gspo-mm preflight` stops the run",
+        description="mean |log-prob of server - of policy| in nats above which the comparison before the first step, "
+        "and of `gspo-mm preflight`, stops the run; while it goes on, a prompt whose answers differ by more is compared again",
+    )
+    max_group_gap: Annotated[float, Field(gt=0.0)] = Field(
+        default=1.0,
+        description="the same over the answers to one prompt, sampled with the policy's own version, above which a run stops",
     )
 
     @model_validator(mode="after")

@@ -6,6 +6,8 @@
     mixture.py    several sources in one global order, for any number of readers
     prefetch.py   reads ahead in a thread
     samples.py    raw sample -> Prompt, or why not
+    pictures.py   encoded image -> what all sides see of it
+    odd.py        prompts whose pictures are unlike the others'
     filters.py    sound prompts that a run does not want
     processor.py  Prompt -> token ids and pixels
     skips.py      counts and lists what is not used

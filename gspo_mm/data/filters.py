@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 
 from gspo_mm.config import CurriculumConfig, DataConfig
-from gspo_mm.data.samples import BadSample, LeftOut
+from gspo_mm.data.faults import BadSample, LeftOut
 from gspo_mm.types import Prompt
 
 

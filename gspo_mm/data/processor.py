@@ -9,7 +9,6 @@ image that is not there.
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 
 from gspo_mm.config import DataConfig
-from gspo_mm.data.samples import FORMATS, BadSample
+from gspo_mm.data.faults import BadSample
+from gspo_mm.data.pictures import decode_image
 from gspo_mm.types import EncodedImage, EncodedPrompt, Prompt
 
 # legend: P prompt tokens with image tokens expanded, I images
@@ -177,23 +177,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
-
-
-def decode_image(data: bytes) -> Any:
-    """An upright RGB image of 8 bits: EXIF rotation applied, transparency on white, the first frame of several.
-
-    Raises BadSample when the bytes are no whole image.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits a pixel: convert() would cut them off at 255
-                image = image.convert("I").point(lambda value: value / 257).convert("L")
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise whatever their format's library does
-        raise BadSample("corrupt image", str(error)) from None

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gspo_mm.data.samples import FORMATS, BadSample, to_prompt
+from gspo_mm.data.faults import BadSample
+from gspo_mm.data.pictures import kind_of
+from gspo_mm.data.samples import to_prompt
 
 PLACEHOLDER = "<image>"
 
@@ -146,17 +147,8 @@ def _of_file(path: Any, folder: Path) -> bytes:
 
 
 def _suffix(data: bytes) -> str:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            name = (image.format or "").lower()
-    except Image.DecompressionBombError:
-        raise BadSample("image too large", "its header says so") from None
-    except Exception as error:  # decoders raise whatever their format's library does
-        raise BadSample("corrupt image", str(error)) from None
-    # phones put a second picture behind a JPEG, which makes it an MPO to Pillow and to nobody else
-    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(name, name)
+    name = kind_of(data)[0].lower()
+    return {"jpeg": "jpg", "tiff": "tif"}.get(name, name)
 
 
 def _messages(prompt: Any, images: list[tuple[bytes, str]], folder: Path) -> list[dict[str, Any]]:

@@ -6,34 +6,19 @@ is ignored. Images are decoded later, once, by the processor.
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import PurePosixPath
 from typing import Any
 
+from gspo_mm.data.faults import BadSample
+from gspo_mm.data.faults import LeftOut as LeftOut
+from gspo_mm.data.pictures import measure
 from gspo_mm.data.places import shard_name
 from gspo_mm.data.shards import FAULT, SOURCE, RawSample
 from gspo_mm.types import EncodedImage, Prompt
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
-# what Pillow may take an image for, whatever its suffix: other formats start programs (EPS) or are not of pictures
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_PIXELS = 64_000_000  # larger images are refused by their header, before any memory is taken
 ROLES = ("system", "user", "assistant", "tool")
-
-
-class BadSample(Exception):  # noqa: N818  (a verdict on data, not a fault of the program)
-    """This sample cannot be used. `reason` is one of a few words to count by, `detail` names the particulars."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        detail = detail.encode(errors="backslashreplace").decode()  # names in a tar need not be UTF-8, logs must
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
-
-
-class LeftOut(BadSample):  # noqa: N818
-    """This sample is sound, but the config does not want it. Counted, and neither logged nor held against the data."""
 
 
 def sample_key(raw: RawSample) -> str:
@@ -128,24 +113,8 @@ def _image_members(raw: RawSample) -> list[str]:
 
 
 def _image(suffix: str, data: bytes) -> EncodedImage:
-    """Read the header only: format and size."""
-    from PIL import Image
-
-    if not data:
-        raise BadSample("corrupt image", f"{suffix} is empty")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            # for a PNG without EXIF in its header, Pillow's getexif would decode the whole image to look for one
-            has_exif = image.format != "PNG" or "exif" in image.info
-            too_large = width * height > MAX_PIXELS
-            rotated = has_exif and not too_large and image.getexif().get(0x0112) in (5, 6, 7, 8)  # axes swapped
-    except Image.DecompressionBombError:
-        raise BadSample("image too large", suffix) from None
-    except Exception as error:  # decoders raise whatever their format's library does
-        raise BadSample("corrupt image", f"{suffix}: {error}") from None
-    if too_large:
-        raise BadSample("image too large", f"{suffix} has {width}x{height} pixels, more than {MAX_PIXELS}")
-    if rotated:
-        width, height = height, width
+        width, height = measure(data)
+    except BadSample as fault:
+        raise BadSample(fault.reason, f"{suffix}: {fault.detail}") from None
     return EncodedImage(data=data, key=EncodedImage.key_of(data), width=width, height=height)

@@ -2,7 +2,7 @@
 
 The quarantine file lists each unusable sample once, one JSON object a line:
 
-    {"sample": "train-000003.tar/000042", "reason": "corrupt image", "detail": "png is empty", "read": 1017}
+    {"sample": "train-000003.tar/000042", "reason": "corrupt image", "detail": "png: it is empty", "read": 1017}
 
 `read` is how many samples were read when it was found. A resumed run first drops the lines that are ahead of its
 checkpoint, as it comes to those samples again.
@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gspo_mm.data.samples import BadSample, LeftOut
+from gspo_mm.data.faults import BadSample, LeftOut
 from gspo_mm.types import DataError
 
 logger = logging.getLogger(__name__)

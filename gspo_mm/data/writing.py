@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from gspo_mm.data.faults import BadSample
 from gspo_mm.data.rows import Columns, Row, sample_of
-from gspo_mm.data.samples import IMAGE_SUFFIXES, BadSample
+from gspo_mm.data.samples import IMAGE_SUFFIXES
 
 _AHEAD = 16  # rows under way per process
 _EXAMPLES = 20  # of refused rows of each reason, kept with their particulars

@@ -6,7 +6,6 @@ into the page once; images are data: URLs, each distinct one once per group.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Sequence
@@ -15,10 +14,12 @@ from typing import Any
 
 import jinja2
 
+from gspo_mm.data.faults import BadSample
+from gspo_mm.data.pictures import data_url
 from gspo_mm.observe.charts import CHARTS, Chart
 from gspo_mm.observe.metrics import finite, read_metrics
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
-from gspo_mm.types import GspoError, RolloutGroup
+from gspo_mm.types import EncodedImage, GspoError, RolloutGroup
 
 MAX_SAVES = 8  # saved steps shown, spread over the run
 MAX_GROUPS = 6  # groups of a step shown
@@ -189,7 +190,7 @@ def _group(group: RolloutGroup) -> dict[str, Any]:
         "task": group.prompt.task,
         "answer": json.dumps(group.prompt.answer, ensure_ascii=False),
         "question": "\n".join(_text(message) for message in group.prompt.messages),
-        "images": [_data_url(image.data) for image in group.prompt.images],
+        "images": [_picture(image) for image in group.prompt.images],
         "left_out": max(0, len(group.completions) - MAX_COMPLETIONS),
         "completions": [
             {
@@ -218,15 +219,12 @@ def _text(message: Any) -> str:
     )
 
 
-def _data_url(data: bytes) -> str:
-    kind = (
-        "image/png"
-        if data.startswith(b"\x89PNG")
-        else "image/webp"
-        if data[8:12] == b"WEBP"
-        else "image/jpeg"
-    )
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def _picture(image: EncodedImage) -> str:
+    """A URL that holds the picture; empty where its file in the run folder is damaged."""
+    try:
+        return data_url(image.data)
+    except BadSample:
+        return ""
 
 
 def _plotly_js() -> str:

@@ -7,13 +7,14 @@ loss. Log-probs of an answer with its image and with a grey image of the same si
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from PIL import Image
 
 from gspo_mm.batch import Pixels, pack
+from gspo_mm.data.pictures import png_of
 from gspo_mm.types import BlindModelError, EncodedImage, EncodedPrompt, MicroBatch, Prompt, Sequence
 
 if TYPE_CHECKING:
@@ -51,11 +52,7 @@ def check_sight(policy: Policy, processor: AnswerProcessor, prompts: Iterable[En
 
 def blank_image(image: EncodedImage) -> EncodedImage:
     """A mid-grey image of the same size."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (image.width, image.height), (128, 128, 128)).save(buffer, format="PNG")
-    data = buffer.getvalue()
+    data = png_of(Image.new("RGB", (image.width, image.height), (128, 128, 128)))
     return EncodedImage(data=data, key=EncodedImage.key_of(data), width=image.width, height=image.height)
 
 

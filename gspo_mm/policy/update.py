@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ from gspo_mm.policy.reference import Reference
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.types import MicroBatch, Share
 from gspo_mm.types import Sequence as TrainedSequence
+
+_NAMES, _GAPS = "sequences", "sequence_gaps"  # lists beside the metrics of micro-batches
 
 
 def share_out(
@@ -56,10 +59,12 @@ def update_policy(
     config: Config,
     phases: Phases,
     step: int = 0,
+    gaps: dict[str, float] | None = None,
 ) -> dict[str, float]:
     """One optimizer step per share; returns their metrics, which are those of all ranks. A collective.
 
     `step` training steps were done before, which together with the share's number decides the learning rate.
+    `gaps` is filled with each sequence's mean |log-prob of the rollout engine − of the policy|, nats, by its name.
 
     Old log-probs are the policy's own, from one pass before the first step and shared by all of them. With a
     single step that pass is left out: the ratio is then exactly 1 in value, while its gradient is not 0.
@@ -75,7 +80,7 @@ def update_policy(
             else [None] * len(every_batch)
         )
         refs = reference.logprobs(every_batch, temperature) if reference else [None] * len(every_batch)
-    metrics: list[Metrics] = []
+    metrics: list[dict[str, Any]] = []
     with phases("update"):
         start = 0
         for number, (share, batches) in enumerate(zip(shares, batches_of_share, strict=True)):
@@ -94,6 +99,10 @@ def update_policy(
                 )
             )
             start += len(batches)
+    for of_step in metrics:
+        names, values = of_step.pop(_NAMES), of_step.pop(_GAPS)
+        if gaps is not None:
+            gaps |= zip(names, values, strict=True)
     return {
         **_over_updates(metrics),
         # the first step after a rollout sees the weights that the old log-probs were computed with
@@ -117,14 +126,16 @@ def _step(
     config: LossConfig,
     temperature: float,
     place: float,
-) -> Metrics:
+) -> dict[str, Any]:
     def loss_fn(
         index: int, logprobs_R: torch.Tensor, entropy_R: torch.Tensor
     ) -> tuple[torch.Tensor, Metrics]:
         batch, old_R = batches[index], olds[index]
+        if old_R is None:
+            old_R = logprobs_R.detach()
         output = policy_loss(
             logprobs_R,
-            logprobs_R.detach() if old_R is None else old_R,
+            old_R,
             batch.advantages.to(logprobs_R),
             batch.response_cu_seqlens.to(logprobs_R.device),
             config=config,
@@ -138,12 +149,24 @@ def _step(
             else batch.rollout_logprobs.to(logprobs_R.device),
             names=batch.names,
         )
-        return output.loss, output.metrics
+        return output.loss, {**output.metrics, **_sequence_gaps(batch, old_R)}
 
     stats = policy.update(batches, loss_fn, temperature=temperature, place=place)
     return {**reduce_metrics(stats.metrics), "loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
 
 
-def _over_updates(metrics: list[Metrics]) -> dict[str, float]:
+def _sequence_gaps(batch: MicroBatch, old_R: torch.Tensor) -> dict[str, Any]:
+    """Two lists, of names and of mean gaps; empty where the rollouts came without log-probs."""
+    if batch.rollout_logprobs is None:
+        return {_NAMES: [], _GAPS: []}
+    gap_R = (old_R.double() - batch.rollout_logprobs.to(old_R.device)).abs()
+    lengths_S = batch.response_cu_seqlens.diff().long().to(old_R.device)
+    return {
+        _NAMES: list(batch.names),
+        _GAPS: torch.segment_reduce(gap_R, "mean", lengths=lengths_S, axis=0).tolist(),
+    }
+
+
+def _over_updates(metrics: Sequence[Metrics]) -> dict[str, float]:
     """One value per name over the step's updates: extremes stay extremes, lists are joined, the rest is averaged."""
     return summarize(reduce_metrics(metrics, others=fmean))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import os
 import time
-from io import BytesIO
 from typing import Annotated, Any
 
 import httpx
-from PIL import Image
 from pydantic import Field
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from gspo_mm.data.pictures import data_url
 from gspo_mm.reward.part import Args
 from gspo_mm.types import EncodedImage, Prompt
 
@@ -96,13 +94,11 @@ class Endpoint:
         await asyncio.sleep(start - now)
 
 
-def data_url(image: EncodedImage) -> str:
-    """The image as it came, as a URL that holds it."""
+def picture_url(image: EncodedImage) -> str:
+    """The picture as a URL that holds it."""
     if not image.data:
         raise ValueError("the sample's picture is not at hand")
-    with Image.open(BytesIO(image.data)) as opened:
-        kind = Image.MIME[opened.format or "PNG"]
-    return f"data:{kind};base64,{base64.b64encode(image.data).decode()}"
+    return data_url(image.data)
 
 
 def question_of(prompt: Prompt) -> str:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from gspo_mm.reward.endpoint import Endpoint, EndpointArgs, ServiceError, data_url, question_of
+from gspo_mm.reward.endpoint import Endpoint, EndpointArgs, ServiceError, picture_url, question_of
 from gspo_mm.reward.part import parse_json
 from gspo_mm.reward.verdicts import Reply, Verdicts, default_path, key_of
 from gspo_mm.types import Completion, Prompt
@@ -149,7 +149,9 @@ def request_body(args: JudgeArgs, text: str, prompt: Prompt) -> dict[str, Any]:
     shown += f"Response to grade:\n{opening}\n{text}\n{closing}"
     content: Any = shown
     if args.images and prompt.images:
-        pictures = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in prompt.images]
+        pictures = [
+            {"type": "image_url", "image_url": {"url": picture_url(image)}} for image in prompt.images
+        ]
         content = [*pictures, {"type": "text", "text": shown}]
     body = {
         "model": args.model,

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
+from gspo_mm.data.pictures import shown
 from gspo_mm.reward.endpoint import Endpoint, EndpointArgs, ServiceError, question_of
 from gspo_mm.types import Completion, Prompt
 
@@ -39,7 +40,7 @@ class Http:
             "args": self._args.extra,
         }
         if self._args.images:
-            body["images"] = [base64.b64encode(image.data).decode() for image in prompt.images]
+            body["images"] = [base64.b64encode(shown(image.data)[1]).decode() for image in prompt.images]
         async with self._endpoint.slots:
             reply = await self._endpoint.post(self._args.url, body)
         score = reply.get("score") if isinstance(reply, dict) else None

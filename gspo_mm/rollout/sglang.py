@@ -20,6 +20,7 @@ import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
 from gspo_mm.config import Config
+from gspo_mm.data.pictures import as_png
 from gspo_mm.rollout.fleet import Fleet
 from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.replies import ReplyReader
@@ -120,7 +121,8 @@ class SGLangEngine:
         """One group. Raises PromptMismatchError, or ServerError past rollout.sglang.request_timeout."""
         async with self._slots[priority]:
             with self.busy:
-                request = request_of(prompt, self._processor, sampling, group_size)
+                # pictures are decoded and encoded there, which must not hold up the loop
+                request = await asyncio.to_thread(request_of, prompt, self._processor, sampling, group_size)
                 # `extra_key`: prefixes are shared only with prompts of the same weights. A server that keeps answers under
                 # way through an update (rollout.on_update=in_place) cannot forget those that it has.
                 request |= {"priority": priority, "extra_key": f"{self._name} {self.version}"}
@@ -264,8 +266,8 @@ def collapse_images(token_ids: Sequence[int], image_token_id: int, grids: Any) -
 
 
 def data_url(image: EncodedImage) -> str:
-    """The encoded bytes; the server finds out their format by itself."""
-    return "data:image/any;base64," + base64.b64encode(image.data).decode()
+    """The picture that the policy sees, in a form that leaves a server's decoder no choice."""
+    return "data:image/png;base64," + base64.b64encode(as_png(image.data)).decode()
 
 
 def check_prompt(reply: dict[str, Any], prompt: EncodedPrompt) -> None:

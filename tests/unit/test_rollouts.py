@@ -5,14 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from gspo_mm.observe.rollouts import list_steps, load_rollouts, save_rollouts
 from gspo_mm.rollout.replay import Replay
 from gspo_mm.types import Completion, EncodedImage, Finish, GspoError, Prompt, RolloutGroup, Score
+from tests.tars import image_bytes
 
 
 def group(number: int) -> RolloutGroup:
-    data = b"\x89PNG" + bytes([number % 2])
+    data = image_bytes(Image.new("L", (3, 4), number % 2))
     image = EncodedImage(data=data, key=EncodedImage.key_of(data), width=3, height=4)
     content = [{"type": "image"}, {"type": "text", "text": "où est le ７?"}]
     return RolloutGroup(

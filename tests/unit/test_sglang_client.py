@@ -13,6 +13,7 @@ from unittest.mock import ANY
 
 import pytest
 import torch
+from PIL import Image
 from tenacity import wait_none
 
 from gspo_mm.config import parse_config
@@ -23,6 +24,7 @@ from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import PromptMismatchError, SGLangEngine, collapse_images, versions_of
 from gspo_mm.types import EncodedImage, EncodedPrompt, Finish, GspoError, Prompt, SamplingParams
 from tests.fake_server import FakeServer, Handler, Hang, answers, drop, reply, status
+from tests.tars import image_bytes
 from tests.waiting import PATIENCE, eventually
 
 STOP, IMAGE = 99, 7
@@ -57,7 +59,7 @@ TEXT = prompt(1, 2, 3)
 # two images of four and two tokens
 PICTURES = prompt(
     1, *[IMAGE] * 4, 2, *[IMAGE] * 2, 3,
-    images=(image(b"\x89PNG first"), image(b"\xff\xd8 second")),
+    images=(image(image_bytes()), image(image_bytes(Image.new("RGB", (4, 4))))),
     grids=torch.tensor([[1, 4, 4], [1, 2, 4]]),
 )  # fmt: skip
 

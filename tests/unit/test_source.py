@@ -5,13 +5,17 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from gspo_mm.config import DataConfig
 from gspo_mm.data.processor import Processor
+from gspo_mm.data.rows import Columns
 from gspo_mm.data.source import PromptSource
+from gspo_mm.data.writing import write_rows
 from gspo_mm.types import DataError
+from tests.pictures import ALL, deep
 from tests.tars import image_bytes, record, write_tar
 
 
@@ -183,6 +187,41 @@ def test_a_checkpoint_of_other_sources_is_refused(processor: Processor, tmp_path
     other = mixed(tmp_path, processor, train=train[:1])
     with pytest.raises(DataError, match=r"sources \['a', 'b'\] but data.train names \['a'\]"):
         other.load(whole.state())
+
+
+def test_whatever_picture_make_shards_writes_is_trained_on(processor: Processor, tmp_path: Path) -> None:
+    rows = [{"prompt": name, "images": [{"bytes": data}], "answer": 1} for name, data in ALL.items()]
+    report = write_rows(rows, tmp_path, Columns(), folder=tmp_path, task="t")
+    assert (report.written["train"], report.refused.total()) == (len(ALL), 0)
+    source = PromptSource(
+        DataConfig(train=[f"{tmp_path}/train-*.tar"], shuffle_buffer=0), processor, seed=1, split="train"
+    )
+    for prompt, data in zip(source.take(len(ALL)), ALL.values(), strict=True):
+        (image,) = prompt.prompt.images
+        assert image.data == data
+    assert source.skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (deep(np.float32, 255.0), "image refused"),
+        (deep(np.int32, 40000), "image refused"),
+    ],
+    ids=["floats to 255", "32 bits to 40000"],
+)
+def test_a_picture_that_training_would_skip_is_not_written(tmp_path: Path, data: bytes, reason: str) -> None:
+    row = {"prompt": "What?", "images": [{"bytes": data}], "answer": 1}
+    report = write_rows([row], tmp_path, Columns(), folder=tmp_path, task="t")
+    assert report.refused == {reason: 1}
+
+
+def test_a_look_ahead_takes_sound_samples_and_is_bounded(processor: Processor, tmp_path: Path) -> None:
+    members = [("a.png", image_bytes()), ("a.json", record()), ("b.png", b"half"), ("b.json", record())]
+    settings = DataConfig(train=[write_tar(tmp_path / "train-0.tar", members)], shuffle_buffer=0)
+    source = PromptSource(settings, processor, seed=1, split="train")
+    assert [prompt.key for prompt in source.look(6)] == ["train-0.tar/a"] * 3
+    source.close()
 
 
 def test_a_shard_that_vanishes_while_it_is_read_ahead_is_told(processor: Processor, tmp_path: Path) -> None:
