@@ -36,12 +36,17 @@ def kind_of_suffix(suffix: str) -> str | None:
     return _KIND_OF_SUFFIX.get(suffix.lower())
 
 
+def names_media(name: str) -> str | None:
+    """The kind that a key or column of this name holds, by its name alone."""
+    found = _NAME.fullmatch(name.rpartition(".")[2].partition("[")[0])
+    return _KIND_OF_WORD[found["word"].lower()] if found else None
+
+
 def find_media(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, str]]:
     """Where `value`, called `name`, holds media: (place, kind). Numbers and flags never do, whatever they are called."""
     if hasattr(value, "tolist"):  # numpy's
         value = value.tolist()
-    named = _NAME.fullmatch(name.rpartition(".")[2].partition("[")[0])
-    of_name = _KIND_OF_WORD[named["word"].lower()] if named else None
+    of_name = names_media(name)
     if isinstance(value, bytes | bytearray) or (isinstance(value, Mapping) and value.get("bytes") is not None):
         if value:
             yield name, of_name or IMAGE

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_mm.data.faults import BadSample
-from gspo_mm.data.media import IMAGE, find_media
+from gspo_mm.data.media import IMAGE, find_media, names_media
 from gspo_mm.data.pictures import kind_of
 from gspo_mm.data.samples import to_prompt
 
@@ -91,7 +91,7 @@ def sample_of(
         "task": str(_find(row, columns.task, _TASK, "task", used=used, default=task)),
         "meta": {name: plain(_value(row, name, used)) for name in columns.meta},
     }
-    _report_unused(row, used | set(columns.ignore), on_unused)
+    _report_unused(row, used | set(columns.ignore), on_unused, pictured=bool(images))
     if response is not None:
         record["response"] = response
     sample: dict[str, Any] = {"__key__": key, "json": json.dumps(record, ensure_ascii=False).encode()}
@@ -172,17 +172,28 @@ def _response(row: Row, columns: Columns, messages: list[dict[str, Any]], used: 
     return given if last is None else last
 
 
-def _report_unused(row: Row, used: set[str], on_unused: Callable[[str], None]) -> None:
-    """Raises BadSample for a column of pictures, video or sound that would be dropped."""
+def _report_unused(row: Row, used: set[str], on_unused: Callable[[str], None], *, pictured: bool) -> None:
+    """Raises BadSample for columns of pictures, video or sound that would be dropped.
+
+    Beside pictures that are read (`pictured`), a path is taken for where one of them came from.
+    """
+    media: dict[str, tuple[str, str]] = {}
     for name, value in row.items():
         if name in used or _is_empty(value):
             continue
-        if medium := next(find_media(name, value), None):
-            place, what = medium
-            said = f"column {place} looks like {what} and is not used"
-            fix = f"--image {place.partition('[')[0]} reads it" if what == IMAGE else f"{what} cannot be trained on"
-            raise BadSample("unused media", f"{said}: {fix}, --ignore {name} leaves it out")
-        on_unused(name)
+        found = next(find_media(name, value), None)
+        if found and not (pictured and isinstance(value, str) and names_media(name) is None):
+            media[name] = found
+        else:
+            on_unused(name)
+    if media:
+        names, (place, kind) = ",".join(media), next(iter(media.values()))
+        readable = ",".join(place.partition("[")[0] for place, kind in media.values() if kind == IMAGE)
+        fix = f"--image {readable} reads it" if kind == IMAGE else f"{kind} cannot be trained on"
+        raise BadSample(
+            "unused media",
+            f"column {place} looks like {kind} and is not used: {fix}, --ignore {names} leaves it out",
+        )
 
 
 def _is_empty(value: Any) -> bool:
@@ -247,7 +258,7 @@ def _messages(
             content = [_part(part, images, folder, on_unused) for part in content]
         read = {name: plain(message[name]) for name in _MESSAGE_KEYS if message.get(name) is not None}
         messages.append({"role": message.get("role"), "content": content, **read})
-        _report_unused(message, {"role", "content", *_MESSAGE_KEYS}, lambda name: on_unused(f"{name} of messages"))
+        _report_unused(message, {"role", "content", *_MESSAGE_KEYS}, lambda name: on_unused(f"{name} of messages"), pictured=False)
     return messages
 
 

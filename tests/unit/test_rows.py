@@ -220,7 +220,7 @@ def test_columns_can_be_named_and_kept(folder: Path) -> None:
         (
             {"image_1": "a.png", "image_2": "b.png"},
             "unused media",
-            "column image_1 .*: --image image_1 reads it, --ignore",
+            "column image_1 .*: --image image_1,image_2 reads it, --ignore image_1,image_2",
         ),
         ({"image_path": "a.png"}, "unused media", "column image_path looks like image"),
         ({"img": {"bytes": picture(), "path": None}}, "unused media", "column img looks like image"),
@@ -306,6 +306,13 @@ def test_columns_that_are_not_used_are_reported(folder: Path) -> None:
     assert unused_of(row | {"clip": "a.mp4"}, folder, meta=("level",), ignore=("clip", "solution"))[:1] == [
         "image_id"
     ]
+
+
+def test_a_path_beside_a_picture_that_is_read_says_where_it_came_from(folder: Path) -> None:
+    row = {"question": "?", "answer": "1", "images": ["pictures/0.png"], "file": "0001.jpg"}
+    assert unused_of(row, folder) == ["file"]
+    with pytest.raises(BadSample, match="column file looks like image"):
+        unused_of(row | {"images": None}, folder)
 
 
 def test_what_a_message_or_a_part_holds_beside_its_content_is_reported(folder: Path) -> None:
