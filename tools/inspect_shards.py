@@ -47,6 +47,7 @@ class Facts:
     per_prompt: Counter[int] = field(default_factory=Counter)  # images of a prompt
     refused: Counter[str] = field(default_factory=Counter)
     first_refused: dict[str, str] = field(default_factory=dict)  # by reason: the sample, and why
+    unused: Counter[str] = field(default_factory=Counter)  # members and keys that nothing reads
     keys: Counter[str] = field(default_factory=Counter)
     pictures: Counter[str] = field(default_factory=Counter)  # by content
     megapixels: list[float] = field(default_factory=list)
@@ -106,7 +107,7 @@ def look(
             facts.samples += 1
             facts.bytes += sum(len(value) for value in raw.values() if isinstance(value, bytes))
             try:
-                prompt = to_prompt(raw)
+                prompt = to_prompt(raw, lambda name: facts.unused.update([name]))
                 note(facts, prompt, processor)
             except BadSample as fault:
                 facts.refused[fault.reason] += 1
@@ -158,6 +159,8 @@ def tell(facts: Facts, paths: Sequence[str]) -> None:
     counts.add_row("different images", f"{len(facts.pictures):,}, {repeated:,} of them more than once")
     if twice := sum(count > 1 for count in facts.keys.values()):
         counts.add_row("keys that come twice", f"{twice:,}")
+    for name, count in facts.unused.most_common():
+        counts.add_row("not read", f"{name}, in {count:,} samples")
     for reason, count in facts.refused.most_common():
         counts.add_row(f"skipped: {reason}", f"{count:,}, first {facts.first_refused[reason][:160]}")
     console.print(counts)

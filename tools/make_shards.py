@@ -8,6 +8,7 @@ A sample is its files that share a key inside the tar: `KEY.0.png`, `KEY.1.jpg`,
     task       routes to reward parts
     response   a reference answer in the wanted format, for the supervised warm start only
     meta       anything else that rewards or you want to see
+    images     names of the picture members in their order, where they bear no numbers
 
 Equal arguments give equal bytes, whatever the number of processes.
 """
@@ -79,13 +80,23 @@ def rows(
     prompt: Annotated[
         str | None, typer.Option(help="Column of messages or text. [default: the first known one]")
     ] = None,
-    image: Annotated[str | None, typer.Option(help="Column of one image or several.")] = None,
+    image: Annotated[
+        str, typer.Option(help="Column of one image or several; several columns with commas, in their order.")
+    ] = "",
     answer: Annotated[
         str | None, typer.Option(help="Column of the answer; a.b leads into an object.")
     ] = None,
+    response: Annotated[
+        str | None, typer.Option(help="Column of a reference answer, for the warm start only.")
+    ] = None,
     task_column: Annotated[str | None, typer.Option(help="Column of the task.")] = None,
     task: Annotated[str, typer.Option(help="Task of rows without a column of it.")] = "default",
-    meta: Annotated[str, typer.Option(help="Comma-separated columns to keep as meta.")] = "",
+    meta: Annotated[
+        str, typer.Option(help="Comma-separated columns to keep as meta; null in rows that lack them.")
+    ] = "",
+    ignore: Annotated[
+        str, typer.Option(help="Comma-separated columns, of pictures or video for example, to leave out.")
+    ] = "",
     system: Annotated[
         str | None, typer.Option(help="System message to put in front of every prompt.")
     ] = None,
@@ -94,7 +105,13 @@ def rows(
         typer.Option(help="Folder where relative image paths begin. [default: that of the source]"),
     ] = None,
     validation: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Fraction of the pictures to hold out.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Fraction of the pictures to hold out; rows that share one are in one split. Takes the room of the "
+            "shards twice while it runs.",
+        ),
     ] = 0.0,
     samples_per_shard: SamplesPerShard = 1000,
     shard_mb: Annotated[
@@ -119,19 +136,31 @@ def rows(
     | images | images, image: paths, `{bytes, path}`, data: URLs |
     | answer | answer, solution, label, ground_truth, reward_model.ground_truth |
     | task | task, ability |
+    | reference answer | the assistant's last message; response, completion |
 
-    Rows that cannot be trained on are left out, counted, and named in OUT/refused.jsonl.
+    Rows that cannot be trained on are left out, counted, and named in OUT/refused.jsonl; so are rows with pictures, video
+    or sound in a column that is neither read nor ignored. Other columns that nothing reads are listed at the end.
 
     Examples:
 
         python tools/make_shards.py rows questions.jsonl data/mine --validation 0.02
 
+        python tools/make_shards.py rows pairs.csv data/pairs --image before,after --ignore clip
+
         python tools/make_shards.py rows geo3k/train.parquet data/geo3k --task geometry
 
         python tools/make_shards.py rows hiyouga/geometry3k data/geo3k --format hf --split train
     """
-    names = tuple(name.strip() for name in meta.split(",") if name.strip())
-    columns = Columns(prompt=prompt, images=image, answer=answer, task=task_column, meta=names, system=system)
+    columns = Columns(
+        prompt=prompt,
+        images=names_in(image),
+        answer=answer,
+        task=task_column,
+        response=response,
+        meta=names_in(meta),
+        ignore=names_in(ignore),
+        system=system,
+    )
     try:
         old = existing(out, force=force)
         found = open_source(source, form, split)
@@ -163,6 +192,11 @@ def rows(
         raise typer.Exit(1)
 
 
+def names_in(text: str) -> tuple[str, ...]:
+    """Of a list with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def existing(out: Path, *, force: bool) -> list[Path]:
     """Shards that are there already. Raises SourceError unless they may be replaced."""
     old = sorted(path for split in SPLITS for path in out.glob(f"{split}-*.tar*"))
@@ -178,6 +212,11 @@ def tell(report: Report, out: Path) -> None:
     table.add_row("images", f"{report.images:,}")
     size = sum(path.stat().st_size for path in report.paths)
     table.add_row("shards", f"{len(report.paths)}, {size / 1e6:.1f} MB, in {out}")
+    if report.largest_set * 20 > report.rows:
+        shared = f"{report.largest_set:,} rows are in one split, since they share pictures with each other"
+        table.add_row("", shared)
+    for name, count in report.unused.most_common():
+        table.add_row(f"not used: {name}", f"in {count:,} rows; --meta {name} keeps it")
     for reason, count in report.refused.most_common():
         first = next(example for example in report.examples if example["reason"] == reason)
         table.add_row(f"refused: {reason}", f"{count:,}, first row {first['row']}: {first['detail'][:160]}")
@@ -226,7 +265,7 @@ def digits(
 
         python tools/make_shards.py digits data/sums --tasks sum,count --train 20000 --seed 1
     """
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    names = list(names_in(tasks))
     written: list[Path] = []
     try:
         if unknown := [name for name in names if name not in TASKS]:

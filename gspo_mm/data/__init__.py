@@ -5,6 +5,7 @@
     stream.py     one source: shuffled, resumable
     mixture.py    several sources in one global order, for any number of readers
     prefetch.py   reads ahead in a thread
+    media.py      what looks like a picture, video or sound
     samples.py    raw sample -> Prompt, or why not
     pictures.py   encoded image -> what all sides see of it
     odd.py        prompts whose pictures are unlike the others'

@@ -8,9 +8,13 @@ Rows come as the formats of the field have them, without renaming anything:
     slime      prompt: text or messages; images; label
     plain      problem, question or query: text, with or without <image>; image or images; answer
 
+A reference answer for the warm start is the last message where that is the assistant's, or response or completion.
 `Columns` names columns that are called otherwise; a dot leads into an object (reward_model.ground_truth). An image is
 a path, {bytes, path} as in parquet and `datasets`, or a data: URL; nothing is downloaded. It is kept as it is, byte by
 byte. Where no text says <image>, images come first.
+
+A column that is not used is reported; one that holds pictures, video or sound refuses its row, since a question
+without its picture is another question. `Columns.ignore` says that this is meant.
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gspo_mm.data.faults import BadSample
+from gspo_mm.data.media import IMAGE, find_media, names_media
 from gspo_mm.data.pictures import kind_of
 from gspo_mm.data.samples import to_prompt
 
@@ -34,6 +39,9 @@ _PROMPT = ("messages", "prompt", "problem", "question", "query")
 _IMAGES = ("images", "image")
 _ANSWER = ("answer", "solution", "label", "ground_truth", "reward_model.ground_truth")
 _TASK = ("task", "ability")
+_RESPONSE = ("response", "completion")
+# of a message, besides role and content: what chat templates read
+_MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 
 type Row = Mapping[str, Any]
 
@@ -43,31 +51,47 @@ class Columns:
     """Names of columns; None: the first one found of those that the formats above use."""
 
     prompt: str | None = None
-    images: str | None = None
+    # several columns make one list, in this order
+    images: tuple[str, ...] = ()
     answer: str | None = None
     task: str | None = None
+    response: str | None = None
+    # null where a row lacks them
     meta: tuple[str, ...] = ()
-    system: str | None = None  # text of a system message to put in front; not a column
+    # not used, and not to be reported
+    ignore: tuple[str, ...] = ()
+    # text of a system message to put in front; not a column
+    system: str | None = None
 
 
-def sample_of(row: Row, key: str, columns: Columns, *, folder: Path, task: str) -> dict[str, Any]:
+def sample_of(
+    row: Row,
+    key: str,
+    columns: Columns,
+    *,
+    folder: Path,
+    task: str,
+    on_unused: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
     """{"__key__": key, "json": bytes, "0.png": bytes, ...}, checked as training will check it. Raises BadSample.
 
-    `folder`: where relative paths of images begin; `task`: of rows whose task column is missing.
+    `folder`: where relative paths of images begin; `task`: of rows whose task column is missing. `on_unused` is called
+    with the name of each column that holds something and was not used.
     """
-    images = [_image(value, folder) for value in _images(row, columns)]
-    messages = _messages(_find(row, columns.prompt, _PROMPT, "prompt"), images, folder)
-    response = None
-    if messages[-1].get("role") == "assistant":  # ms-swift keeps a reference answer there
-        response = _text(messages.pop())
+    used: set[str] = set()
+    images = [_image(value, folder) for value in _images(row, columns, used)]
+    prompt = _find(row, columns.prompt, _PROMPT, "prompt", used=used)
+    messages = _messages(prompt, images, folder, on_unused)
+    response = _response(row, columns, messages, used)
     if columns.system is not None:
         messages.insert(0, {"role": "system", "content": columns.system})
     record = {
         "messages": _placed(messages, len(images)),
-        "answer": plain(_find(row, columns.answer, _ANSWER, "answer")),
-        "task": str(_find(row, columns.task, _TASK, "task", default=task)),
-        "meta": {name: plain(_find(row, name, (), "meta")) for name in columns.meta},
+        "answer": plain(_find(row, columns.answer, _ANSWER, "answer", used=used)),
+        "task": str(_find(row, columns.task, _TASK, "task", used=used, default=task)),
+        "meta": {name: plain(_value(row, name, used)) for name in columns.meta},
     }
+    _report_unused(row, used | set(columns.ignore), on_unused, pictured=bool(images))
     if response is not None:
         record["response"] = response
     sample: dict[str, Any] = {"__key__": key, "json": json.dumps(record, ensure_ascii=False).encode()}
@@ -93,13 +117,23 @@ def plain(value: Any) -> Any:
 _MISSING: Any = object()
 
 
-def _find(row: Row, name: str | None, usual: Sequence[str], what: str, *, default: Any = _MISSING) -> Any:
+def _value(row: Row, name: str, used: set[str]) -> Any:
+    """What stands under `name`, in which a dot leads into an object; None where nothing does."""
+    value: Any = row
+    for part in [name] if name in row else name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if value is not None:
+        used.add(name if name in row else name.partition(".")[0])
+    return value
+
+
+def _find(
+    row: Row, name: str | None, usual: Sequence[str], what: str, *, used: set[str], default: Any = _MISSING
+) -> Any:
     """The value of column `name`, or of the first of `usual` that the row has and that is not null."""
     for candidate in (name,) if name is not None else usual:
-        value: Any = row
-        for part in candidate.split("."):
-            value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
-        if value is not _MISSING and value is not None:
+        value = _value(row, candidate, used)
+        if value is not None:
             return value
     if default is not _MISSING and name is None:
         return default
@@ -107,11 +141,65 @@ def _find(row: Row, name: str | None, usual: Sequence[str], what: str, *, defaul
     raise BadSample(f"no {what}", f"{wanted} is missing or null; the row has {', '.join(row)}")
 
 
-def _images(row: Row, columns: Columns) -> list[Any]:
-    found = _find(row, columns.images, _IMAGES, "image", default=[])
-    if hasattr(found, "tolist"):
-        found = found.tolist()
-    return list(found) if isinstance(found, list | tuple) else [found]
+def _images(row: Row, columns: Columns, used: set[str]) -> list[Any]:
+    if columns.images:
+        found = [value for name in columns.images if (value := _value(row, name, used)) is not None]
+        if not found:
+            wanted = ", ".join(columns.images)
+            raise BadSample("no image", f"column {wanted} is missing or null; the row has {', '.join(row)}")
+    else:
+        found = [_find(row, None, _IMAGES, "image", used=used, default=[])]
+    return [image for value in found for image in (value if _is_list(value) else [value])]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or hasattr(value, "tolist")
+
+
+def _response(row: Row, columns: Columns, messages: list[dict[str, Any]], used: set[str]) -> str | None:
+    """The reference answer: the assistant's last message, which leaves `messages`, or a column's text."""
+    last = _text(messages.pop()) if messages[-1].get("role") == "assistant" else None
+    given = _find(row, columns.response, _RESPONSE, "response", used=used, default=None)
+    if _is_list(given):  # TRL's completions are messages
+        given = list(given)
+        if len(given) != 1 or not isinstance(given[0], Mapping):
+            raise BadSample("wrong response", "it is neither text nor one message")
+        given = _text(given[0])
+    if given is not None and not isinstance(given, str):
+        raise BadSample("wrong response", f"{str(given)[:80]!r} is no text")
+    if last is not None and given is not None and last != given:
+        raise BadSample("two responses", "the last message and a column hold different ones; --ignore the column")
+    return given if last is None else last
+
+
+def _report_unused(row: Row, used: set[str], on_unused: Callable[[str], None], *, pictured: bool) -> None:
+    """Raises BadSample for columns of pictures, video or sound that would be dropped.
+
+    Beside pictures that are read (`pictured`), a path is taken for where one of them came from.
+    """
+    media: dict[str, tuple[str, str]] = {}
+    for name, value in row.items():
+        if name in used or _is_empty(value):
+            continue
+        found = next(find_media(name, value), None)
+        if found and not (pictured and isinstance(value, str) and names_media(name) is None):
+            media[name] = found
+        else:
+            on_unused(name)
+    if media:
+        names, (place, kind) = ",".join(media), next(iter(media.values()))
+        readable = ",".join(place.partition("[")[0] for place, kind in media.values() if kind == IMAGE)
+        fix = f"--image {readable} reads it" if kind == IMAGE else f"{kind} cannot be trained on"
+        raise BadSample(
+            "unused media",
+            f"column {place} looks like {kind} and is not used: {fix}, --ignore {names} leaves it out",
+        )
+
+
+def _is_empty(value: Any) -> bool:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return value is None or (isinstance(value, str | bytes | list | tuple | Mapping) and len(value) == 0)
 
 
 def _image(value: Any, folder: Path) -> tuple[bytes, str]:
@@ -151,7 +239,9 @@ def _suffix(data: bytes) -> str:
     return {"jpeg": "jpg", "tiff": "tif"}.get(name, name)
 
 
-def _messages(prompt: Any, images: list[tuple[bytes, str]], folder: Path) -> list[dict[str, Any]]:
+def _messages(
+    prompt: Any, images: list[tuple[bytes, str]], folder: Path, on_unused: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Chat messages whose content is text or parts; images that stand in parts are appended to `images`."""
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
@@ -165,20 +255,26 @@ def _messages(prompt: Any, images: list[tuple[bytes, str]], folder: Path) -> lis
         if hasattr(content, "tolist"):
             content = content.tolist()
         if isinstance(content, list):
-            content = [_part(part, images, folder) for part in content]
-        messages.append({"role": message.get("role"), "content": content})
+            content = [_part(part, images, folder, on_unused) for part in content]
+        read = {name: plain(message[name]) for name in _MESSAGE_KEYS if message.get(name) is not None}
+        messages.append({"role": message.get("role"), "content": content, **read})
+        _report_unused(message, {"role", "content", *_MESSAGE_KEYS}, lambda name: on_unused(f"{name} of messages"), pictured=False)
     return messages
 
 
-def _part(part: Any, images: list[tuple[bytes, str]], folder: Path) -> dict[str, Any]:
+def _part(
+    part: Any, images: list[tuple[bytes, str]], folder: Path, on_unused: Callable[[str], None]
+) -> dict[str, Any]:
     """One part of a message, with the columns of parquet that are null left out."""
     if not isinstance(part, Mapping):
         raise BadSample("wrong prompt", f"a part of a message is {str(part)[:80]!r}")
     given = {name: value for name, value in part.items() if value is not None}
     if given.get("type") == "text":
-        return {"type": "text", "text": given.get("text")}
+        return given  # with whatever else it has, which is then refused as in shards
     if given.get("type") not in ("image", "image_url"):
         raise BadSample("wrong prompt", f"part type {given.get('type')!r} is neither text nor image")
+    for name in given.keys() - {"type", "image", "image_url"}:
+        on_unused(f"{name} of image parts")
     source = given.get("image", given.get("image_url"))
     if isinstance(source, Mapping) and "url" in source:
         source = source["url"]
@@ -190,7 +286,7 @@ def _part(part: Any, images: list[tuple[bytes, str]], folder: Path) -> dict[str,
 def _placed(messages: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:
     """The messages with an image part wherever their text says <image>, or else in front of the first user text."""
     placed = [
-        {"role": m["role"], "content": _split(m["content"]) if isinstance(m["content"], str) else m["content"]}
+        m | {"content": _split(m["content"]) if isinstance(m["content"], str) else m["content"]}
         for m in messages
     ]
     parts = [part for m in placed if isinstance(m["content"], list) for part in m["content"]]
@@ -216,6 +312,6 @@ def _text_part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def _text(message: dict[str, Any]) -> str:
-    content = message["content"]
+def _text(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content or [])

@@ -36,6 +36,7 @@ class SkipLog:
         self._max_bad_fraction = max_bad_fraction
         self._quarantine = quarantine
         self._listed: set[str] | None = None  # samples in the file; None: it was not looked into yet
+        self._unused: set[str] = set()
         self.read = 0
         self.reasons: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
@@ -61,6 +62,12 @@ class SkipLog:
         self._list(key, fault)
         if self.read >= MIN_READ:
             self.judge()
+
+    def unused(self, key: str, name: str) -> None:
+        """Name a member or key that nothing reads, once."""
+        if name not in self._unused:
+            self._unused.add(name)
+            logger.warning("samples hold %s, which nothing reads (first in %s)", name, key)
 
     def judge(self) -> None:
         """Raises DataError as `bad` does, however few were read: for the end of a data set."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -165,7 +166,7 @@ class PromptSource:
             yield encoded
 
     def _checked(self, raw: RawSample, position: Position) -> Prompt:
-        prompt = to_prompt(raw)
+        prompt = to_prompt(raw, partial(self._skips.unused, sample_key(raw)))
         self._filter.check(prompt, position.taken)
         return prompt
 

@@ -85,9 +85,12 @@ def _read_csv(path: Path) -> Iterator[Row | Refused]:
     """Several images stand in one field with | between them; empty fields are null."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
+        names = reader.fieldnames or []
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise SourceError(f"{path} has the column {twice[0]} {names.count(twice[0])} times; rename all but one")
         for row in reader:
             if None in row or None in row.values():
-                detail = f"{path.name}, line {reader.line_num}: {len(reader.fieldnames or [])} fields are expected"
+                detail = f"{path.name}, line {reader.line_num}: {len(names)} fields are expected"
                 yield Refused(reason="wrong csv", detail=detail)
                 continue
             fields: dict[str, Any] = {name: value or None for name, value in row.items()}

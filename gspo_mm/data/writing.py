@@ -6,7 +6,9 @@ import gzip
 import hashlib
 import io
 import json
+import pickle
 import tarfile
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,6 +24,7 @@ from gspo_mm.data.samples import IMAGE_SUFFIXES
 
 _AHEAD = 16  # rows under way per process
 _EXAMPLES = 20  # of refused rows of each reason, kept with their particulars
+_PLACE = 8  # bytes
 SPLITS = ("train", "validation")
 
 type Sample = dict[str, Any]
@@ -102,6 +105,8 @@ class Report:
     written: Counter[str] = field(default_factory=Counter)  # by split
     refused: Counter[str] = field(default_factory=Counter)  # by reason
     examples: list[dict[str, Any]] = field(default_factory=list)  # row, reason and detail
+    unused: Counter[str] = field(default_factory=Counter)  # rows in which a column holds something that is not used
+    largest_set: int = 0  # rows that must be in one split, since they share pictures with each other
     paths: list[Path] = field(default_factory=list)
 
 
@@ -121,8 +126,11 @@ def write_rows(
 ) -> Report:
     """Write shards of all rows that can be trained on; the others are counted by reason, and named in the report.
 
-    `validation`: fraction of the pictures (or, of rows without one, of the prompts) held out. A picture is in one split
-    only, and stays there whatever else the source holds. Keys are row numbers.
+    `validation`: fraction of the pictures (or, of rows without one, of the prompts) held out. Rows that share a picture
+    are in one split, and so are rows that share pictures with the same third row, and so on. A picture changes its split
+    when the source grows only where a new row shows it together with pictures of the other. Keys are row numbers.
+
+    Until the last row is read no split is certain: with a fraction between 0 and 1 samples wait in a file of `out`.
     """
     report = Report()
     with ExitStack() as stack:
@@ -132,33 +140,50 @@ def write_rows(
             )
             for split in SPLITS
         }
+
+        def write(sample: Sample, split: str) -> None:
+            writers[split].write(sample)
+            report.written[split] += 1
+            report.images += sum(_is_image(name) for name in sample)
+
         convert = partial(_convert, columns=columns, folder=folder, task=task)
-        for number, made in enumerate(_in_order(convert, enumerate(rows), workers)):
+        splits = Splits(validation)
+        waiting = stack.enter_context(tempfile.TemporaryFile(dir=out)) if 0 < validation < 1 else None
+        for number, (made, unused) in enumerate(_in_order(convert, enumerate(rows), workers)):
             report.rows += 1
+            report.unused.update(unused)
             if isinstance(made, Refused):
                 report.refused[made.reason] += 1
                 if report.refused[made.reason] <= _EXAMPLES:
                     report.examples.append({"row": number, "reason": made.reason, "detail": made.detail})
+            elif waiting:
+                splits.add(_shown(made))
+                pickle.dump(made, waiting, pickle.HIGHEST_PROTOCOL)
             else:
-                split = "validation" if _held_out(made, validation) else "train"
-                writers[split].write(made)
-                report.written[split] += 1
-                report.images += sum(_is_image(name) for name in made)
+                write(made, SPLITS[int(validation)])
             on_row()
+        if waiting:
+            waiting.seek(0)
+            report.largest_set = splits.largest_set
+            for split in splits:
+                write(pickle.load(waiting), split)
     report.paths = [path for writer in writers.values() for path in writer.paths]
     return report
 
 
 def _convert(
     numbered: tuple[int, Row | Refused], columns: Columns, folder: Path, task: str
-) -> Sample | Refused:
+) -> tuple[Sample | Refused, list[str]]:
+    """The sample, and the columns that were not used."""
     number, row = numbered
+    unused: list[str] = []
     if isinstance(row, Refused):
-        return row
+        return row, unused
     try:
-        return sample_of(row, f"{number:09d}", columns, folder=folder, task=task)
+        sample = sample_of(row, f"{number:09d}", columns, folder=folder, task=task, on_unused=unused.append)
     except BadSample as fault:
-        return Refused(reason=fault.reason, detail=str(fault))
+        return Refused(reason=fault.reason, detail=str(fault)), []
+    return sample, sorted(set(unused))
 
 
 def _in_order[T, R](work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
@@ -176,13 +201,52 @@ def _in_order[T, R](work: Callable[[T], R], items: Iterable[T], workers: int) ->
             yield under_way.popleft().result()
 
 
-def _held_out(sample: Sample, fraction: float) -> bool:
-    """By what the sample shows: its first picture, or its messages."""
-    shown = next((data for name, data in sample.items() if _is_image(name)), None)
-    if shown is None:
-        shown = json.dumps(json.loads(sample["json"])["messages"]).encode()
-    place = int.from_bytes(hashlib.sha256(b"held out" + shown).digest()[:8])
-    return place < fraction * 2**64
+class Splits:
+    """Which split each row is in: rows that share something that they show are in the same one (union-find)."""
+
+    def __init__(self, fraction: float) -> None:
+        self._fraction = fraction
+        self._rows: list[bytes] = []  # of each row, one of the things that it shows
+        self._parents: dict[bytes, bytes] = {}
+
+    def add(self, shown: list[bytes]) -> None:
+        """The next row: what it shows, at least one thing, as `_shown` has it."""
+        first, *others = (self._root(each) for each in shown)
+        for other in others:
+            low, high = sorted((self._root(first), self._root(other)))
+            self._parents[high] = low
+        self._rows.append(shown[0])
+
+    @property
+    def largest_set(self) -> int:
+        """Rows of the largest set."""
+        return max(Counter(map(self._root, self._rows)).values(), default=0)
+
+    def __iter__(self) -> Iterator[str]:
+        """The split of each row. A set of more than half of all rows is trained on: nothing would be left to train on."""
+        counts = Counter(map(self._root, self._rows))
+        for row in self._rows:
+            root = self._root(row)
+            place = int.from_bytes(root[-_PLACE:])  # independent of what made it the root
+            held_out = place < self._fraction * 2**64 and counts[root] * 2 <= max(len(self._rows), 2)
+            yield SPLITS[int(held_out)]
+
+    def _root(self, shown: bytes) -> bytes:
+        path = [shown]
+        while (parent := self._parents.setdefault(path[-1], path[-1])) != path[-1]:
+            path.append(parent)
+        for each in path:
+            self._parents[each] = path[-1]
+        return path[-1]
+
+
+def _shown(sample: Sample) -> list[bytes]:
+    """Of each picture of a sample, or of its messages: its SHA-256, then `_PLACE` bytes of another one for the split."""
+    pictures = [data for name, data in sample.items() if _is_image(name)]
+    shown = pictures or [json.dumps(json.loads(sample["json"])["messages"]).encode()]
+    return [
+        hashlib.sha256(data).digest() + hashlib.sha256(b"held out" + data).digest()[:_PLACE] for data in shown
+    ]
 
 
 def _is_image(name: str) -> bool:

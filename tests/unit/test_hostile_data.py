@@ -246,7 +246,10 @@ BAD_RECORDS: dict[str, tuple[bytes, str]] = {
         "special token in text",
     ),
     "with a token in another key": (
-        said({"role": "assistant", "content": [{"type": "image"}], "tool_calls": [{"a": "<|im_end|>"}]}),
+        said(
+            {"role": "assistant", "content": [{"type": "image"}], "tool_calls": [{"a": "<|im_end|>"}]},
+            {"role": "user", "content": "?"},
+        ),
         "special token in text",
     ),
     "with an image in a text part": (

@@ -113,6 +113,72 @@ def test_a_picture_is_in_one_split_only(rows: list[dict[str, Any]], tmp_path: Pa
     assert sum(name.endswith("json") for split in of for name in members(out, split)) == ROWS
 
 
+def test_rows_that_share_a_picture_are_in_one_split_by_whatever_way(tmp_path: Path) -> None:
+    """Pictures 0-1-2-3 hang together by rows of two; a third of the rest stand in rows of two as well."""
+    for color in range(60):
+        (tmp_path / f"{color}.png").write_bytes(picture(color))
+    pairs = [(0, 1), (1, 2), (3, 2)] + [(n, n + 1) for n in range(4, 24, 2)]
+    shown = [[n] for n in range(60)] + [[*pair] for pair in pairs] + [[n, n] for n in range(5)]
+    rows = [{"question": "?", "images": [f"{n}.png" for n in each], "answer": "1"} for each in shown]
+    out = tmp_path / "out"
+    run_tool("make_shards.py", "rows", *as_jsonl(rows, tmp_path), out, "--validation", "0.4")
+    of = {
+        split: {data for name, data in members(out, split).items() if name.endswith("png")}
+        for split in ("train", "validation")
+    }
+    assert not of["train"] & of["validation"]
+    assert len(of["train"] | of["validation"]) == 60
+    assert 10 < len(of["validation"]) < 40
+    assert sum(name.endswith("json") for split in of for name in members(out, split)) == len(rows)
+    first = written(out)
+    run_tool(
+        "make_shards.py",
+        "rows",
+        tmp_path / "rows.jsonl",
+        out,
+        "--validation",
+        "0.4",
+        "--workers",
+        3,
+        "--force",
+    )
+    assert written(out) == first, "equal rows, equal bytes"
+
+
+def test_a_picture_that_all_rows_share_is_trained_on(tmp_path: Path) -> None:
+    for color in range(9):
+        (tmp_path / f"{color}.png").write_bytes(picture(color))
+    rows = [{"question": "?", "images": ["0.png", f"{n}.png"], "answer": "1"} for n in range(9)]
+    (source,) = as_jsonl(rows, tmp_path)
+    done = tool(source, tmp_path / "out", "--validation", "0.999")
+    assert done.stdout.split()[:3] == ["train", "9", "samples"], done.stderr
+    assert "9 rows are in one split, since they share pictures" in done.stdout
+
+
+def test_columns_that_are_not_used_are_listed(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    for number, row in enumerate(rows):
+        row |= {"level": number} if number % 3 else {"clip": "a.mp4"}
+    (source,) = as_jsonl(rows, tmp_path)
+    done = tool(source, tmp_path / "out")
+    said = " ".join(done.stdout.split())
+    assert f"not used: level in {ROWS * 2 // 3} rows; --meta level keeps it" in said
+    refused = (
+        "first row 0: unused media: column clip looks like video and is not used: video cannot be trained on"
+    )
+    assert f"refused: unused media {ROWS // 3}, {refused}, --ignore clip leaves it out" in said
+    assert tool(source, tmp_path / "out", "--force", "--ignore", "clip", "--meta", "level").returncode == 0
+    found = [
+        json.loads(data) for name, data in members(tmp_path / "out", "train").items() if name.endswith("json")
+    ]
+    assert [record["meta"]["level"] for record in found] == [n if n % 3 else None for n in range(ROWS)]
+
+
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer,answer\na,1,2\n")
+    with pytest.raises(SourceError, match="has the column answer 2 times; rename all but one"):
+        list(open_source(str(tmp_path / "rows.csv"), None, "train").rows)
+
+
 def members(out: Path, split: str) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for path in sorted(out.glob(f"{split}-*")):

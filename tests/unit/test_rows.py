@@ -211,6 +211,59 @@ def test_columns_can_be_named_and_kept(folder: Path) -> None:
             "wrong prompt",
             "part type 'video'",
         ),
+        (
+            {"videos": ["clip.mp4"]},
+            "unused media",
+            r"column videos\[0\] looks like video and is not used: video cannot",
+        ),
+        ({"audios": ["a.wav"]}, "unused media", "looks like sound"),
+        (
+            {"image_1": "a.png", "image_2": "b.png"},
+            "unused media",
+            "column image_1 .*: --image image_1,image_2 reads it, --ignore image_1,image_2",
+        ),
+        ({"image_path": "a.png"}, "unused media", "column image_path looks like image"),
+        ({"img": {"bytes": picture(), "path": None}}, "unused media", "column img looks like image"),
+        ({"Image": "a"}, "unused media", "column Image looks like image"),
+        ({"photo_url": "https://example.org/1"}, "unused media", "column photo_url looks like image"),
+        ({"left": "pictures/0.png"}, "unused media", "column left looks like image"),
+        ({"scan": picture()}, "unused media", "column scan looks like image"),
+        (
+            {"attachments": [{"bytes": picture()}]},
+            "unused media",
+            r"column attachments\[0\] looks like image",
+        ),
+        ({"extra_info": {"image": "pictures/0.png"}}, "unused media", "--image extra_info.image reads it"),
+        ({"input": "data:video/mp4;base64,AAAA"}, "unused media", "looks like video"),
+        (
+            {"image": "pictures/0.png", "images": ["pictures/1.png"]},
+            "unused media",
+            "column image looks like image",
+        ),
+        (
+            {"question": [{"role": "user", "content": "?", "images": ["pictures/0.png"]}]},
+            "unused media",
+            r"column images\[0\]",
+        ),
+        (
+            {"question": [{"role": "user", "content": [{"type": "text", "text": "?", "image": "a.png"}]}]},
+            "wrong json",
+            "a text part has image beside its text",
+        ),
+        (
+            {
+                "question": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "3"}],
+                "response": "4",
+            },
+            "two responses",
+            "the last message and a column hold different ones",
+        ),
+        ({"completion": 4}, "wrong response", "'4' is no text|4 is no text"),
+        (
+            {"completion": [{"content": "a"}, {"content": "b"}]},
+            "wrong response",
+            "neither text nor one message",
+        ),
         ({"question": ["?"]}, "wrong prompt", "neither text nor a list of messages"),
         ({"question": []}, "wrong prompt", "neither text nor a list of messages"),
     ],
@@ -222,3 +275,86 @@ def test_what_cannot_be_trained_on_is_refused_with_its_reason(
     with pytest.raises(BadSample, match=detail) as caught:
         sample_of(row, "k", Columns(), folder=folder, task="t")
     assert caught.value.reason == reason
+
+
+def unused_of(row: Row, folder: Path, **columns: Any) -> list[str]:
+    unused: list[str] = []
+    sample_of(row, "k", Columns(**columns), folder=folder, task="t", on_unused=unused.append)
+    return unused
+
+
+def test_columns_that_are_not_used_are_reported(folder: Path) -> None:
+    row = {
+        "question": "?",
+        "answer": "1",
+        "solution": "one",
+        "image_id": 7,
+        "image_size": "20x10",
+        "num_images": 0,
+        "videos": [],
+        "audio": None,
+        "level": 3,
+        "source": "a.b, page 3.png or so",
+    }
+    assert unused_of(row, folder, meta=("level",)) == [
+        "solution",
+        "image_id",
+        "image_size",
+        "num_images",
+        "source",
+    ]
+    assert unused_of(row | {"clip": "a.mp4"}, folder, meta=("level",), ignore=("clip", "solution"))[:1] == [
+        "image_id"
+    ]
+
+
+def test_a_path_beside_a_picture_that_is_read_says_where_it_came_from(folder: Path) -> None:
+    row = {"question": "?", "answer": "1", "images": ["pictures/0.png"], "file": "0001.jpg"}
+    assert unused_of(row, folder) == ["file"]
+    with pytest.raises(BadSample, match="column file looks like image"):
+        unused_of(row | {"images": None}, folder)
+
+
+def test_what_a_message_or_a_part_holds_beside_its_content_is_reported(folder: Path) -> None:
+    part = {"type": "image", "image": "pictures/0.png", "max_pixels": 99}
+    row = {"prompt": [{"role": "user", "content": [part], "loss": 1.0, "name": "Ann"}], "answer": 1}
+    assert unused_of(row, folder) == ["max_pixels of image parts", "loss of messages"]
+    assert prompt_of(row, folder).messages[0]["name"] == "Ann", "chat templates read it"
+
+
+def test_columns_of_images_make_one_list_in_their_order(folder: Path) -> None:
+    row = {
+        "question": "<image>, then <image>?",
+        "answer": 1,
+        "b": "pictures/2.png",
+        "a": ["pictures/0.png"],
+        "c": None,
+    }
+    prompt = prompt_of(row, folder, images=("b", "c", "a"))
+    assert [image.data for image in prompt.images] == [picture(2), picture(0)]
+    with pytest.raises(BadSample, match="column c, d is missing or null"):
+        prompt_of(row, folder, images=("c", "d"), ignore=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"response": "<answer>1</answer>"}, {}),
+        ({"completion": "<answer>1</answer>"}, {}),
+        ({"completion": [{"role": "assistant", "content": "<answer>1</answer>"}]}, {}),
+        ({"gold": "<answer>1</answer>", "response": "no"}, {"response": "gold"}),
+    ],
+)
+def test_a_reference_answer_may_stand_in_a_column(
+    row: dict[str, Any], columns: dict[str, str], folder: Path
+) -> None:
+    assert (
+        prompt_of({"question": "?", "answer": "1"} | row, folder, **columns).response == "<answer>1</answer>"
+    )
+
+
+def test_meta_that_a_row_lacks_is_null(folder: Path) -> None:
+    row = {"question": "?", "answer": "1", "level": 3, "a.b": 5, "c": {"d": 6}}
+    meta = ("level", "other", "a.b", "c.d", "c.e.f")
+    wanted = {"level": 3, "other": None, "a.b": 5, "c.d": 6, "c.e.f": None}
+    assert prompt_of(row, folder, meta=meta).meta == wanted

@@ -66,6 +66,134 @@ def test_a_rotated_photo_has_its_upright_size() -> None:
     assert (image.width, image.height) == (6, 8)
 
 
+def shown(record: dict[str, Any] | None = None, **members: int) -> list[int]:
+    """Widths of the images in their order, for a sample whose members are so wide, written in this order."""
+    content = [{"type": "image"}] * len(members)
+    record = good(messages=[{"role": "user", "content": content}]) | (record or {})
+    prompt = to_prompt(raw(record, **{name: png(width) for name, width in members.items()}))
+    return [image.width for image in prompt.images]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{n}.png" for n in range(12)],
+        [f"{n:02d}.png" for n in range(12)],
+        [f"frame{n}.png" for n in range(12)],
+        [f"page.{n}.png" for n in range(12)],
+        ["3.jpg", "5.png", "12.webp"],
+        ["before.png"],
+        ["png"],
+    ],
+)
+@pytest.mark.parametrize("turn", [1, -1])
+def test_numbered_images_keep_their_numbers_order_however_the_archive_is_sorted(
+    names: list[str], turn: int
+) -> None:
+    members = {name: 8 + place for place, name in enumerate(names)}
+    assert shown(**dict(list(members.items())[::turn])) == list(members.values())
+    assert shown(**dict(sorted(members.items()))) == list(members.values())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["before.png", "after.png"],
+        ["png", "1.png"],
+        ["jpg", "png"],
+        ["0.png", "0.jpg"],
+        ["1.png", "01.png"],
+        ["frame0.png", "crop1.png"],
+        ["0.png", "1.png", "mask.png"],
+    ],
+)
+def test_images_without_an_order_are_refused_unless_the_json_gives_one(names: list[str]) -> None:
+    members = {name: 8 + place for place, name in enumerate(names)}
+    with pytest.raises(BadSample, match="have no order; number them") as caught:
+        shown(**members)
+    assert caught.value.reason == "image order"
+    for order in (names, names[::-1], [f"7.{name}" for name in names], [f"some/7.{name}" for name in names]):
+        wanted = [members[name.rpartition("7.")[2]] for name in order]
+        assert shown({"images": order}, **members) == wanted
+
+
+@pytest.mark.parametrize("listed", [["0.png"], ["0.png", "0.png"], ["0.png", "2.png"], "0.png", [0, 1], []])
+def test_images_that_the_json_lists_are_the_members(listed: Any) -> None:
+    with pytest.raises(BadSample, match=r"but the members are 0\.png, 1\.png") as caught:
+        shown({"images": listed}, **{"0.png": 8, "1.png": 9})
+    assert caught.value.reason == "image order"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (["user", "assistant"], "answer in the prompt"),
+        (["system", "user", "assistant"], "answer in the prompt"),
+        (["user", "tool", "assistant"], "answer in the prompt"),
+        (["assistant"], "answer in the prompt"),
+        (["user", "system"], "no question"),
+        (["system"], "no question"),
+        (["tool"], "no question"),
+    ],
+)
+def test_messages_end_with_a_question(messages: list[str], reason: str) -> None:
+    said = [{"role": role, "content": [{"type": "image"}] * (not n)} for n, role in enumerate(messages)]
+    with pytest.raises(BadSample) as caught:
+        to_prompt(raw(good(messages=said)))
+    assert caught.value.reason == reason
+
+
+def test_a_question_after_an_answer_is_a_question() -> None:
+    said = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a cat"}]
+    assert to_prompt(raw(good(messages=[*said, {"role": "user", "content": "Why?"}]))).messages[1] == said[1]
+
+
+def test_an_empty_question_is_none() -> None:
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " "}]
+    with pytest.raises(BadSample, match="the messages are empty"):
+        to_prompt(raw(good(messages=said), txt=b""))
+
+
+@pytest.mark.parametrize(
+    ("sample", "detail"),
+    [
+        (raw(png=png(), mp4=b"x"), "mp4 looks like video, which is not read"),
+        (raw(png=png(), **{"0.wav": b"x"}), "0.wav looks like sound, which is not read"),
+        (raw(png=png(), heic=b"x"), "heic looks like image, which is not read; images are png, jpg"),
+        (raw(good(videos=["clip.mp4"])), r"key videos\[0\] looks like video"),
+        (raw(good(image_path="a.png")), "key image_path looks like image"),
+        (raw(good(extra={"source": {"audio": "x.flac"}})), "key extra.source.audio looks like sound"),
+        (
+            raw(good(messages=[{"role": "user", "content": [{"type": "image"}], "videos": ["a"]}])),
+            "of a message looks like video",
+        ),
+    ],
+)
+def test_media_that_the_model_would_not_be_shown_refuse_their_sample(
+    sample: dict[str, Any], detail: str
+) -> None:
+    with pytest.raises(BadSample, match=detail) as caught:
+        to_prompt(sample)
+    assert caught.value.reason == "unused media"
+
+
+def test_members_and_keys_that_nothing_reads_are_reported() -> None:
+    unused: list[str] = []
+    sample = raw(good(difficulty=3, note=None, meta={"image_path": "a.png"}), png=png(), txt=b"x", cls=b"3")
+    to_prompt(sample, unused.append)
+    assert sorted(unused) == [".cls", ".txt", "key difficulty"]
+
+
+@pytest.mark.parametrize("name", ["a.b", "photo.2024-01-02.x"])
+def test_a_dot_in_a_name_is_called_so(name: str) -> None:
+    key, _, rest = name.partition(".")
+    sample = {"__key__": key, "__url__": "a.tar", f"{rest}.png": png(), f"{rest}.json": b"{}"}
+    with pytest.raises(
+        BadSample, match=f"first dot of {name} is .* rename {name}.json .* {name.replace('.', '-')}.json"
+    ):
+        to_prompt(sample)
+
+
 @pytest.mark.parametrize(
     ("sample", "reason"),
     [
