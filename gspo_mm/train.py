@@ -206,7 +206,7 @@ class Loop:
         if scheduler is None:
             return {}
         assert isinstance(engine, SGLangEngine)
-        return staleness_metrics(groups, self.step - 1) | scheduler.take_counts() | engine.fleet.take_counts()
+        return staleness_metrics(groups, self.step - 1) | scheduler.take_counts() | engine.take_counts()
 
     def hand_over(self) -> tuple[dict[str, float], ServerError | None]:
         """The step's weights to the engine, and how well they answer when that is due.

@@ -109,6 +109,11 @@ class Fleet:
         server = self._serving()[0]
         return server.url, server.api_key
 
+    def name_of(self, url: str) -> str:
+        """The server behind `url`, for people; of several behind a router all that may have been asked."""
+        known = [server for server in self.up() if self._router or server.url == url]
+        return f"{' or '.join(server.name for server in known) or 'a server'} at {url}"
+
     def take_counts(self) -> dict[str, float]:
         """Servers that are up now, and that came back since the last call."""
         back, self._back = self._back, 0

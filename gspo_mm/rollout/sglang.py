@@ -22,7 +22,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from gspo_mm.config import Config
 from gspo_mm.rollout.fleet import Fleet
 from gspo_mm.rollout.registry import Registration
-from gspo_mm.rollout.replies import ReplyReader
+from gspo_mm.rollout.replies import ReplyError, ReplyReader, check, versions_of
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.background import Background
 from gspo_mm.runtime.phases import Busy
@@ -30,7 +30,9 @@ from gspo_mm.types import Completion, EncodedImage, EncodedPrompt, Finish, GspoE
 
 logger = logging.getLogger(__name__)
 
-_REFUSALS = 5  # of one request before it is given up: 5xx, or an answer broken off
+# how often one request is sent again before it is given up, of servers that
+_REFUSALS = 5  # did not do it: 5xx, an answer broken off, a reply that cannot be used
+_LOSSES = 50  # closed the connection, and are there all the same
 
 
 class PromptMismatchError(GspoError):
@@ -57,15 +59,20 @@ class TokenSide(Protocol):
 class SGLangEngine:
     """RolloutEngine over the run's fleet of servers; `sync/` brings them the weights."""
 
-    def __init__(self, config: Config, processor: TokenSide) -> None:
-        """Starts the servers, or finds them, and waits until they are ready. Raises ServerError when they do not come."""
+    def __init__(self, config: Config, processor: TokenSide, *, vocab_size: int | None = None) -> None:
+        """Starts the servers, or finds them, and waits until they are ready. Raises ServerError when they do not come.
+
+        `vocab_size`: rows of the model's embeddings; None: token ids of answers are not compared with it.
+        """
         self._processor = processor
+        self._vocab_size = vocab_size
         self._deadline = config.rollout.sglang.request_timeout
         # by priority: evaluation does not queue behind what is sampled for training
         self._slots = [asyncio.Semaphore(config.rollout.max_in_flight) for _ in range(2)]
         self.busy = Busy()  # while servers have something to answer
         self._background = Background("rollouts")
         self._replies = ReplyReader()
+        self._again = 0  # requests sent again
         self._name = secrets.token_hex(4)  # servers of rollout.sglang.urls may have answered another run
         self._closed = False
         self._client = httpx.AsyncClient(
@@ -114,6 +121,11 @@ class SGLangEngine:
         """Whether a server came back and waits for the current weights."""
         return bool(self.fleet.stale())
 
+    def take_counts(self) -> dict[str, float]:
+        """Requests sent again since the last call, and the fleet's counts."""
+        again, self._again = self._again, 0
+        return {"rollout/asked_again": float(again)} | self.fleet.take_counts()
+
     async def sample(
         self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams, *, priority: int = 0
     ) -> list[Completion]:
@@ -128,7 +140,10 @@ class SGLangEngine:
         return [self._completion(reply, prompt) for reply in replies]
 
     async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """POST /generate until it is answered; one reply per sample, as `replies.compact` makes them."""
+        """POST /generate until it is answered; one reply per sample, as `replies.compact` makes them.
+
+        Each has passed `replies.check`, which adds `finish`. Raises ServerError when servers cannot answer it.
+        """
         async for attempt in self._attempts():
             with attempt:
                 return await self._post(request)
@@ -180,33 +195,42 @@ class SGLangEngine:
                 f"a prompt was not answered within rollout.sglang.request_timeout={self._deadline} s; raise it, or "
                 "lower rollout.sampling.max_new_tokens or rollout.max_in_flight"
             ) from None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
+            who = self.fleet.name_of(url)
             await self.fleet.suspect(url)
-            raise _RetryError(f"{url}: {error!r}") from None
+            raise _RetryError(
+                f"{who}: {error!r}", answered=not isinstance(error, httpx.TransportError)
+            ) from None
+        who = self.fleet.name_of(url)
         if response.status_code >= 500:
             await self.fleet.suspect(url)
-            raise _RetryError(f"{url} answered {response.status_code}: {response.text[:300]}", answered=True)
+            raise _RetryError(f"{who} answered {response.status_code}: {response.text[:300]}", answered=True)
         if response.status_code >= 400:
             raise ServerError(
-                f"{url} refused a prompt with status {response.status_code}: {response.text[:300]}"
+                f"{who} refused a prompt with status {response.status_code}: {response.text[:300]}"
             )
-        replies = await self._replies.read(response.content)
-        for reason in (reply["meta_info"]["finish_reason"] for reply in replies):
-            if reason["type"] == "abort":
-                raise _RetryError(f"{url} gave up an answer: {reason}", answered=True)
-        return replies
+        try:
+            replies = await self._replies.read(response.content)
+            ends = check(replies, request, vocab_size=self._vocab_size)
+        except ReplyError as fault:
+            raise _RetryError(f"{who} gave a reply that cannot be used: {fault}", answered=True) from None
+        return [reply | {"finish": finish} for reply, finish in zip(replies, ends, strict=True)]
 
     def _attempts(self) -> AsyncRetrying:
-        refusals = 0
+        refusals = losses = 0
 
         def note(state: RetryCallState) -> None:
-            nonlocal refusals
+            nonlocal refusals, losses
             assert state.outcome
             error = state.outcome.exception()
-            refusals += isinstance(error, _RetryError) and error.answered
-            logger.warning("sending a prompt again (attempt %d): %s", state.attempt_number + 1, error)
+            assert isinstance(error, _RetryError)
+            refusals, losses = refusals + error.answered, losses + (not error.answered)
             if refusals > _REFUSALS:
                 raise ServerError(f"a prompt was refused {refusals} times; {error}")
+            if losses > _LOSSES:
+                raise ServerError(f"the connection was lost {losses} times over a prompt; {error}")
+            self._again += 1
+            logger.warning("sending a prompt again (attempt %d): %s", state.attempt_number + 1, error)
 
         return AsyncRetrying(
             retry=retry_if_exception_type(_RetryError),
@@ -218,8 +242,7 @@ class SGLangEngine:
     def _completion(self, reply: dict[str, Any], prompt: EncodedPrompt) -> Completion:
         check_prompt(reply, prompt)
         meta = reply["meta_info"]
-        tokens = tuple(reply["output_ids"])
-        finish = finish_of(meta["finish_reason"])
+        tokens, finish = tuple(reply["output_ids"]), reply["finish"]
         return Completion(
             token_ids=tokens,
             logprobs=tuple(meta["output_token_logprobs"]),
@@ -277,20 +300,6 @@ def check_prompt(reply: dict[str, Any], prompt: EncodedPrompt) -> None:
         f"{prompt.prompt.key}: the server made {count} tokens of a prompt that has {len(prompt.token_ids)} here, or "
         "other ones; give the servers the processor of model.path, and data.min_pixels and data.max_pixels"
     )
-
-
-def finish_of(reason: dict[str, Any]) -> Finish:
-    return {"stop": Finish.STOP, "length": Finish.LENGTH}[reason["type"]]
-
-
-def versions_of(meta: dict[str, Any], count: int) -> tuple[int, ...]:
-    """Weight version of each token; servers before 0.5.21 tell one for all."""
-    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": count}]
-    versions = [-1] * count
-    for span in spans:
-        version = int(span["version"]) if str(span["version"]).isdecimal() else -1
-        versions[span["start"] : span["end"]] = [version] * (span["end"] - span["start"])
-    return tuple(versions[:count])
 
 
 def admitted(server: Registration, path: str, response: httpx.Response) -> dict[str, Any]:

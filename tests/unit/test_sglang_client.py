@@ -22,7 +22,7 @@ from gspo_mm.rollout.registry import Registration, register, servers_folder
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import PromptMismatchError, SGLangEngine, collapse_images, versions_of
 from gspo_mm.types import EncodedImage, EncodedPrompt, Finish, GspoError, Prompt, SamplingParams
-from tests.fake_server import FakeServer, Handler, Hang, answers, drop, reply, status
+from tests.fake_server import Action, FakeServer, Handler, Hang, answers, drop, reply, status
 from tests.waiting import PATIENCE, eventually
 
 STOP, IMAGE = 99, 7
@@ -386,6 +386,74 @@ def test_an_answer_that_is_always_broken_off_is_a_fault(server: FakeServer, make
     reason = {"type": "abort", "status_code": 500, "message": "image cannot be read"}
     server.answer = lambda body: [reply(TEXT.token_ids, [], finish_reason=reason)] * 2
     with pytest.raises(ServerError, match="image cannot be read"):
+        sample(make_engine(server))
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ({"output_token_logprobs": [[None, 4, None]]}, "the log-prob of token 0 is null"),
+        ({"finish_reason": {"type": "stop", "matched": "NaN happened"}}, "logits are not finite"),
+        ({"finish_reason": {"type": "stop", "matched": 4}}, "stopped by 4 at token 4"),
+        ({"weight_version": "default"}, "weight version 'default'"),
+    ],
+)
+def test_a_reply_that_cannot_be_used_is_asked_for_again_counted_and_given_up_in_the_end(
+    server: FakeServer, make_engine: MakeEngine, meta: dict[str, Any], words: str
+) -> None:
+    bad, good = reply(TEXT.token_ids, [4], **meta), reply(TEXT.token_ids, [5])
+    replies = iter([[good, bad], [bad, good], [good, good], *[[good, bad]] * 6])
+    server.answer = lambda body: next(replies)
+    engine = make_engine(server)
+    assert [c.token_ids for c in sample(engine)] == [(5,), (5,)]
+    assert len(server.prompts()) == 3
+    assert engine.take_counts()["rollout/asked_again"] == 2
+    with pytest.raises(
+        ServerError, match=f"refused 6 times; server-0 at {server.url} gave .*: answer 1: .*{words}"
+    ):
+        sample(engine)
+    assert engine.take_counts()["rollout/asked_again"] == 5
+    assert len(server.prompts()) == 9
+
+
+def html(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(b"<html>welcome to the hotel's network</html>")
+
+
+def half(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'[{"output_ids": [1')
+
+
+def garbled(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "gzip")
+    handler.end_headers()
+    handler.wfile.write(b"this is no gzip")
+
+
+@pytest.mark.parametrize(
+    "action", [html, half, garbled, status(200, {"error": "x"}), status(204), status(302)]
+)
+def test_what_is_no_reply_at_all_is_asked_for_again(
+    server: FakeServer, make_engine: MakeEngine, action: Action
+) -> None:
+    server.script.extend([action, action])
+    assert len(sample(make_engine(server))) == 2
+    assert len(server.prompts()) == 3
+
+
+def test_a_server_that_is_there_and_only_ever_hangs_up_is_a_fault(
+    server: FakeServer, make_engine: MakeEngine
+) -> None:
+    server.script.extend([drop] * 100)
+    with pytest.raises(
+        ServerError, match=r"the connection was lost 51 times over a prompt; server-0 at http"
+    ):
         sample(make_engine(server))
 
 
