@@ -1,6 +1,7 @@
 """The rollout engine of real runs: asks SGLang servers over HTTP, from an event loop beside the training thread.
 
-One request asks for all answers of a group, so that an image is sent, decoded and prefilled once. It holds the
+One request asks for all answers of a group, so that an image is sent, decoded and prefilled once; only to a server whose
+draws are decided by seeds (deterministic inference) the prompt is sent once for each of them. A request holds the
 prompt's token ids with a single image token per image, which the server expands; the expanded ids come back with the
 answer and must be the ones that training will use. A request is sent again when the connection or the server fails,
 never when the server refuses it (4xx).
@@ -21,11 +22,14 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from gspo_mm.config import Config
 from gspo_mm.rollout.fleet import Fleet
-from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.inspection import inspect_servers
+from gspo_mm.rollout.registry import Registration, bearer
 from gspo_mm.rollout.replies import ReplyError, ReplyReader, check, versions_of
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.background import Background
 from gspo_mm.runtime.phases import Busy
+from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.types import Completion, EncodedImage, EncodedPrompt, Finish, GspoError, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -59,10 +63,18 @@ class TokenSide(Protocol):
 class SGLangEngine:
     """RolloutEngine over the run's fleet of servers; `sync/` brings them the weights."""
 
-    def __init__(self, config: Config, processor: TokenSide, *, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        processor: TokenSide,
+        *,
+        vocab_size: int | None = None,
+        stop: StopRequest | None = None,
+    ) -> None:
         """Starts the servers, or finds them, and waits until they are ready. Raises ServerError when they do not come.
 
-        `vocab_size`: rows of the model's embeddings; None: token ids of answers are not compared with it.
+        `vocab_size`: rows of the model's embeddings; None: token ids of answers are not compared with it. `stop` ends the
+        wait, and later ones for servers that are lost.
         """
         self._processor = processor
         self._vocab_size = vocab_size
@@ -78,9 +90,12 @@ class SGLangEngine:
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=10.0), limits=httpx.Limits(max_connections=None)
         )
-        self.fleet = Fleet(config)
+        self._seed, self._sampled = config.run.seed, 0
+        self.fleet = Fleet(config, stop)
         try:
             self.run(self.fleet.open())
+            # servers that draw by the seeds of requests alone give all samples of one seed the same answer
+            self._seeded: bool = self.run(inspect_servers(self._client, self.fleet.up(), config))
         except BaseException:
             self.close("servers did not come up")
             raise
@@ -98,7 +113,8 @@ class SGLangEngine:
     ) -> list[list[Completion]]:
         """See RolloutEngine. Served before what `start` has begun: somebody waits for it.
 
-        `seed` is not used: servers draw from their own streams, seeded by run.seed when they were started.
+        `seed` is not used: servers draw from their own streams, seeded by run.seed when they were started, or by seeds of
+        `sample`.
         """
 
         async def everything() -> list[list[Completion]]:
@@ -136,6 +152,12 @@ class SGLangEngine:
                 # `extra_key`: prefixes are shared only with prompts of the same weights. A server that keeps answers under
                 # way through an update (rollout.on_update=in_place) cannot forget those that it has.
                 request |= {"priority": priority, "extra_key": f"{self._name} {self.version}"}
+                if self._seeded:
+                    self._sampled += 1
+                    labels = ("sample", self.version, self._sampled)
+                    request = with_seeds(
+                        request, [derive_seed(self._seed, *labels, i) for i in range(group_size)]
+                    )
                 replies = await self.ask(request)
         return [self._completion(reply, prompt) for reply in replies]
 
@@ -153,7 +175,7 @@ class SGLangEngine:
         self, server: Registration, path: str, *, timeout: float, **body: Any
     ) -> dict[str, Any]:
         """An administrative call to one server. Raises ServerError when it fails or is refused."""
-        headers = {"Authorization": f"Bearer {server.admin_key}"}
+        headers = bearer(server.admin_key)
         try:
             response = await self._client.post(
                 server.url + path, json=body, headers=headers, timeout=httpx.Timeout(timeout, connect=10.0)
@@ -187,9 +209,7 @@ class SGLangEngine:
         url, key = await self.fleet.url()
         try:
             async with asyncio.timeout(self._deadline):
-                response = await self._client.post(
-                    f"{url}/generate", json=request, headers={"Authorization": f"Bearer {key}"}
-                )
+                response = await self._client.post(f"{url}/generate", json=request, headers=bearer(key))
         except TimeoutError:
             raise ServerError(
                 f"a prompt was not answered within rollout.sglang.request_timeout={self._deadline} s; raise it, or "
@@ -271,6 +291,16 @@ def request_of(
         "sampling_params": parameters,
         "return_logprob": True,
         "return_prompt_token_ids": True,
+    }
+
+
+def with_seeds(request: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """`request` as a batch of its prompt once per sample, each with a seed: the samples of one `n` would share it."""
+    count, images, parameters = len(seeds), request["image_data"], request["sampling_params"]
+    return request | {
+        "input_ids": request["input_ids"] * count,
+        "image_data": images and images * count,
+        "sampling_params": [parameters | {"n": 1, "sampling_seed": seed} for seed in seeds],
     }
 
 
