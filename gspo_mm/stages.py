@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ from gspo_mm.rollout.scheduler import Scheduler
 from gspo_mm.rollout.servers import ServerHost, host_beside_trainer, workers_beside_trainer
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks, ranks_here
+from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.threads import share_of_cores
 from gspo_mm.sync.parity import Gap, check_parity
 from gspo_mm.sync.push import WeightPush, build_push
@@ -83,8 +85,12 @@ class Stages:
             self.host.stop(reason)
 
 
-def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
-    """Load model, processor, shards and reward file. Raises a GspoError naming what is missing."""
+def build_stages(
+    config: Config, ranks: Ranks, *, total_updates: int, stop: StopRequest | None = None
+) -> Stages:
+    """Load model, processor, shards and reward file. Raises a GspoError naming what is missing, or StoppedError."""
+    stop = stop or StopRequest()
+    stop.obey(ranks, "before the model was loaded")
     logger.info("loading %s", config.model.path)
     check_served(config)
     set_threads(config)
@@ -108,6 +114,7 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
         total_steps=total_updates,
         experts_layout=config.model.experts_layout,
     )
+    stop.obey(ranks, "when the model was loaded")
     held_out: list[EncodedPrompt] = []
     canary: list[EncodedPrompt] = []
     engine: RolloutEngine | None = None
@@ -120,7 +127,7 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
             held_out = held_out_prompts(config, processor, quarantine(config, "validation"))
             source.hold_out(held_out)
             canary = canary_prompts(config, processor, held_out)
-            engine = None if config.rollout.replay else build_engine(config, processor)
+            engine = None if config.rollout.replay else build_engine(config, processor, stop)
     return Stages(
         ranks=ranks,
         processor=processor,
@@ -141,10 +148,13 @@ def build_stages(config: Config, ranks: Ranks, *, total_updates: int) -> Stages:
     )
 
 
-def build_engine(config: Config, processor: Processor) -> RolloutEngine:
+def build_engine(config: Config, processor: Processor, stop: StopRequest | None = None) -> RolloutEngine:
     if config.rollout.engine == "sglang":
+        from transformers import AutoConfig
+
         check_served(config)
-        return SGLangEngine(served(config), processor)
+        text: Any = AutoConfig.from_pretrained(config.model.path).get_text_config()
+        return SGLangEngine(served(config), processor, vocab_size=text.vocab_size, stop=stop)
     return EmbeddedEngine(
         config.model.path, processor, dtype=DTYPES[config.policy.dtype], max_batch=config.rollout.max_batch
     )

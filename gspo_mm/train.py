@@ -44,37 +44,38 @@ from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.stages import Stages, build_stages, check_servers
 from gspo_mm.sync.parity import table
-from gspo_mm.types import GspoError, RolloutGroup, Sequence
+from gspo_mm.types import RolloutGroup, Sequence
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, stop: StopRequest) -> dict[str, Any]:
     """Run or resume GSPO training as `config` says; returns what RUN/summary.json then holds.
 
-    Raises a GspoError with one sentence for anything a user can mend.
+    Raises a GspoError with one sentence for anything a user can mend, and for a stop that was asked for.
     """
     ranks = Ranks()
     run = RunDir.open(config, ranks)
     setup_logging(run.path, rank=ranks.rank)
     if warning := check_clip_can_act(config.loss, config.train.updates_per_batch):
         logger.warning(warning)
-    stages = build_stages(config, ranks, total_updates=config.train.steps * config.train.updates_per_batch)
+    total_updates = config.train.steps * config.train.updates_per_batch
+    stages = build_stages(config, ranks, total_updates=total_updates, stop=stop)
     with stages.closing(), ExitStack() as stack, run.settled():
         loop = Loop(config, run, stages, stack)
         loop.resume()
         check_sight(stages.policy, stages.processor, stages.canary)
         loop.bring_first_weights()
+        stop.obey(ranks, f"at step {loop.step}")
         loop.evaluate_before_training()
-        stop = stack.enter_context(StopRequest())
+        began = loop.step
         while loop.step < config.train.steps and not ranks.any(stop.requested):
             loop.train_step(stop)
         if loop.step < config.train.steps:
-            loop.save()
-            run.settle()
-            raise GspoError(
-                f"stopped by a signal at step {loop.step}; start again with run.resume=auto to continue"
-            )
+            if loop.step > began:
+                loop.save()
+                run.settle()
+            stop.obey(ranks, f"at step {loop.step}")
         return loop.finish()
 
 
