@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.types import GspoError
 
 app = typer.Typer(
@@ -55,20 +55,22 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=val
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train with GSPO. The same run.name again continues a run that was stopped or killed."""
+    stop = StopRequest().listen()
     loaded = _load(config, overrides)
     from gspo_mm.train import train as run
 
-    summary = run(loaded)
+    summary = run(loaded, stop)
     _print_summary(summary, loaded.run.path)
 
 
 @app.command()
 def sft(config: ConfigPath, overrides: Overrides = None) -> None:
     """Supervised warm start on the shards' reference responses; writes RUN/hf for `train` to start from."""
+    stop = StopRequest().listen()
     loaded = _load(config, overrides)
     from gspo_mm.sft import sft as run
 
-    summary = run(loaded)
+    summary = run(loaded, stop)
     _print_summary(summary, loaded.run.path)
 
 
@@ -79,6 +81,7 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
     Start it on every rollout machine with the config of the run, where rollout.sglang.start=elsewhere; it finds the
     trainer through the run folder, which both must see, and ends with the run.
     """
+    stop = StopRequest("stopping the servers").listen()
     loaded = _load(config, overrides, any_world=True)
     if loaded.rollout.engine != "sglang":
         raise GspoError(f"rollout.engine={loaded.rollout.engine} needs no servers; set rollout.engine=sglang")
@@ -88,9 +91,7 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 
     setup_logging()
     check_served(loaded)
-    # once servers run, they are what a signal stops; one that comes when this ends anyway must not make a failure of it
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    typer.echo(run(served(loaded)))
+    typer.echo(run(served(loaded), stop))
 
 
 @app.command()

@@ -32,12 +32,12 @@ from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.stages import Stages, build_stages
-from gspo_mm.types import DataError, EncodedPrompt, GspoError, MicroBatch, Sequence, Share
+from gspo_mm.types import DataError, EncodedPrompt, MicroBatch, Sequence, Share
 
 logger = logging.getLogger(__name__)
 
 
-def sft(config: Config) -> dict[str, Any]:
+def sft(config: Config, stop: StopRequest) -> dict[str, Any]:
     """Run or resume supervised training as `config.sft` says; returns what RUN/summary.json then holds."""
     ranks = Ranks()
     run = RunDir.open(config, ranks, command="sft")
@@ -45,7 +45,7 @@ def sft(config: Config) -> dict[str, Any]:
     run.log_notes()
     for warning in at_start(config, steps=config.sft.steps):
         logger.warning(warning)
-    stages = build_stages(config, ranks, total_steps=config.sft.steps, resumed=run.state)
+    stages = build_stages(config, ranks, total_steps=config.sft.steps, resumed=run.state, stop=stop)
     with stages.closing(), ExitStack() as stack, run.settled():
         step = resume(run, stages)
         check_sight(stages.policy, stages.processor, stages.canary)
@@ -58,9 +58,9 @@ def sft(config: Config) -> dict[str, Any]:
         progress = stack.enter_context(
             Progress(total=config.sft.steps, title=config.run.name, shown=ranks.main)
         )
-        stop = stack.enter_context(StopRequest())
         phases = Phases(on_enter=progress.phase)
         progress.start_at(step)
+        stop.obey(ranks, f"at step {step}")
         stopped = False
         while step < config.sft.steps and not stopped:
             values = train_step(stages, config, phases, step)
@@ -86,9 +86,7 @@ def sft(config: Config) -> dict[str, Any]:
                 run.settle(wait=False)
         run.settle()
         if step < config.sft.steps:
-            raise GspoError(
-                f"stopped by a signal at step {step}; start again with run.resume=auto to continue"
-            )
+            stop.obey(ranks, f"at step {step}")
     return finish(run, stages, config)
 
 

@@ -34,6 +34,7 @@ from gspo_mm.rollout.scheduler import Scheduler
 from gspo_mm.rollout.servers import ServerHost, host_beside_trainer, workers_beside_trainer
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks, ranks_here
+from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.threads import share_of_cores
 from gspo_mm.sync.parity import Gap, check_parity
 from gspo_mm.sync.push import WeightPush, build_push
@@ -90,13 +91,20 @@ class Stages:
 
 
 def build_stages(
-    config: Config, ranks: Ranks, *, total_steps: int, resumed: Mapping[str, Any] | None = None
+    config: Config,
+    ranks: Ranks,
+    *,
+    total_steps: int,
+    resumed: Mapping[str, Any] | None = None,
+    stop: StopRequest | None = None,
 ) -> Stages:
-    """Load model, processor, shards and reward file. Raises a GspoError naming what is missing.
+    """Load model, processor, shards and reward file. Raises a GspoError naming what is missing, or StoppedError.
 
     `resumed`, on rank 0: the state of the checkpoint that the run goes on from. Its place in the shards is looked at
     before the model is loaded.
     """
+    stop = stop or StopRequest()
+    stop.obey(ranks, "before the model was loaded")
     logger.info("loading %s", config.model.path)
     check_served(config)
     set_threads(config)
@@ -123,6 +131,7 @@ def build_stages(
         total_steps=total_steps,
         experts_layout=config.model.experts_layout,
     )
+    stop.obey(ranks, "when the model was loaded")
     held_out: list[EncodedPrompt] = []
     canary: list[EncodedPrompt] = []
     engine: RolloutEngine | None = None
@@ -135,7 +144,7 @@ def build_stages(
             held_out = held_out_prompts(config, processor, quarantine(config, "validation"))
             source.hold_out(held_out)
             canary = canary_prompts(config, processor, held_out)
-            engine = None if config.rollout.replay else build_engine(config, processor)
+            engine = None if config.rollout.replay else build_engine(config, processor, stop)
     return Stages(
         ranks=ranks,
         processor=processor,
@@ -156,10 +165,13 @@ def build_stages(
     )
 
 
-def build_engine(config: Config, processor: Processor) -> RolloutEngine:
+def build_engine(config: Config, processor: Processor, stop: StopRequest | None = None) -> RolloutEngine:
     if config.rollout.engine == "sglang":
+        from transformers import AutoConfig
+
         check_served(config)
-        return SGLangEngine(served(config), processor)
+        text: Any = AutoConfig.from_pretrained(config.model.path).get_text_config()
+        return SGLangEngine(served(config), processor, vocab_size=text.vocab_size, stop=stop)
     return EmbeddedEngine(
         config.model.path, processor, dtype=DTYPES[config.policy.dtype], max_batch=config.rollout.max_batch
     )

@@ -46,15 +46,15 @@ from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.stages import Stages, build_stages, check_servers
 from gspo_mm.sync.parity import table
 from gspo_mm.sync.watch import GapWatch
-from gspo_mm.types import GspoError, RolloutGroup, Sequence
+from gspo_mm.types import RolloutGroup, Sequence
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, stop: StopRequest) -> dict[str, Any]:
     """Run or resume GSPO training as `config` says; returns what RUN/summary.json then holds.
 
-    Raises a GspoError with one sentence for anything a user can mend.
+    Raises a GspoError with one sentence for anything a user can mend, and for a stop that was asked for.
     """
     ranks = Ranks()
     run = RunDir.open(config, ranks, command="train")
@@ -63,22 +63,22 @@ def train(config: Config) -> dict[str, Any]:
     clip = check_clip_can_act(config.loss, config.train.updates_per_batch)
     for warning in filter(None, (clip, *at_start(config, steps=config.train.steps))):
         logger.warning(warning)
-    stages = build_stages(config, ranks, total_steps=config.train.steps, resumed=run.state)
+    stages = build_stages(config, ranks, total_steps=config.train.steps, resumed=run.state, stop=stop)
     with stages.closing(), ExitStack() as stack, run.settled():
         loop = Loop(config, run, stages, stack)
         loop.resume()
         check_sight(stages.policy, stages.processor, stages.canary)
         loop.bring_first_weights()
+        stop.obey(ranks, f"at step {loop.step}")
         loop.evaluate_before_training()
-        stop = stack.enter_context(StopRequest())
+        began = loop.step
         while loop.step < config.train.steps and not ranks.any(stop.requested):
             loop.train_step(stop)
         if loop.step < config.train.steps:
-            loop.save()
-            run.settle()
-            raise GspoError(
-                f"stopped by a signal at step {loop.step}; start again with run.resume=auto to continue"
-            )
+            if loop.step > began:
+                loop.save()
+                run.settle()
+            stop.obey(ranks, f"at step {loop.step}")
         return loop.finish()
 
 
@@ -220,7 +220,7 @@ class Loop:
         if scheduler is None:
             return {}
         assert isinstance(engine, SGLangEngine)
-        return staleness_metrics(groups, self.step - 1) | scheduler.take_counts() | engine.fleet.take_counts()
+        return staleness_metrics(groups, self.step - 1) | scheduler.take_counts() | engine.take_counts()
 
     def hand_over(self) -> tuple[dict[str, float], ServerError | None]:
         """The step's weights to the engine, and how well they answer when that is due.

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from gspo_mm.config.base import NonNegative, Positive, Section
+from gspo_mm.config.server_options import refuse_options
 
 
 class SamplingConfig(Section):
@@ -33,8 +34,8 @@ class SGLangConfig(Section):
     )
     urls: list[str] = Field(
         default=[],
-        description="servers that somebody else keeps running, instead of starting any; their keys are read from "
-        "GSPO_MM_API_KEY and GSPO_MM_ADMIN_KEY",
+        description="servers that somebody else keeps running, instead of starting any; their keys, if they have some, are "
+        "read from GSPO_MM_API_KEY and GSPO_MM_ADMIN_KEY",
     )
     python: str | None = Field(
         default=None, description="interpreter of the environment that has sglang; null: this one"
@@ -70,7 +71,9 @@ class SGLangConfig(Section):
     )
     max_images: Positive | None = Field(default=None, description="images per prompt; null: no limit")
     extra_args: dict[str, bool | int | float | str] = Field(
-        default={}, description="further options of sglang.launch_server, by name: {attention-backend: fa3}"
+        default={},
+        description="further options of sglang.launch_server, by name: {attention-backend: fa3}; those that other keys "
+        "decide, or that change what is sampled, are refused",
     )
     start_timeout: Positive = Field(default=1800, description="seconds until a started server must be ready")
     request_timeout: Positive = Field(default=1800, description="seconds until a group must be answered")
@@ -89,7 +92,7 @@ class SGLangConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _fp8_decides_what_is_loaded(self) -> SGLangConfig:
+    def _extra_args_leave_the_model_as_it_is(self) -> SGLangConfig:
         # FP8 servers keep scales of their key/value cache among the weights; memory given back loses them, no push
         # brings them, and SGLang reads them again after each
         if self.fp8 and self.colocate:
@@ -103,6 +106,7 @@ class SGLangConfig(Section):
                     f"rollout.sglang.extra_args.{name}={self.extra_args[name]} contradicts rollout.sglang.fp8=true, "
                     "which decides what servers load; leave it out, or set fp8=false"
                 )
+        refuse_options(self.extra_args)
         return self
 
     @model_validator(mode="after")

@@ -66,6 +66,7 @@ METRICS = {
     "rollout/dropped": "dead groups replaced by others (rollout.drop_dead_groups)",
     "rollout/given_up": "groups given up because enough others were finished (rollout.oversample)",
     "rollout/in_flight": "groups on the servers, or answered and waiting, while the step trained",
+    "rollout/asked_again": "requests sent again: a server failed, broke an answer off or gave one that cannot be used",
     "rollout/servers_up": "servers that answered when the step ended",
     "rollout/servers_back": "servers that had been lost and came back since the last step",
     "busy/trainer": "fraction of the step that the trainer did not wait for answers",

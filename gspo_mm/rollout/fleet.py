@@ -23,6 +23,7 @@ from gspo_mm.rollout.servers import (
     is_alive,
     trainer_machines,
 )
+from gspo_mm.runtime.preempt import StopRequest, stopped
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,9 @@ _BEAT = 2.0  # seconds
 class Fleet:
     """Watches RUN/servers. Start it with `open`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
         self._config = config
+        self._stop = stop or StopRequest()  # ends each wait for servers
         self._sglang = config.rollout.sglang
         self._folder = servers_folder(config.run.path)
         self._wanted = len(self._sglang.urls) or self._sglang.servers * trainer_machines(config)
@@ -53,7 +55,10 @@ class Fleet:
             self._host = host_beside_trainer(config, self._folder)
 
     async def open(self) -> None:
-        """Start what is to be started here and wait for all servers. Raises ServerError when they do not come."""
+        """Start what is to be started here and wait for all servers.
+
+        Raises ServerError when they do not come, StoppedError when the run is asked to stop first.
+        """
         beat(self._folder)
         if self._host:
             self._host.start()
@@ -64,6 +69,8 @@ class Fleet:
         while len(self._up) < self._wanted:
             if self._fault:
                 raise self._fault
+            if self._stop.requested:
+                raise stopped("while servers were awaited")
             now = time.monotonic()
             if now - began > self._sglang.start_timeout:
                 raise ServerError(
@@ -108,6 +115,11 @@ class Fleet:
             return self._router.url, self._router.api_key
         server = self._serving()[0]
         return server.url, server.api_key
+
+    def name_of(self, url: str) -> str:
+        """The server behind `url`, for people; of several behind a router all that may have been asked."""
+        known = [server for server in self.up() if self._router or server.url == url]
+        return f"{' or '.join(server.name for server in known) or 'a server'} at {url}"
 
     def take_counts(self) -> dict[str, float]:
         """Servers that are up now, and that came back since the last call."""
@@ -157,6 +169,9 @@ class Fleet:
             gone = await self._look()
             if before != self._up:
                 await self._route()
+            if self._stop.requested:
+                async with self._changed:
+                    self._changed.notify_all()
             # a run may lose servers, but does not begin without one that it was promised
             if gone and (not self._complete or (not self._up and len(gone) >= self._wanted)):
                 reasons = "; ".join(f"{server.name} {server.reason}" for server in gone)
@@ -189,11 +204,13 @@ class Fleet:
         async with self._changed:
             try:
                 async with asyncio.timeout(self._sglang.down_timeout):
-                    await self._changed.wait_for(lambda: ready() or self._fault)
+                    await self._changed.wait_for(lambda: ready() or self._fault or self._stop.requested)
             except TimeoutError:
                 raise ServerError(
                     f"{trouble} for rollout.sglang.down_timeout={self._sglang.down_timeout} s; {self._whereabouts()}"
                 ) from None
+        if self._stop.requested and not ready():  # a loss of servers, after which the steps done are kept
+            raise ServerError(f"{trouble}, and {stopped('while one was awaited')}")
         if self._fault:
             raise self._fault
         logger.info("servers are back")

@@ -36,6 +36,11 @@ class Registration:
     first_gpu: int = 0  # of the machine; the others follow
 
 
+def bearer(key: str) -> dict[str, str]:
+    """The header that carries a key; none where a server was started without one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def servers_folder(run: Path) -> Path:
     """RUN/servers, made for the owner alone."""
     folder = run / "servers"

@@ -37,6 +37,7 @@ from typing import Any, Protocol
 
 from gspo_mm.config import RolloutConfig
 from gspo_mm.rollout.saved import decode_answers, encode_answers
+from gspo_mm.rollout.servers import ServerError
 from gspo_mm.types import Completion, EncodedPrompt, RolloutGroup, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,13 @@ class Scheduler:
         groups = [group.done for group in sorted(batch, key=lambda g: g.id) if group.done]
         for group in groups:
             stale = staleness(group, version)
-            assert stale <= self._config.max_staleness, f"group {group.id} is {stale} versions old"
+            if (
+                stale > self._config.max_staleness
+            ):  # ours never are: a server does not hold what it was brought
+                raise ServerError(
+                    f"a server answered {group.prompt.key} with weights that are {stale} versions old, and "
+                    f"rollout.max_staleness={self._config.max_staleness}; see that nobody else loads weights into it"
+                )
         return groups
 
     def finish(self, *, stopping: Callable[[], bool]) -> None:

@@ -19,24 +19,23 @@ logger = logging.getLogger(__name__)
 _POLL = 0.5  # seconds
 
 
-def serve(config: Config) -> str:
+def serve(config: Config, stop: StopRequest) -> str:
     """Run the servers of `config` until the trainer's run has ended; returns the reason.
 
     Raises ServerError when no trainer shows up or stays within rollout.sglang.down_timeout, or when no server can be
-    kept running. A signal ends it in order: the trainer is told.
+    kept running. A signal ends it in order, one that came before it as well: the trainer is told.
     """
     folder = servers_folder(config.run.path)
     host = ServerHost(config, folder, prefix=f"{machine_name()}-{os.getpid()}")
     reason = "its keeper failed"
-    with StopRequest("stopping the servers") as stop:
-        host.start()
-        try:
-            reason = _wait(folder, host, patience=config.rollout.sglang.down_timeout, signalled=stop.name)
-        except ServerError as error:
-            reason = str(error)
-            raise
-        finally:
-            host.stop(reason)
+    host.start()
+    try:
+        reason = _wait(folder, host, patience=config.rollout.sglang.down_timeout, signalled=stop.name)
+    except ServerError as error:
+        reason = str(error)
+        raise
+    finally:
+        host.stop(reason)
     return reason
 
 
@@ -48,7 +47,7 @@ def _wait(folder: Path, host: ServerHost, *, patience: float, signalled: Callabl
         if name := signalled():
             return f"stopped by {name}"
         if not host.running():
-            raise ServerError(f"no server can be kept running; see the logs in {folder}")
+            raise ServerError(f"no server can be kept running: {host.reasons()}; see the logs in {folder}")
         now = last_beat(folder)
         if now not in (before, beat):
             if beat is None:

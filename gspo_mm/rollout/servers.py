@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from omegaconf import OmegaConf
 
 from gspo_mm.config import Config, SGLangConfig
 from gspo_mm.rollout import sglang_cpu
-from gspo_mm.rollout.registry import Registration, register, write_private
+from gspo_mm.rollout.registry import Registration, bearer, register, write_private
 from gspo_mm.runtime.dist import ranks_here, world_size
 from gspo_mm.runtime.guard import guarded
 from gspo_mm.runtime.net import address_towards, free_port, machine_name
@@ -42,7 +43,16 @@ LOOPBACK = "127.0.0.1"
 _POLL = 0.2  # seconds
 _HEALTH_EVERY = 30.0  # seconds
 _STEADY = 300.0  # seconds up after which earlier failures are forgotten
+_BACKOFF = 1.0  # seconds before the first restart; then twice as long each time
 _LOG_LINES = 15  # of a server's log, shown when it fails
+# with which Python ends after options that argparse refuses, and after an exception that nobody caught
+_REFUSED = (1, 2)
+_USAGE = re.compile(r"usage: |\s+\[-")  # argparse lists all options before it says which one it refuses
+# in a server's last words: what may be otherwise the next time
+_PASSING = re.compile(
+    r"in use|not available|out of memory|timed out|temporarily|connection (refused|reset)|no space",
+    re.IGNORECASE,
+)
 
 # what torchrun and Slurm tell the trainer's ranks must not reach a server
 _RANK_VARIABLES = {
@@ -92,6 +102,10 @@ class ServerHost:
         """Whether any server is up, starting, or will be started again."""
         return any(keeper.thread.is_alive() for keeper in self._keepers)
 
+    def reasons(self) -> str:
+        """Why servers are not up, for people."""
+        return "; ".join(keeper.why for keeper in self._keepers)
+
     def stop(self, reason: str) -> None:
         """End every server with all its processes; returns when they are gone."""
         for keeper in self._keepers:
@@ -125,6 +139,8 @@ class _Keeper:
         self._threads = threads  # of each process that computes, without a GPU
         self._ending = stop
         self.stop_reason = "stopped"
+        self.why = ""  # it is not up
+        self._log_begin = 0  # where the log of the server that runs now begins, in bytes
 
     def _keep(self) -> None:
         try:
@@ -134,7 +150,7 @@ class _Keeper:
             self._tell("stopped", "", f"cannot be kept running: {error!r}")
 
     def _keep_running(self) -> None:
-        failures = 0
+        failures, ever_up, last_end = 0, False, ""
         while not self._ending.is_set():
             generation = secrets.token_hex(4)
             registration = self._registration(generation)
@@ -144,21 +160,28 @@ class _Keeper:
                 try:
                     reason = self._await_ready(process, registration)
                     if not reason:
-                        failures = 0 if time.monotonic() - began > _STEADY else failures
+                        failures, ever_up = 0 if time.monotonic() - began > _STEADY else failures, True
                         logger.info("server %s is ready at %s", self._name, registration.url)
                         register(self._folder, registration)
                         began = time.monotonic()
                         reason = self._watch(process, registration)
+                    status = process.poll()
                 finally:
                     process.terminate()  # the guard ends the whole tree
                     process.wait()
             if self._ending.is_set():
                 break
             failures = 1 if time.monotonic() - began > _STEADY else failures + 1
-            again = failures <= self._sglang.max_restarts
+            # a server that never was up and ends by the same error again has no use for a third try
+            end = re.sub(r"\d+", "", reason)  # without times, processes and addresses
+            hopeless = status is not None and not ever_up and not _PASSING.search(reason)
+            hopeless = hopeless and (status in _REFUSED or end == last_end)
+            last_end = end
+            again = failures <= self._sglang.max_restarts and not hopeless
             logger.warning("server %s %s%s", self._name, reason, "; starting it again" if again else "")
+            self.why = f"{self._name} {reason}"
             self._tell("down" if again else "stopped", generation, reason)
-            if not again or self._ending.wait(min(2.0 ** (failures - 1), 30.0)):
+            if not again or self._ending.wait(min(_BACKOFF * 2.0 ** (failures - 1), 30.0)):
                 break
         if self._ending.is_set():
             self._tell("stopped", "", self.stop_reason)
@@ -183,6 +206,7 @@ class _Keeper:
         write_private(settings, OmegaConf.to_yaml(OmegaConf.create(options)))
         log = self._log()
         log.touch(mode=0o600)
+        self._log_begin = log.stat().st_size
         python = self._sglang.python or sys.executable
         command = [python, "-m", "sglang.launch_server", "--config", str(settings)]
         logger.info("starting server %s, log in %s", self._name, log)
@@ -253,7 +277,8 @@ class _Keeper:
         return self._folder / f"{self._name}.log"
 
     def _last_words(self) -> str:
-        lines = self._log().read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        written = self._log().read_bytes()[self._log_begin :].decode(errors="replace").splitlines()
+        lines = [line for line in written if not _USAGE.match(line)][-_LOG_LINES:]
         return f"the end of {self._log()}:\n" + "\n".join(f"    {line[:300]}" for line in lines)
 
 
@@ -336,7 +361,7 @@ def server_options(config: Config, registration: Registration, *, on_gpus: bool)
 def answers(registration: Registration, path: str, *, timeout: float) -> bool:
     """Whether a server says 200 at `path`."""
     try:
-        headers = {"Authorization": f"Bearer {registration.api_key}"}
+        headers = bearer(registration.api_key)
         return httpx.get(registration.url + path, headers=headers, timeout=timeout).status_code == 200
     except httpx.HTTPError:
         return False

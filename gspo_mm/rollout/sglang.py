@@ -1,6 +1,7 @@
 """The rollout engine of real runs: asks SGLang servers over HTTP, from an event loop beside the training thread.
 
-One request asks for all answers of a group, so that an image is sent, decoded and prefilled once. It holds the
+One request asks for all answers of a group, so that an image is sent, decoded and prefilled once; only to a server whose
+draws are decided by seeds (deterministic inference) the prompt is sent once for each of them. A request holds the
 prompt's token ids with a single image token per image, which the server expands; the expanded ids come back with the
 answer and must be the ones that training will use. A request is sent again when the connection or the server fails,
 never when the server refuses it (4xx).
@@ -22,16 +23,21 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from gspo_mm.config import Config
 from gspo_mm.data.pictures import as_png
 from gspo_mm.rollout.fleet import Fleet
-from gspo_mm.rollout.registry import Registration
-from gspo_mm.rollout.replies import ReplyReader
+from gspo_mm.rollout.inspection import inspect_servers
+from gspo_mm.rollout.registry import Registration, bearer
+from gspo_mm.rollout.replies import ReplyError, ReplyReader, check, versions_of
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.background import Background
 from gspo_mm.runtime.phases import Busy
+from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.types import Completion, EncodedImage, EncodedPrompt, Finish, GspoError, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-_REFUSALS = 5  # of one request before it is given up: 5xx, or an answer broken off
+# how often one request is sent again before it is given up, of servers that
+_REFUSALS = 5  # did not do it: 5xx, an answer broken off, a reply that cannot be used
+_LOSSES = 50  # closed the connection, and are there all the same
 
 
 class PromptMismatchError(GspoError):
@@ -58,23 +64,39 @@ class TokenSide(Protocol):
 class SGLangEngine:
     """RolloutEngine over the run's fleet of servers; `sync/` brings them the weights."""
 
-    def __init__(self, config: Config, processor: TokenSide) -> None:
-        """Starts the servers, or finds them, and waits until they are ready. Raises ServerError when they do not come."""
+    def __init__(
+        self,
+        config: Config,
+        processor: TokenSide,
+        *,
+        vocab_size: int | None = None,
+        stop: StopRequest | None = None,
+    ) -> None:
+        """Starts the servers, or finds them, and waits until they are ready. Raises ServerError when they do not come.
+
+        `vocab_size`: rows of the model's embeddings; None: token ids of answers are not compared with it. `stop` ends the
+        wait, and later ones for servers that are lost.
+        """
         self._processor = processor
+        self._vocab_size = vocab_size
         self._deadline = config.rollout.sglang.request_timeout
         # by priority: evaluation does not queue behind what is sampled for training
         self._slots = [asyncio.Semaphore(config.rollout.max_in_flight) for _ in range(2)]
         self.busy = Busy()  # while servers have something to answer
         self._background = Background("rollouts")
         self._replies = ReplyReader()
+        self._again = 0  # requests sent again
         self._name = secrets.token_hex(4)  # servers of rollout.sglang.urls may have answered another run
         self._closed = False
         self._client = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=10.0), limits=httpx.Limits(max_connections=None)
         )
-        self.fleet = Fleet(config)
+        self._seed, self._sampled = config.run.seed, 0
+        self.fleet = Fleet(config, stop)
         try:
             self.run(self.fleet.open())
+            # servers that draw by the seeds of requests alone give all samples of one seed the same answer
+            self._seeded: bool = self.run(inspect_servers(self._client, self.fleet.up(), config))
         except BaseException:
             self.close("servers did not come up")
             raise
@@ -92,7 +114,8 @@ class SGLangEngine:
     ) -> list[list[Completion]]:
         """See RolloutEngine. Served before what `start` has begun: somebody waits for it.
 
-        `seed` is not used: servers draw from their own streams, seeded by run.seed when they were started.
+        `seed` is not used: servers draw from their own streams, seeded by run.seed when they were started, or by seeds of
+        `sample`.
         """
 
         async def everything() -> list[list[Completion]]:
@@ -115,6 +138,11 @@ class SGLangEngine:
         """Whether a server came back and waits for the current weights."""
         return bool(self.fleet.stale())
 
+    def take_counts(self) -> dict[str, float]:
+        """Requests sent again since the last call, and the fleet's counts."""
+        again, self._again = self._again, 0
+        return {"rollout/asked_again": float(again)} | self.fleet.take_counts()
+
     async def sample(
         self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams, *, priority: int = 0
     ) -> list[Completion]:
@@ -126,11 +154,20 @@ class SGLangEngine:
                 # `extra_key`: prefixes are shared only with prompts of the same weights. A server that keeps answers under
                 # way through an update (rollout.on_update=in_place) cannot forget those that it has.
                 request |= {"priority": priority, "extra_key": f"{self._name} {self.version}"}
+                if self._seeded:
+                    self._sampled += 1
+                    labels = ("sample", self.version, self._sampled)
+                    request = with_seeds(
+                        request, [derive_seed(self._seed, *labels, i) for i in range(group_size)]
+                    )
                 replies = await self.ask(request)
         return [self._completion(reply, prompt) for reply in replies]
 
     async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """POST /generate until it is answered; one reply per sample, as `replies.compact` makes them."""
+        """POST /generate until it is answered; one reply per sample, as `replies.compact` makes them.
+
+        Each has passed `replies.check`, which adds `finish`. Raises ServerError when servers cannot answer it.
+        """
         async for attempt in self._attempts():
             with attempt:
                 return await self._post(request)
@@ -140,7 +177,7 @@ class SGLangEngine:
         self, server: Registration, path: str, *, timeout: float, **body: Any
     ) -> dict[str, Any]:
         """An administrative call to one server. Raises ServerError when it fails or is refused."""
-        headers = {"Authorization": f"Bearer {server.admin_key}"}
+        headers = bearer(server.admin_key)
         try:
             response = await self._client.post(
                 server.url + path, json=body, headers=headers, timeout=httpx.Timeout(timeout, connect=10.0)
@@ -174,41 +211,48 @@ class SGLangEngine:
         url, key = await self.fleet.url()
         try:
             async with asyncio.timeout(self._deadline):
-                response = await self._client.post(
-                    f"{url}/generate", json=request, headers={"Authorization": f"Bearer {key}"}
-                )
+                response = await self._client.post(f"{url}/generate", json=request, headers=bearer(key))
         except TimeoutError:
             raise ServerError(
                 f"a prompt was not answered within rollout.sglang.request_timeout={self._deadline} s; raise it, or "
                 "lower rollout.sampling.max_new_tokens or rollout.max_in_flight"
             ) from None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
+            who = self.fleet.name_of(url)
             await self.fleet.suspect(url)
-            raise _RetryError(f"{url}: {error!r}") from None
+            raise _RetryError(
+                f"{who}: {error!r}", answered=not isinstance(error, httpx.TransportError)
+            ) from None
+        who = self.fleet.name_of(url)
         if response.status_code >= 500:
             await self.fleet.suspect(url)
-            raise _RetryError(f"{url} answered {response.status_code}: {response.text[:300]}", answered=True)
+            raise _RetryError(f"{who} answered {response.status_code}: {response.text[:300]}", answered=True)
         if response.status_code >= 400:
             raise ServerError(
-                f"{url} refused a prompt with status {response.status_code}: {response.text[:300]}"
+                f"{who} refused a prompt with status {response.status_code}: {response.text[:300]}"
             )
-        replies = await self._replies.read(response.content)
-        for reason in (reply["meta_info"]["finish_reason"] for reply in replies):
-            if reason["type"] == "abort":
-                raise _RetryError(f"{url} gave up an answer: {reason}", answered=True)
-        return replies
+        try:
+            replies = await self._replies.read(response.content)
+            ends = check(replies, request, vocab_size=self._vocab_size)
+        except ReplyError as fault:
+            raise _RetryError(f"{who} gave a reply that cannot be used: {fault}", answered=True) from None
+        return [reply | {"finish": finish} for reply, finish in zip(replies, ends, strict=True)]
 
     def _attempts(self) -> AsyncRetrying:
-        refusals = 0
+        refusals = losses = 0
 
         def note(state: RetryCallState) -> None:
-            nonlocal refusals
+            nonlocal refusals, losses
             assert state.outcome
             error = state.outcome.exception()
-            refusals += isinstance(error, _RetryError) and error.answered
-            logger.warning("sending a prompt again (attempt %d): %s", state.attempt_number + 1, error)
+            assert isinstance(error, _RetryError)
+            refusals, losses = refusals + error.answered, losses + (not error.answered)
             if refusals > _REFUSALS:
                 raise ServerError(f"a prompt was refused {refusals} times; {error}")
+            if losses > _LOSSES:
+                raise ServerError(f"the connection was lost {losses} times over a prompt; {error}")
+            self._again += 1
+            logger.warning("sending a prompt again (attempt %d): %s", state.attempt_number + 1, error)
 
         return AsyncRetrying(
             retry=retry_if_exception_type(_RetryError),
@@ -220,8 +264,7 @@ class SGLangEngine:
     def _completion(self, reply: dict[str, Any], prompt: EncodedPrompt) -> Completion:
         check_prompt(reply, prompt)
         meta = reply["meta_info"]
-        tokens = tuple(reply["output_ids"])
-        finish = finish_of(meta["finish_reason"])
+        tokens, finish = tuple(reply["output_ids"]), reply["finish"]
         return Completion(
             token_ids=tokens,
             logprobs=tuple(meta["output_token_logprobs"]),
@@ -253,6 +296,16 @@ def request_of(
     }
 
 
+def with_seeds(request: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """`request` as a batch of its prompt once per sample, each with a seed: the samples of one `n` would share it."""
+    count, images, parameters = len(seeds), request["image_data"], request["sampling_params"]
+    return request | {
+        "input_ids": request["input_ids"] * count,
+        "image_data": images and images * count,
+        "sampling_params": [parameters | {"n": 1, "sampling_seed": seed} for seed in seeds],
+    }
+
+
 def collapse_images(token_ids: Sequence[int], image_token_id: int, grids: Any) -> list[int]:
     """The ids with one image token per image, which is what servers expand themselves."""
     if grids is None:
@@ -279,20 +332,6 @@ def check_prompt(reply: dict[str, Any], prompt: EncodedPrompt) -> None:
         f"{prompt.prompt.key}: the server made {count} tokens of a prompt that has {len(prompt.token_ids)} here, or "
         "other ones; give the servers the processor of model.path, and data.min_pixels and data.max_pixels"
     )
-
-
-def finish_of(reason: dict[str, Any]) -> Finish:
-    return {"stop": Finish.STOP, "length": Finish.LENGTH}[reason["type"]]
-
-
-def versions_of(meta: dict[str, Any], count: int) -> tuple[int, ...]:
-    """Weight version of each token; servers before 0.5.21 tell one for all."""
-    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": count}]
-    versions = [-1] * count
-    for span in spans:
-        version = int(span["version"]) if str(span["version"]).isdecimal() else -1
-        versions[span["start"] : span["end"]] = [version] * (span["end"] - span["start"])
-    return tuple(versions[:count])
 
 
 def admitted(server: Registration, path: str, response: httpx.Response) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""A polite end: SIGTERM (Slurm's preemption, `scancel`), SIGUSR1 (`--signal`) and Ctrl-C ask the loop to stop.
+"""A polite end: SIGTERM (Slurm's preemption, `scancel`), SIGUSR1 (`--signal`) and Ctrl-C ask the run to stop.
 
-The loop looks at `requested` after each step, saves a checkpoint and returns. A second Ctrl-C stops at once.
+A command listens before it imports or loads anything. The loop looks at `requested` after each step, saves a checkpoint
+and returns; what comes before the first step looks at it in between and has nothing to save. A second Ctrl-C stops at
+once.
 """
 
 from __future__ import annotations
@@ -9,15 +11,31 @@ import logging
 import signal
 import threading
 from types import FrameType
-from typing import Self
+from typing import Protocol, Self
+
+from gspo_mm.types import GspoError
 
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+class StoppedError(GspoError):
+    """The run was asked to stop, and did."""
+
+
+def stopped(when: str) -> StoppedError:
+    return StoppedError(f"stopped by a signal {when}; start again with run.resume=auto to continue")
+
+
+class Ranks(Protocol):
+    """What a request needs of `dist.Ranks`."""
+
+    def any(self, flag: bool) -> bool: ...
+
+
 class StopRequest:
-    """Context manager that turns the first signal into a flag; handlers are restored on exit."""
+    """Turns the first signal into a flag: until the process ends, or as a context manager, which restores handlers."""
 
     def __init__(self, consequence: str = "stopping, with a checkpoint") -> None:
         self.requested = False
@@ -25,10 +43,13 @@ class StopRequest:
         self._name = ""
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> Self:
+    def listen(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
         return self
+
+    def __enter__(self) -> Self:
+        return self.listen()
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -40,6 +61,13 @@ class StopRequest:
         self._name = signal.Signals(number).name
         logger.warning("%s received: %s", self._name, self._consequence)
         self.requested = True
+
+    def obey(self, ranks: Ranks, when: str) -> None:
+        """Raise StoppedError on all ranks when one of them was asked to stop. A collective."""
+        if ranks.any(self.requested):
+            fault = stopped(when)
+            fault.on_all_ranks = True
+            raise fault
 
     def name(self) -> str:
         """Of the signal that asked; "" while none has."""

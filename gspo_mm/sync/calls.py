@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import httpx
 
-from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.registry import Registration, bearer
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import admitted
 
@@ -59,7 +59,7 @@ class Calls:
         return answers(self.start(path, **body))
 
     def _post(self, server: Registration, path: str, body: Iterable[bytes], timeout: float) -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {server.admin_key}", "Content-Type": "application/json"}
+        headers = bearer(server.admin_key) | {"Content-Type": "application/json"}
         limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
         try:
             response = self._client.post(

@@ -14,7 +14,7 @@
 : "${GSPO_ACCOUNT=}"                         # --account; empty: Slurm's default
 : "${GSPO_PARTITION=}"                       # --partition of trainer and conversions; empty: Slurm's default
 : "${GSPO_ROLLOUT_PARTITION=$GSPO_PARTITION}"  # --partition of the rollout servers
-: "${GSPO_TIME=24:00:00}"                    # --time; see GSPO_STOP_SECONDS
+: "${GSPO_TIME=24:00:00}"                    # --time; empty: Slurm's default; longer than GSPO_STOP_SECONDS
 : "${GSPO_SBATCH_FLAGS=}"                    # more for every job: --qos=high --exclusive --mem=0 --mail-type=END
 
 # --- nodes ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ their logs, which are RUN/slurm/*.out. The same command again continues a run th
   --rollout-nodes N    nodes of SGLang servers, as a job of their own; each starts rollout.sglang.servers of them
                        [0: none, the trainer starts them beside itself, as rollout.sglang.start says]
   --gpus-per-node N    GPUs, and so ranks, per node; 0: CPU nodes, one rank each [GSPO_GPUS_PER_NODE]
-  --time TIME          time limit of each job, such as 4:00:00 [GSPO_TIME]
+  --time TIME          time limit of each job, such as 4:00:00 [GSPO_TIME]; must be longer than GSPO_STOP_SECONDS
   --requeue            near the time limit or when preempted: save, go back into the queue and continue
   --dry-run            check the config, print the sbatch commands, submit nothing
   -h, --help           this text
@@ -34,6 +34,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/lib.sh"
 # shellcheck source=scripts/slurm/env.sh
 source "$here/env.sh"
+leave_job
 
 nodes=1 rollout_nodes=0 requeue=false dry_run=false convert=false
 gpus=$GSPO_GPUS_PER_NODE time=$GSPO_TIME
@@ -68,6 +69,26 @@ done
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "--nodes $nodes is not a number of nodes; use 1 or more"
 [[ $rollout_nodes =~ ^[0-9]+$ ]] || fail "--rollout-nodes $rollout_nodes is not a number of nodes; use 0 or more"
 [[ $gpus =~ ^[0-9]+$ ]] || fail "--gpus-per-node $gpus is not a number of GPUs; use 0 for CPU nodes"
+[[ $GSPO_STOP_SECONDS =~ ^[0-9]+$ ]] || fail "GSPO_STOP_SECONDS=$GSPO_STOP_SECONDS is not a number of seconds"
+# shellcheck disable=SC2206 # words of the site's flags, which are stronger
+flags=($GSPO_SBATCH_FLAGS) limits=("$time" "")
+for i in "${!flags[@]}"; do
+    case ${flags[i]} in
+        --time=*) limits[0]=${flags[i]#*=} ;;
+        --time | -t) limits[0]=${flags[i + 1]-} ;;
+        -t*) limits[0]=${flags[i]#-t} ;;
+        --time-min=*) limits[1]=${flags[i]#*=} ;; # down to which Slurm may shorten the limit
+        '--time-min') limits[1]=${flags[i + 1]-} ;;
+    esac
+done
+for limit in "${limits[@]}"; do
+    [[ -n $limit ]] || continue # Slurm's default
+    seconds=$(seconds_of "$limit") ||
+        fail "--time $limit is no time limit that Slurm knows; use minutes, hours:minutes:seconds or days-hours"
+    $convert || [[ -z $seconds ]] || ((seconds >= GSPO_STOP_SECONDS + 60)) ||
+        fail "--time $limit is $seconds s, and the run is asked to stop GSPO_STOP_SECONDS=$GSPO_STOP_SECONDS s before its end" \
+            "or up to a minute earlier; use --time $(((GSPO_STOP_SECONDS + 119) / 60)) or more, or lower GSPO_STOP_SECONDS"
+done
 command -v "$GSPO_LOGIN_PYTHON" >/dev/null ||
     fail "GSPO_LOGIN_PYTHON=$GSPO_LOGIN_PYTHON is not there; install gspo_mm into it, or name another in $here/env.sh"
 $dry_run || command -v sbatch >/dev/null || fail "sbatch is not on PATH; run this where Slurm's commands are, or use --dry-run"
@@ -82,7 +103,8 @@ submit() {
     ((gpus == 0)) || flags+=("$GSPO_GPU_FLAG$gpus")
     shift 6
     # --export=ALL: what was set here counts in the job too, also where the site's default is another
-    flags+=(--time="$time" --export=ALL)
+    [[ -z $time ]] || flags+=(--time="$time")
+    flags+=(--export=ALL)
     while [[ $1 != -- ]]; do
         flags+=("$1")
         shift
@@ -149,6 +171,7 @@ log=$run/slurm/train-%j.out
 $dry_run || mkdir -p "$run/slurm" # Slurm makes no folders for logs: a job without one fails in silence
 of_all=() # the trainer waits for the servers of all nodes, each node starts its own
 ((rollout_nodes == 0)) || of_all=("rollout.sglang.servers=$((servers * rollout_nodes))")
+export TRAIN_RUN=$run # a requeue looks there for what is new
 trainer=$(submit "gspo-$name" "$log" "$nodes" "$ranks" "$GSPO_CPUS_PER_RANK" "$GSPO_PARTITION" \
     "${options[@]}" --signal="B:USR1@$GSPO_STOP_SECONDS" -- \
     "$here/train.sbatch" "${arguments[@]}" "${words[@]}" "${of_all[@]}")

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -101,9 +101,10 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def run(self, *command: object, check: bool = True) -> str:
+    def run(self, *command: object, check: bool = True, environment: Mapping[str, str] | None = None) -> str:
         """Output of a command that speaks to this Slurm."""
-        done = subprocess.run([*map(str, command)], env=self.environment, capture_output=True, text=True)
+        variables = {**self.environment, **(environment or {})}
+        done = subprocess.run([*map(str, command)], env=variables, capture_output=True, text=True)
         if check and done.returncode:
             raise AssertionError(f"{command} exited {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout

@@ -20,6 +20,7 @@ Submit = Callable[..., list[Job]]
 RANK = """#!/usr/bin/env python3
 import os, signal, sys, time
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES")
+names += ("SLURM_CPU_BIND",)
 mode = next(word.removeprefix("run.name=") for word in sys.argv if word.startswith("run.name="))
 def stop(number, frame):
     print("told", signal.Signals(number).name, flush=True)
@@ -100,6 +101,42 @@ def test_without_requeue_a_stopped_run_stays_stopped(
     assert job.until_over() == "FAILED"
     assert job.exit_code() == "2:0"
     assert job.text().count("told SIGUSR1") == 2
+
+
+def test_a_job_submitted_inside_a_step_has_cores_and_sizes_of_its_own(
+    cluster: Cluster, short_config: Path, stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    """The step is bound to one core of one node; its job submits a run of two nodes with two cores each."""
+    submit = f"{SCRIPTS}/submit.sh {short_config} run.name=inside --nodes 2"
+    outer = cluster.run(
+        "sbatch", "--parsable", "--wait", f"--output={tmp_path}/log", "--export=ALL",
+        "--wrap", f"srun --ntasks=1 --cpu-bind=map_cpu:0 bash -c '{submit}'",
+        environment=SITE | stand_in | {"GSPO_CPUS_PER_RANK": "2"},
+    )  # fmt: skip
+    assert outer
+    said = (tmp_path / "log").read_text()
+    number, log = re.findall(r"trainer: job (\d+), log (.+)", said)[0]
+    job = Job(cluster, int(number), Path(log))
+    assert job.until_over() == "COMPLETED", job.told()
+    assert job.text().count("WORLD_SIZE=2 ") == 2
+    assert "map_cpu" not in job.text()
+
+
+def test_a_run_that_is_asked_to_stop_before_it_has_saved_anything_does_not_come_back(
+    submit: Submit, cluster: Cluster, short_config: Path
+) -> None:
+    (job,) = submit(short_config, "run.name=early", "train.steps=100000", "--requeue")
+    run = short_config.parent / "runs" / "early"
+    job.until("its beginning", lambda: "loading " in job.text())
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job.number))
+    assert job.until_over() == "FAILED", job.told()
+    assert job.exit_code() == "2:0"
+    assert "error: stopped by a signal" in job.text()
+    assert (
+        "asked to stop before anything new was saved: the job does not go back into the queue" in job.text()
+    )
+    assert cluster.job(job.number)["Restarts"] == "0"
+    assert not list(run.glob("checkpoints/step-*"))
 
 
 def test_who_cancels_a_run_that_is_already_stopping_does_not_want_it_back(

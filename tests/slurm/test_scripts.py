@@ -165,6 +165,76 @@ def test_words_with_spaces_and_quotes_arrive_as_they_were(short_config: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("30", 1800),
+        ("90:00", 5400),
+        ("10:01", 660),  # whole minutes are counted
+        ("4:00:00", 14400),
+        ("1-0", 86400),
+        ("2-08", 201600),
+        ("1-02:30", 95400),
+        ("1-00:00:30", 86460),
+        ("08:09:00", 29340),  # not octal
+        ("UNLIMITED", None),
+        ("infinite", None),
+        ("0", None),
+    ],
+)
+def test_a_time_limit_must_leave_time_to_train(limit: str, seconds: int | None, short_config: Path) -> None:
+    """In each of Slurm's forms, a minute longer than the run needs to stop, and not less."""
+    fits = (seconds or 10**6) - 60
+    (command,) = submitted(short_config, "run.name=dry", "--time", limit, GSPO_STOP_SECONDS=str(fits))
+    assert f"--time={limit}" in command
+    if seconds:
+        told = refusal(
+            "submit.sh", short_config, "--dry-run", "--time", limit, GSPO_STOP_SECONDS=str(fits + 1)
+        )
+        assert f"--time {limit} is {seconds} s" in told
+        assert f"GSPO_STOP_SECONDS={fits + 1}" in told
+        assert f"use --time {seconds // 60 + 1} or more" in told
+
+
+def test_the_time_limit_that_counts_is_the_one_that_is_looked_at(short_config: Path) -> None:
+    site = {"GSPO_STOP_SECONDS": "600"}
+    for flags in ("--time=5", "--time 5:00", "-t 5", "-t5", "--qos=high --time-min=5"):
+        told = refusal("submit.sh", short_config, "--dry-run", GSPO_SBATCH_FLAGS=flags, **site)
+        assert "is 300 s" in told
+    assert "--time 5 is 300 s" in refusal("submit.sh", short_config, "--dry-run", GSPO_TIME="5", **site)
+    (command,) = submitted(short_config, GSPO_TIME="5", GSPO_SBATCH_FLAGS="--time=1-0", **site)
+    assert command.index("--time=5") < command.index("--time=1-0")
+    (command,) = submitted(short_config, GSPO_TIME="", **site)
+    assert not [word for word in command if word.startswith("--time")]  # Slurm's default, which it knows
+
+
+def test_nothing_of_a_job_that_submit_sh_is_called_in_reaches_the_new_one(tmp_path: Path) -> None:
+    inside = {
+        "SLURM_JOB_ID": "7", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_CPU_BIND_LIST": "0x1", "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2", "SLURM_MEM_PER_CPU": "1", "SLURM_EXPORT_ENV": "NONE", "SLURMD_NODENAME": "n1",
+        "SRUN_CPUS_PER_TASK": "1", "PMI_RANK": "1", "PMIX_RANK": "1", "RANK": "1", "MASTER_ADDR": "a",
+        "CUDA_VISIBLE_DEVICES": "0",
+    }  # fmt: skip
+    kept = {
+        "SLURM_CONF": "/etc/slurm.conf",
+        "SLURM_WAIT": "1",
+        "GSPO_TIME": "5",
+        "SBATCH_ACCOUNT": "vision",
+        "HOME": "/h",
+    }
+    script = f'script=test here="{SCRIPTS}"; source "$here/lib.sh"; leave_job; env'
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env=inside | kept | {"PATH": OUTSIDE["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    left = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert not set(inside) & set(left)
+    assert left.items() >= kept.items()
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], ["CONFIG is missing", "configs/quickstart.yaml"]),
@@ -177,6 +247,8 @@ def test_words_with_spaces_and_quotes_arrive_as_they_were(short_config: Path) ->
         (["CONFIG", "--rollout-nodes", "x"], ["--rollout-nodes x is not a number", "0 or more"]),
         (["CONFIG", "--gpus-per-node", "all"], ["--gpus-per-node all is not a number", "0 for CPU nodes"]),
         (["CONFIG", "--rollout-nodes", "1"], ["--rollout-nodes 1", "rollout.engine=embedded", "=sglang"]),
+        (["CONFIG", "--time", "4h"], ["--time 4h is no time limit", "hours:minutes:seconds"]),
+        (["CONFIG", "--time", "1:2:3:4"], ["--time 1:2:3:4 is no time limit"]),
         (["/nowhere.yaml"], ["/nowhere.yaml does not exist"]),
         (["CONFIG", "train.stepz=3"], ["train.stepz=3", "did you mean steps?"]),
         (["CONFIG", "model.path=/nowhere"], ["model.path=/nowhere"]),

@@ -14,6 +14,7 @@ from gspo_mm.rollout.fleet import Fleet
 from gspo_mm.rollout.registry import Registration, last_beat, register, servers_folder
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.background import Background
+from gspo_mm.runtime.preempt import StoppedError, StopRequest
 from tests.fake_server import FakeServer
 from tests.waiting import PATIENCE, eventually
 
@@ -46,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     return servers_folder(tmp_path / "run")
 
 
-def new_fleet(folder: Path, **settings: Any) -> Fleet:
+def new_fleet(folder: Path, stop: StopRequest | None = None, **settings: Any) -> Fleet:
     """One that waits for servers that are started elsewhere."""
     run = folder.parent
     timeouts = {"start_timeout": 60, "down_timeout": 60, "request_timeout": 60}
@@ -59,7 +60,8 @@ def new_fleet(folder: Path, **settings: Any) -> Fleet:
                 "reward": {"file": "r.yaml"},
                 "rollout": {"engine": "sglang", "sglang": {"start": "elsewhere"} | timeouts | settings},
             }
-        )
+        ),
+        stop,
     )
 
 
@@ -102,6 +104,34 @@ def test_servers_that_do_not_come_are_a_fault(loop: Background, folder: Path) ->
     ) as caught:
         loop.run(new_fleet(folder, start_timeout=1).open())
     assert str(folder) in str(caught.value)
+
+
+def test_a_stop_ends_the_wait_for_servers_that_do_not_come(loop: Background, folder: Path) -> None:
+    stop = StopRequest()
+    opening = loop.start(new_fleet(folder, stop).open())
+    eventually(lambda: last_beat(folder) is not None)
+    assert not opening.done()
+    stop.requested = True
+    with pytest.raises(StoppedError, match="stopped by a signal while servers were awaited; start again"):
+        opening.result(PATIENCE)
+
+
+def test_a_stop_ends_the_wait_for_servers_that_were_lost_as_a_loss_of_servers(
+    loop: Background, folder: Path, new_server: Servers
+) -> None:
+    """After which a run keeps the steps that it has done."""
+    stop, server = StopRequest(), new_server()
+    register(folder, up(server))
+    fleet = new_fleet(folder, stop)
+    loop.run(fleet.open())
+    register(folder, gone(state="down"))
+    eventually(lambda: not fleet.up())
+    waiting = [loop.start(fleet.url()), loop.start(fleet.reachable())]
+    assert not any(wait.done() for wait in waiting)
+    stop.requested = True
+    for wait in waiting:
+        with pytest.raises(ServerError, match=r"no server .*, and stopped by a signal while one was awaited"):
+            wait.result(PATIENCE)
 
 
 def test_a_registration_that_nobody_answers_for_is_not_up(

@@ -57,8 +57,11 @@ broken = folder / "broken"
 if broken.exists():
     if broken.read_text() == "silent":
         time.sleep(1000)
-    print("CUDA out of cheese")
-    sys.exit(7)
+    status, _, words = broken.read_text().partition(" ")
+    if status == "2":
+        print("usage: sglang serve [-h] --model-path MODEL_PATH\\n" + "                    [--option OPTION]\\n" * 500)
+    print(words or "CUDA out of cheese")
+    sys.exit(int(status) if words else 7)
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -284,10 +287,10 @@ def test_a_server_is_registered_when_it_answers(start: StartHost, folder: Path) 
     assert answers(server, "/ready", timeout=PATIENCE)
 
 
-def test_a_signal_after_the_trainers_last_word_makes_no_failure_of_serving(
+def serving(
     folder: Path, python: Path, tiny_model: Path, digit_shards: Path, tmp_path: Path
-) -> None:
-    """A cancelled trainer tells its servers, and Slurm stops them a moment later."""
+) -> subprocess.Popen[str]:
+    """`gspo-mm serve` in a process."""
     sglang = {"python": str(python), "start": "elsewhere"}
     sections = {
         "model": {"path": str(tiny_model)},
@@ -297,13 +300,34 @@ def test_a_signal_after_the_trainers_last_word_makes_no_failure_of_serving(
     config = new_config(folder.parent, sglang=sglang, **sections)
     save_config(config, tmp_path / "config.yaml")
     command = [sys.executable, "-m", "gspo_mm.cli", "serve", str(tmp_path / "config.yaml")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
-        assert serving.stdout
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_signal_after_the_trainers_last_word_makes_no_failure_of_serving(
+    folder: Path, python: Path, tiny_model: Path, digit_shards: Path, tmp_path: Path
+) -> None:
+    """A cancelled trainer tells its servers, and Slurm stops them a moment later."""
+    with serving(folder, python, tiny_model, digit_shards, tmp_path) as process:
+        assert process.stdout
         the_only(folder, "up")
         beat(folder, ended="all steps are done")
-        assert serving.stdout.readline() == "the trainer's run is over: all steps are done\n"
-        serving.terminate()
-        assert serving.wait(PATIENCE) == 0
+        assert process.stdout.readline() == "the trainer's run is over: all steps are done\n"
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_a_signal_before_servers_are_started_is_told_to_the_trainer(
+    folder: Path, python: Path, tiny_model: Path, digit_shards: Path, tmp_path: Path
+) -> None:
+    with serving(folder, python, tiny_model, digit_shards, tmp_path) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        number = signal.SIGTERM
+        eventually(lambda: int(status.read_text().partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0
+    assert output == "stopped by SIGTERM\n"
+    assert the_only(folder, "stopped").reason == "stopped by SIGTERM"
 
 
 def test_every_server_has_an_address_and_keys_of_its_own(start: StartHost, folder: Path) -> None:
@@ -411,6 +435,45 @@ def test_a_server_that_cannot_start_is_left_out_after_max_restarts(
     assert str(folder / "node-0.log") in stopped.reason
     assert len(seen(python)) == 2
     eventually(lambda: not host.running())
+
+
+@pytest.mark.parametrize(
+    ("end", "tries"),
+    [
+        ("2 sglang serve: error: unrecognized arguments: --attentoin-backend fa3", 1),
+        ("1 ValueError: Currently only triton is supported for deterministic inference", 1),
+        ("7 the model cannot be loaded by process 4711", 2),  # may pass, and did not
+        ("1 ERROR: [Errno 98] address already in use", 4),
+        ("1 torch.OutOfMemoryError: CUDA out of memory", 4),
+        ("9 CUDA out of memory", 4),
+    ],
+)
+def test_a_server_that_can_only_fail_again_is_told_at_once(
+    end: str, tries: int, start: StartHost, folder: Path, python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BACKOFF", 0.01)
+    (python.parent / "broken").write_text(end)
+    host = start(max_restarts=3)
+    stopped = the_only(folder, "stopped")
+    status, words = end.split(" ", 1)
+    assert f"ended with status {status} while starting" in stopped.reason
+    assert words in stopped.reason
+    assert "[--option" not in stopped.reason
+    assert len(seen(python)) == tries
+    eventually(lambda: not host.running())
+    assert words in host.reasons()
+
+
+def test_a_server_that_was_up_is_started_again_whatever_it_ends_with(
+    start: StartHost, folder: Path, python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BACKOFF", 0.01)
+    start(max_restarts=3)
+    the_only(folder, "up")
+    (python.parent / "broken").write_text("2 error: the file system hiccups")
+    os.kill(seen(python)[0]["pid"], signal.SIGKILL)
+    the_only(folder, "stopped")
+    assert len(seen(python)) == 1 + 3
 
 
 def test_a_server_that_does_not_get_ready_is_ended(start: StartHost, folder: Path, python: Path) -> None:

@@ -23,7 +23,7 @@ from gspo_mm.rollout.registry import Registration, register, servers_folder
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import PromptMismatchError, SGLangEngine, collapse_images, versions_of
 from gspo_mm.types import EncodedImage, EncodedPrompt, Finish, GspoError, Prompt, SamplingParams
-from tests.fake_server import FakeServer, Handler, Hang, answers, drop, reply, status
+from tests.fake_server import Action, FakeServer, Handler, Hang, answers, drop, reply, status
 from tests.tars import image_bytes
 from tests.waiting import PATIENCE, eventually
 
@@ -252,6 +252,97 @@ def test_groups_under_way_number_at_most_max_in_flight(server: FakeServer, make_
     assert [len(future.result(timeout=PATIENCE)) for future in futures] == [2] * 12
 
 
+# --- servers that draw by seeds, and servers that cannot be used
+
+
+def seeds(body: dict[str, Any]) -> list[int]:
+    assert {each["n"] for each in body["sampling_params"]} == {1}
+    return [each["sampling_seed"] for each in body["sampling_params"]]
+
+
+def drawn(body: dict[str, Any], prompt: EncodedPrompt = TEXT) -> list[dict[str, Any]]:
+    """As a server of deterministic inference: an answer is decided by prompt and seed, 42 where there is none."""
+    parameters = body["sampling_params"]
+    each = parameters if isinstance(parameters, list) else [parameters] * parameters["n"]
+    return [reply(prompt.token_ids, [each.get("sampling_seed", 42) % 90]) for each in each]
+
+
+def test_a_server_that_draws_by_seeds_is_given_one_for_each_sample(
+    server: FakeServer, make_engine: MakeEngine
+) -> None:
+    server.said["/server_info"] = (200, {"enable_deterministic_inference": True})
+    server.answer = lambda body: drawn(body, PICTURES)
+    engine = make_engine(server)
+    assert len({c.token_ids for c in sample(engine, PICTURES, group_size=6)}) > 1
+    sample(engine, PICTURES, group_size=6)  # the same prompt again
+    engine.run(engine.fleet.hold(1, engine.fleet.up()))
+    sample(engine, PICTURES, group_size=6)
+    bodies = [request.body for request in server.prompts()]
+    everything = [seed for body in bodies for seed in seeds(body)]
+    assert len(everything) == len(set(everything)) == 18
+    assert all(0 <= seed < 2**63 for seed in everything)
+    for body in bodies:
+        assert body["input_ids"] == [[1, IMAGE, 2, IMAGE, 3]] * 6
+        assert len(body["image_data"]) == 6
+        assert len({str(images) for images in body["image_data"]}) == 1
+    server.answer = drawn
+    sample(make_engine(server), TEXT, group_size=6)
+    assert server.prompts()[-1].body["image_data"] is None
+    assert seeds(server.prompts()[-1].body) == everything[:6], "a run that starts again draws the same"
+
+
+def test_a_server_without_a_key_is_asked_without_one(server: FakeServer, make_engine: MakeEngine) -> None:
+    engine = make_engine(server, start="here", urls=[server.url])
+    assert len(sample(engine)) == 2
+    engine.run(engine.control(engine.fleet.up()[0], "/flush_cache", timeout=60))
+    assert not [request for request in server.requests if "Authorization" in request.headers]
+
+
+@pytest.mark.parametrize("info", [{}, {"enable_deterministic_inference": False}])
+def test_seeds_are_sent_to_no_server_that_does_not_say_that_it_needs_them(
+    server: FakeServer, make_engine: MakeEngine, info: dict[str, Any]
+) -> None:
+    server.said["/server_info"] = (404, "no such page")
+    server.said["/get_server_info"] = (200, info)  # its name in older versions
+    sample(make_engine(server))
+    assert "seed" not in str(server.prompts()[0].body)
+
+
+def test_older_servers_tell_the_same_elsewhere(server: FakeServer, make_engine: MakeEngine) -> None:
+    server.said["/server_info"] = (404, "no such page")
+    server.said["/get_server_info"] = (200, {"enable_deterministic_inference": True})
+    server.answer = drawn
+    sample(make_engine(server))
+    assert len(set(seeds(server.prompts()[0].body))) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "said", "words"),
+    [
+        ("/server_info", {"speculative_algorithm": "NGRAM"}, "speculative_algorithm=NGRAM: .*distribution"),
+        ("/server_info", {"json_model_override_args": '{"rope_theta": 1}'}, "another model than the policy"),
+        ("/server_info", {"context_length": 100}, "context of 100 tokens, .* --context-length"),
+        ("/model_info", {"preferred_sampling_params": {"min_p": 0.1}}, "preferred_sampling_params"),
+        (
+            "/model_info",
+            {"architectures": ["LlamaForCausalLM"], "model_path": "llama"},
+            "serves llama, a Llama",
+        ),
+    ],
+)
+def test_a_server_of_another_model_or_sampling_is_refused_before_it_is_asked_anything(
+    server: FakeServer, make_engine: MakeEngine, path: str, said: dict[str, Any], words: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"architectures": ["Qwen3VLMoeForConditionalGeneration"]}')
+    monkeypatch.chdir(tmp_path)
+    server.said[path] = (200, said)
+    with pytest.raises(ServerError, match=f"server external-0 at {server.url} .*{words}"):
+        make_engine(server, start="here", urls=[server.url])
+    assert not server.prompts()
+
+
 # --- what is made of the replies
 
 
@@ -388,6 +479,74 @@ def test_an_answer_that_is_always_broken_off_is_a_fault(server: FakeServer, make
     reason = {"type": "abort", "status_code": 500, "message": "image cannot be read"}
     server.answer = lambda body: [reply(TEXT.token_ids, [], finish_reason=reason)] * 2
     with pytest.raises(ServerError, match="image cannot be read"):
+        sample(make_engine(server))
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ({"output_token_logprobs": [[None, 4, None]]}, "the log-prob of token 0 is null"),
+        ({"finish_reason": {"type": "stop", "matched": "NaN happened"}}, "logits are not finite"),
+        ({"finish_reason": {"type": "stop", "matched": 4}}, "stopped by 4 at token 4"),
+        ({"weight_version": "default"}, "weight version 'default'"),
+    ],
+)
+def test_a_reply_that_cannot_be_used_is_asked_for_again_counted_and_given_up_in_the_end(
+    server: FakeServer, make_engine: MakeEngine, meta: dict[str, Any], words: str
+) -> None:
+    bad, good = reply(TEXT.token_ids, [4], **meta), reply(TEXT.token_ids, [5])
+    replies = iter([[good, bad], [bad, good], [good, good], *[[good, bad]] * 6])
+    server.answer = lambda body: next(replies)
+    engine = make_engine(server)
+    assert [c.token_ids for c in sample(engine)] == [(5,), (5,)]
+    assert len(server.prompts()) == 3
+    assert engine.take_counts()["rollout/asked_again"] == 2
+    with pytest.raises(
+        ServerError, match=f"refused 6 times; server-0 at {server.url} gave .*: answer 1: .*{words}"
+    ):
+        sample(engine)
+    assert engine.take_counts()["rollout/asked_again"] == 5
+    assert len(server.prompts()) == 9
+
+
+def html(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(b"<html>welcome to the hotel's network</html>")
+
+
+def half(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'[{"output_ids": [1')
+
+
+def garbled(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "gzip")
+    handler.end_headers()
+    handler.wfile.write(b"this is no gzip")
+
+
+@pytest.mark.parametrize(
+    "action", [html, half, garbled, status(200, {"error": "x"}), status(204), status(302)]
+)
+def test_what_is_no_reply_at_all_is_asked_for_again(
+    server: FakeServer, make_engine: MakeEngine, action: Action
+) -> None:
+    server.script.extend([action, action])
+    assert len(sample(make_engine(server))) == 2
+    assert len(server.prompts()) == 3
+
+
+def test_a_server_that_is_there_and_only_ever_hangs_up_is_a_fault(
+    server: FakeServer, make_engine: MakeEngine
+) -> None:
+    server.script.extend([drop] * 100)
+    with pytest.raises(
+        ServerError, match=r"the connection was lost 51 times over a prompt; server-0 at http"
+    ):
         sample(make_engine(server))
 
 
