@@ -366,7 +366,8 @@ def test_what_the_refusal_of_pickles_advises_works(saved: Path, folder: Path, tm
     torch.save(load_file(folder / SINGLE), folder / "pytorch_model.bin")
     (folder / SINGLE).unlink()
     AutoModelForImageTextToText.from_pretrained(folder).save_pretrained(tmp_path / "new")
-    assert all(torch.equal(dict(read_hf(tmp_path / "new"))[name], tensor) for name, tensor in read_hf(saved))
+    found = dict(read_hf(tmp_path / "new"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in read_hf(saved))
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
