@@ -60,25 +60,20 @@ def megatron_to_hf(
     out: Path,
     parallel: ParallelConfig,
     *,
-    hf: Path | None = None,
+    hf: Path,
     experts_layout: str = "auto",
     check: bool = False,
 ) -> int:
     """Write a Hugging Face folder from a converted folder or a run's checkpoint; returns the number of tensors.
 
-    `hf`: the folder the run started from (its tokenizer and dtypes are taken over); a converted folder has its own.
-    The layout is that of the ranks at work, whatever wrote the checkpoint. A collective. Raises CheckpointError.
+    `hf`: the folder that it came from (`origin_of`), whose tokenizer and dtypes are taken over. The layout is that of
+    the ranks at work, whatever wrote the checkpoint. A collective. Raises CheckpointError.
     """
-    origin = hf or checkpoint / "hf"
-    if not (origin / "config.json").is_file():
-        raise CheckpointError(
-            f"{origin} has no config.json: give --hf, the Hugging Face folder that the run started from"
-        )
-    template = template_of(origin, experts_layout)
-    ranks, chunks, weights = _build(origin, template, parallel)
+    template = template_of(hf, experts_layout)
+    ranks, chunks, weights = _build(hf, template, parallel)
     load_weights(chunks, checkpoint / "policy")
     ranks.stream_to_main(
-        weights.export(), lambda tensors: write_hf(out, origin, tensors, experts_layout=experts_layout)
+        weights.export(), lambda tensors: write_hf(out, hf, tensors, experts_layout=experts_layout)
     )
     if check:
         _compare(ranks, weights, read_hf(out, "published" if template.expert_shapes else "auto"))
