@@ -146,14 +146,11 @@ class HfFolder:
         if name not in self:
             return
         found = self._header(name).shape
-        if (
-            expert_kind(name) in self.expert_shapes
-        ):  # their last two dims were compared when the layout was decided
-            found, shape = found[:1], shape[:1]
-        if found != shape:
+        # of experts the other dims are compared when their layout is decided
+        is_other = found[:1] != shape[:1] if expert_kind(name) in self.expert_shapes else found != shape
+        if is_other:
             raise HfFolderError(
-                f"{self.path}: {name} is {self._header(name).shape} but config.json makes it {shape}; use the config.json "
-                "of these weights"
+                f"{self.path}: {name} is {found} but config.json makes it {shape}; use the config.json of these weights"
             )
 
     def _header(self, name: str) -> Header:
