@@ -1,4 +1,4 @@
-"""What can be told before torch is imported: files that a config names and that are not there."""
+"""What can be told before torch is imported: files that a config names and that are not there, or not whole."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from pathlib import Path
 
 from gspo_mm.config import Config, ConfigError
 from gspo_mm.data.places import expand_shards
+from gspo_mm.hf.headers import read_headers
 from gspo_mm.reward.sources import load_rewards
 
 
 def check_files(config: Config) -> None:
-    """Raise a GspoError naming the first key whose file, folder or permission is missing."""
+    """Raise a GspoError naming the first key whose file, folder or permission is missing, or that cannot be read."""
     model = Path(config.model.path)
     if not (model / "config.json").is_file():
         raise ConfigError(
             f"model.path={model} is no Hugging Face folder (no config.json in it); "
             "make a tiny one with tools/make_tiny_model.py, or download the model first"
         )
+    read_headers(model)
     train, validation = (
         {shard for source in config.data.sources(split) for shard in expand_shards(source.shards)}
         for split in ("train", "validation")

@@ -264,12 +264,14 @@ def main(
     import os
 
     from gspo_mm.config import PolicyConfig
+    from gspo_mm.families import read_hf
     from gspo_mm.policy.engine import Policy
     from gspo_mm.policy.parallel import check_layout
     from gspo_mm.runtime.launch import parse_plan, ranks_needed, start_ranks
 
     try:
         parallel = parse_plan(plan)
+        read_hf(hf, experts_layout)
         check_layout(str(hf), parallel, ranks_needed(parallel))
         start_ranks(ranks_needed(parallel))
         policy = Policy.from_hf(

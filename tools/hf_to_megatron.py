@@ -37,10 +37,12 @@ def main(
 
         python tools/hf_to_megatron.py Qwen3-VL-30B-A3B-Instruct qwen-megatron --plan tp=2,ep=4
     """
+    from gspo_mm.families import read_hf
     from gspo_mm.policy.parallel import check_layout
     from gspo_mm.runtime.launch import parse_plan, ranks_needed, start_ranks
 
     parallel = parse_plan(plan)
+    read_hf(hf, experts_layout)
     check_layout(str(hf), parallel, ranks_needed(parallel))
     start_ranks(ranks_needed(parallel))
     from gspo_mm.checkpoint.convert import hf_to_megatron

@@ -22,7 +22,10 @@ def main(
     ],
     hf: Annotated[
         Path | None,
-        typer.Option(help="The folder that the run started from (model.path): its tokenizer and dtypes."),
+        typer.Option(
+            help="The folder that the run started from: its tokenizer and dtypes. [default: model.path of the run, as it "
+            "is seen from the current folder]"
+        ),
     ] = None,
     plan: Annotated[str, typer.Option(help="Layout to read under, any; its ranks are started here.")] = "",
     experts_layout: Annotated[
@@ -36,26 +39,24 @@ def main(
 
     Examples:
 
-        python tools/megatron_to_hf.py runs/a/checkpoints/step-00000100 a-hf --hf Qwen3-VL-30B-A3B-Instruct
+        python tools/megatron_to_hf.py runs/a/checkpoints/step-00000100 a-hf
 
         python tools/megatron_to_hf.py qwen-megatron qwen-again --plan pp=2 --check
     """
-    from gspo_mm.checkpoint.distributed import CheckpointError
-    from gspo_mm.policy.parallel import check_layout
+    from gspo_mm.checkpoint.origin import origin_of
     from gspo_mm.runtime.launch import parse_plan, ranks_needed, start_ranks
 
-    parallel = parse_plan(plan)
-    if not (checkpoint / "policy").is_dir():
-        raise CheckpointError(
-            f"{checkpoint} has no policy/ in it; name a checkpoint such as RUN/checkpoints/step-00000100"
-        )
-    if hf or (checkpoint / "hf").is_dir():
-        check_layout(str(hf or checkpoint / "hf"), parallel, ranks_needed(parallel))
+    parallel, origin = parse_plan(plan), origin_of(checkpoint, hf)
+    from gspo_mm.families.write import template_of
+    from gspo_mm.policy.parallel import check_layout
+
+    template_of(origin, experts_layout)
+    check_layout(str(origin), parallel, ranks_needed(parallel))
     start_ranks(ranks_needed(parallel))
     from gspo_mm.checkpoint.convert import megatron_to_hf
     from gspo_mm.runtime.dist import Ranks
 
-    count = megatron_to_hf(checkpoint, out, parallel, hf=hf, experts_layout=experts_layout, check=check)
+    count = megatron_to_hf(checkpoint, out, parallel, hf=origin, experts_layout=experts_layout, check=check)
     if Ranks().main:
         typer.echo(f"{out}: {count} tensors" + (", every bit checked" if check else ""))
 

@@ -9,9 +9,9 @@ image that is not there.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,11 @@ import torch
 from gspo_mm.config import DataConfig
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.pictures import decode_image
+from gspo_mm.hf.processor import load_processor
+from gspo_mm.hf.stops import find_stops
 from gspo_mm.types import EncodedImage, EncodedPrompt, Prompt
+
+logger = logging.getLogger(__name__)
 
 # legend: P prompt tokens with image tokens expanded, I images
 
@@ -28,12 +32,9 @@ class Processor:
     """Chat template, tokenizer and image processor of a Hugging Face folder."""
 
     def __init__(self, model_path: str, config: DataConfig) -> None:
-        from transformers import AutoConfig, AutoProcessor, GenerationConfig
-
-        self._processor: Any = AutoProcessor.from_pretrained(model_path)
+        self._processor, hf = load_processor(model_path)
         self._tokenizer: Any = self._processor.tokenizer
         self._image_processor: Any = self._processor.image_processor
-        hf = AutoConfig.from_pretrained(model_path)
         self.image_token_id: int = hf.image_token_id
         self._merge: int = hf.vision_config.spatial_merge_size
         self._max_prompt_tokens = config.max_prompt_tokens
@@ -45,10 +46,11 @@ class Processor:
         size |= {"shortest_edge": config.min_pixels} if config.min_pixels else {}
         size |= {"longest_edge": config.max_pixels} if config.max_pixels else {}
         self._image_processor.size = size
-        stops = self._tokenizer.eos_token_id
-        if (Path(model_path) / "generation_config.json").exists():
-            stops = GenerationConfig.from_pretrained(model_path).eos_token_id or stops
-        self.stop_token_ids: tuple[int, ...] = tuple(stops) if isinstance(stops, list) else (stops,)
+        stops = find_stops(model_path, self._processor, hf.text_config.vocab_size)
+        logger.info("%s", stops.describe(self._tokenizer))
+        # where engines stop and what ends an answer, everywhere; the one that ends a reference response is first
+        self.stop_token_ids: tuple[int, ...] = stops.ids
+        self._end_of_turn = stops.end_of_turn
         pad = self._tokenizer.pad_token_id
         self.pad_token_id: int = self.stop_token_ids[0] if pad is None else pad
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
@@ -122,8 +124,8 @@ class Processor:
         return torch.cat(pieces, dim=1)
 
     def encode_response(self, text: str) -> list[int]:
-        """Token ids of a reference response, the stop token included."""
-        return [*self._tokenizer(text, add_special_tokens=False)["input_ids"], self.stop_token_ids[0]]
+        """Token ids of a reference response, ended as the chat template ends an answer."""
+        return self._tokenizer(text + self._end_of_turn, add_special_tokens=False)["input_ids"]
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of sampled tokens, special tokens left out."""

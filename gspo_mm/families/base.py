@@ -186,7 +186,7 @@ class Family(Protocol):
     """One model family: how its Hugging Face config, weights and vision tower map onto megatron-core."""
 
     def load_config(self, path: str) -> Any:
-        """The Hugging Face config of folder `path`. Raises ValueError for a variant that is not supported."""
+        """The Hugging Face config of folder `path`. Raises HfFolderError for a variant that is not supported."""
         ...
 
     def dims(self, hf: Any) -> ModelDims: ...

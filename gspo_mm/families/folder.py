@@ -10,7 +10,8 @@ E experts, D hidden, F inner size of an expert.
 
 from __future__ import annotations
 
-import json
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,21 +20,30 @@ import torch
 from safetensors import safe_open
 
 from gspo_mm.families.table import family_of
-from gspo_mm.types import GspoError
+from gspo_mm.hf.headers import Header, HfFolderError, read_headers
 
 type Layout = Literal["published", "transformers"]
 
-INDEX = "model.safetensors.index.json"
+logger = logging.getLogger(__name__)
 
+# tensors that older versions of transformers saved and that are computed: transformers ignores them too
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.inv_freq$|(^|\.)position_ids$")
 
-class HfFolderError(GspoError, ValueError):
-    """A Hugging Face folder that cannot be read or written."""
+# tensors that tell what a folder is: what their names look like -> what that means and what to do
+_TELLING = {
+    r"\.experts\.\d+\.": "its experts are stored one by one, and read are fused ones: take the checkpoint with fused "
+    "experts, or stack the transposed matrices of a layer, gate and up side by side, into experts.gate_up_proj "
+    "[experts, hidden_size, 2*moe_intermediate_size] and experts.down_proj [experts, moe_intermediate_size, hidden_size]",
+    r"\.lora_|^base_model\.": "it holds an adapter beside its model: merge it with peft's merge_and_unload and save again",
+    r"\.weight_scale|\.qweight$|\.qzeros$|\.scales$|\.input_scale$|\.absmax$": "its weights are quantised: take the "
+    "checkpoint in BF16 that it was made from",
+}
 
 
 def read_hf(path: str | Path, experts_layout: str = "auto") -> HfFolder:
-    """Open a folder. `experts_layout`: auto, published or transformers (see the module docstring).
+    """Open a folder, after a look at the headers of its files: they hold the model of its config.json, and no more.
 
-    Raises HfFolderError when it has no safetensors, or when the layout cannot be told and is not given.
+    `experts_layout`: auto, published or transformers (see the module docstring). Raises HfFolderError otherwise.
     """
     return HfFolder(Path(path), experts_layout)
 
@@ -43,16 +53,18 @@ class HfFolder:
 
     def __init__(self, path: Path, experts_layout: str = "auto") -> None:
         self.path = path
-        family = family_of(path)
-        self._files = _locate(path)
-        self.expert_shapes = family.expert_shapes(family.load_config(str(path)))
+        self._family = family_of(path)
+        self._headers = read_headers(path)
+        self._hf = self._family.load_config(str(path))
+        self.expert_shapes = self._family.expert_shapes(self._hf)
         self._handles: dict[Path, Any] = {}
-        self.experts_layout: Layout | None = (
-            self._decide_layout(experts_layout) if self.expert_shapes else None
-        )
+        self.experts_layout: Layout | None = None
+        self._compare_with_config()
+        if self.expert_shapes:
+            self.experts_layout = self._decide_layout(experts_layout)
 
     def names(self) -> list[str]:
-        return list(self._files)
+        return list(self._headers)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor. Raises HfFolderError for a name that the folder does not have."""
@@ -62,33 +74,106 @@ class HfFolder:
         return tensor
 
     def dtype(self, name: str) -> torch.dtype:
-        return _DTYPES[self._handle(name).get_slice(name).get_dtype()]
+        return _DTYPES[self._header(name).dtype]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._headers
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in self._files:
+        for name in self._headers:
             yield name, self.tensor(name)
 
-    def _handle(self, name: str) -> Any:
-        if name not in self._files:
+    def _compare_with_config(self) -> None:
+        """Names against the weight map, shapes against transformers' model.
+
+        Tensors that need no training are left out of this folder: a tied output layer that is the embedding, and
+        what is computed.
+        """
+        reference = _reference(self._hf)
+        self._drop_tied(reference.all_tied_weights_keys)
+        vocab = self._hf.text_config.vocab_size
+        entries = self._family.weight_map(self._hf, padded_vocab=vocab, fused=False)
+        needed = {name for entry in entries for name in entry.hf}
+        if computed := [name for name in self._headers.keys() - needed if _COMPUTED.search(name)]:
+            logger.warning(
+                "%s: %s is computed, not read, and not written again", self.path, ", ".join(sorted(computed))
+            )
+            self._headers = {name: header for name, header in self._headers.items() if name not in computed}
+        self._refuse_other_names(needed)
+        for name, tensor in reference.state_dict().items():
+            self._refuse_other_shape(name, tuple(tensor.shape))
+
+    def _drop_tied(self, tied: dict[str, str]) -> None:
+        """`tied`: second name -> first name of tensors that config.json says are one."""
+        for second, first in tied.items():
+            if second not in self or first not in self:
+                continue
+            if not _equal(self.tensor(first), self.tensor(second)):
+                raise HfFolderError(
+                    f"{self.path}: config.json says tie_word_embeddings=true, but {second} differs from {first}; "
+                    "transformers would use both and SGLang only the latter: set tie_word_embeddings=false in config.json "
+                    f"where {second} was trained, or take it out of the files"
+                )
+            del self._headers[second]
+
+    def _refuse_other_names(self, needed: set[str]) -> None:
+        missing, extra = sorted(needed - self._headers.keys()), sorted(self._headers.keys() - needed)
+        for pattern, meaning in _TELLING.items():
+            if telling := next((name for name in extra if re.search(pattern, name)), None):
+                raise HfFolderError(f"{self.path} holds {telling}: {meaning}")
+        if missing == ["lm_head.weight"]:
+            raise HfFolderError(
+                f"{self.path}: config.json says tie_word_embeddings=false, but no file holds lm_head.weight; set it to "
+                "true where output layer and embedding are one, or download the weights again"
+            )
+        if missing and extra:
+            raise HfFolderError(
+                f"{self.path} holds {_some(extra)}, where the model of its config.json has {_some(missing)}; "
+                "use the names that transformers saves, or the config.json of these weights"
+            )
+        if missing:
+            raise HfFolderError(
+                f"{self.path} lacks {_some(missing)}, which the model of its config.json has; download or copy it again, "
+                "or use the config.json of these weights"
+            )
+        if extra:
+            raise HfFolderError(
+                f"{self.path} holds {_some(extra)}, which the model of its config.json does not have and training would "
+                "lose; take that out of the files, or use the config.json of these weights"
+            )
+
+    def _refuse_other_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self:
+            return
+        found = self._header(name).shape
+        # of experts the other dims are compared when their layout is decided
+        is_other = found[:1] != shape[:1] if expert_kind(name) in self.expert_shapes else found != shape
+        if is_other:
+            raise HfFolderError(
+                f"{self.path}: {name} is {found} but config.json makes it {shape}; use the config.json of these weights"
+            )
+
+    def _header(self, name: str) -> Header:
+        if name not in self._headers:
             raise HfFolderError(
                 f"{self.path} has no tensor {name}; it is not the model that its config.json describes"
             )
-        file = self._files[name]
+        return self._headers[name]
+
+    def _handle(self, name: str) -> Any:
+        file = self._header(name).file
         if file not in self._handles:
             self._handles[file] = safe_open(file, framework="pt")
         return self._handles[file]
 
     def _decide_layout(self, wanted: str) -> Layout:
-        """From the shape of every fused expert tensor: none may contradict, and one at least must tell."""
+        """From the shape of every fused expert tensor: none may contradict. One of the two kinds is never square."""
         found: set[Layout] = set()
-        for name in self._files:
+        for name, header in self._headers.items():
             shape = self.expert_shapes.get(expert_kind(name))
             if shape is None:
                 continue
-            on_disk = tuple(self._handle(name).get_slice(name).get_shape()[1:])
+            on_disk = header.shape[1:]
             if on_disk not in (shape, shape[::-1]):
                 raise HfFolderError(
                     f"{self.path}: {name} is {on_disk} per expert but config.json makes it {shape[::-1]} or {shape}"
@@ -97,19 +182,12 @@ class HfFolder:
                 found.add("transformers" if on_disk == shape else "published")
         if len(found) > 1:
             raise HfFolderError(f"{self.path} mixes both layouts of fused experts; save it again")
-        if wanted != "auto":
-            if found and wanted not in found:
-                raise HfFolderError(
-                    f"model.experts_layout={wanted} but the experts in {self.path} are in the {found.pop()} layout; "
-                    "use auto"
-                )
-            return "published" if wanted == "published" else "transformers"
-        if not found:
+        layout = found.pop()
+        if wanted not in ("auto", layout):
             raise HfFolderError(
-                f"{self.path} has no fused experts ({' or '.join(self.expert_shapes)}) whose dims tell their layout; "
-                "set model.experts_layout to published (checkpoints from the hub) or transformers (save_pretrained)"
+                f"model.experts_layout={wanted} but the experts in {self.path} are in the {layout} layout; use auto"
             )
-        return found.pop()
+        return layout
 
 
 def expert_kind(name: str) -> str:
@@ -118,19 +196,23 @@ def expert_kind(name: str) -> str:
     return last if parent.endswith(".experts") else ""
 
 
-def _locate(path: Path) -> dict[str, Path]:
-    """Tensor name -> file, in the order of the files."""
-    if (path / INDEX).is_file():
-        weight_map: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
-        absent = sorted({f for f in weight_map.values() if not (path / f).is_file()})
-        if absent:
-            raise HfFolderError(f"{path} is incomplete: {absent[0]} is named in {INDEX} but not there")
-        return {name: path / file for name, file in weight_map.items()}
-    single = path / "model.safetensors"
-    if not single.is_file():
-        raise HfFolderError(f"{path} has no model.safetensors and no {INDEX}; download the weights first")
-    with safe_open(single, framework="pt") as handle:
-        return dict.fromkeys(handle.keys(), single)
+def _reference(hf: Any) -> Any:
+    """transformers' model of a config, without weights."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(hf)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same numbers, whatever their dtypes."""
+    return a.shape == b.shape and all(
+        torch.equal(x.double(), y.double()) for x, y in zip(a.split(4096), b.split(4096), strict=True)
+    )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 _DTYPES = {

@@ -16,6 +16,7 @@ import torch
 
 from gspo_mm.batch.cost import FlopModel
 from gspo_mm.families.base import Copy, Entry, MergeGateUp, MergeQkv, ServedDim, StackExperts, VocabPad
+from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.policy.parallel import ModelDims
 from gspo_mm.types import GspoError
 
@@ -32,12 +33,18 @@ class Qwen3VL:
         hf = AutoConfig.from_pretrained(path)
         text = hf.text_config
         if text.hidden_act != "silu":
-            raise ValueError(
+            raise HfFolderError(
                 f"{path}: text_config.hidden_act={text.hidden_act!r} is not supported; use 'silu'"
             )
         kind = text.rope_parameters.get("rope_type", "default")
         if kind != "default":
-            raise ValueError(f"{path}: rope_type={kind!r} is not supported; use 'default'")
+            raise HfFolderError(f"{path}: rope_type={kind!r} is not supported; use 'default'")
+        if any(moe_layers(text)) and not 2 <= text.num_experts_per_tok <= text.num_experts:
+            raise HfFolderError(
+                f"{path}: text_config.num_experts_per_tok={text.num_experts_per_tok} with num_experts={text.num_experts} "
+                "is not supported: routing weights sum to 1 over the chosen experts, so that a single one leaves the "
+                f"router untrained; use a model with 2 to {text.num_experts} experts per token"
+            )
         return hf
 
     def dims(self, hf: Any) -> ModelDims:

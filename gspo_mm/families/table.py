@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gspo_mm.families.base import Family
 from gspo_mm.families.qwen3_vl import Qwen3VL
+from gspo_mm.hf.headers import read_json
 from gspo_mm.types import GspoError
 
 FAMILIES: dict[str, Family] = {
@@ -26,7 +26,7 @@ def family_of(path: str | Path) -> Family:
         raise UnknownFamilyError(
             f"model.path={path} has no config.json; name a Hugging Face folder (tools/make_tiny_model.py makes one)"
         )
-    model_type = json.loads(file.read_text()).get("model_type")
+    model_type = read_json(file).get("model_type")
     if model_type not in FAMILIES:
         raise UnknownFamilyError(
             f"{file}: model_type={model_type!r} is not supported; use one of {', '.join(FAMILIES)}"

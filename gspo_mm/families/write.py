@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from gspo_mm.config import ModelConfig
-from gspo_mm.families.folder import INDEX, HfFolder, HfFolderError, expert_kind, read_hf
+from gspo_mm.families.folder import HfFolder, expert_kind, read_hf
 from gspo_mm.families.table import family_of
+from gspo_mm.hf.headers import INDEX, SINGLE, HfFolderError
 
 if TYPE_CHECKING:
     from gspo_mm.policy.engine import Policy
@@ -179,7 +180,7 @@ def _write_shards(
 
 def _name_shards(folder: Path, shards: list[_Shard]) -> None:
     if len(shards) == 1:
-        (folder / shards[0][0]).rename(folder / "model.safetensors")
+        (folder / shards[0][0]).rename(folder / SINGLE)
         return
     weight_map: dict[str, str] = {}
     for number, (part, _, names) in enumerate(shards, start=1):

@@ -26,7 +26,7 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from gspo_mm.config import PolicyConfig
-from gspo_mm.families import Family, family_of, read_hf
+from gspo_mm.families import Family, HfFolder, family_of, read_hf
 from gspo_mm.loss.metrics import Metrics
 from gspo_mm.policy import cpu
 from gspo_mm.policy.layout import padded_tokens
@@ -116,9 +116,10 @@ class Policy:
         `total_steps` counts training steps, for the learning-rate schedule. `experts_layout`: see `read_hf`.
         Raises ValueError when the folder, the family, the parallel sizes or the number format do not fit.
         """
+        folder = read_hf(path, experts_layout)  # before anything is built
         family, hf, plan = prepare(path, config, seed=seed)
         policy = cls(family, hf, config, plan, total_steps=total_steps)
-        policy.load_hf(path, experts_layout=experts_layout)
+        policy.load_hf(folder)
         return policy
 
     @torch.no_grad()
@@ -206,9 +207,9 @@ class Policy:
                 _gather_buffer(buffer)
         return self.weights.export(gradient_of)
 
-    def load_hf(self, path: str, *, experts_layout: str = "auto") -> None:
+    def load_hf(self, folder: HfFolder) -> None:
         """Replace all weights by those of a Hugging Face folder of the same architecture."""
-        exact = self.weights.load(read_hf(path, experts_layout))
+        exact = self.weights.load(folder)
         self.optimizer.take_over_parameters(exact)
         self.forget_features()
 

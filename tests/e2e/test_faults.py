@@ -15,11 +15,15 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from gspo_mm.cli import app
+from gspo_mm.families import HfFolderError
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.rollout.registry import Registration, register, registered, servers_folder
 from tests.e2e.conftest import ROOT, gspo_mm
 from tests.waiting import eventually
+from tools import check_parity, hf_to_megatron
 
 
 def failure(*arguments: str) -> str:
@@ -43,6 +47,50 @@ def test_a_missing_shard_is_named(short_config: Path) -> None:
 def test_a_missing_model_is_named(short_config: Path) -> None:
     message = failure("train", str(short_config), "model.path=/nowhere")
     assert "model.path=/nowhere" in message
+
+
+def test_a_tensor_that_training_would_lose_is_refused_by_every_command(
+    short_config: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Before anything is built: the weights are whole and right otherwise, so that training would run to its end."""
+    folder = shutil.copytree(tiny_model, tmp_path / "hf")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"mtp.norm.weight": torch.ones(4)}, folder / "model.safetensors")
+    for command in ("train", "sft", "preflight", "eval", "serve"):
+        result = CliRunner().invoke(app, [command, str(short_config), f"model.path={folder}"])
+        assert isinstance(result.exception, HfFolderError), command
+        assert "holds mtp.norm.weight, which the model of its config.json does not have" in str(
+            result.exception
+        )
+    result = CliRunner().invoke(hf_to_megatron.app, [str(folder), str(tmp_path / "out"), "--plan", "tp=2"])
+    assert "holds mtp.norm.weight" in str(result.exception)
+    result = CliRunner().invoke(check_parity.app, ["--hf", str(folder)])
+    assert result.exit_code == 2
+    assert "holds mtp.norm.weight" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_model_file_is_named_before_torch_is_imported(
+    short_config: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "hf")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    script = (
+        "import sys\n"
+        "from gspo_mm.config import load_config\n"
+        "from gspo_mm.preflight import check_files\n"
+        "try:\n"
+        f"    check_files(load_config({str(short_config)!r}, [{f'model.path={folder}'!r}]))\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "print([m for m in ('torch', 'transformers', 'megatron') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "model.safetensors cannot be read" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_an_empty_reward_file_is_named(short_config: Path, tmp_path: Path) -> None:

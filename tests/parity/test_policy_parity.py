@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gspo_mm.config import PolicyConfig
+from gspo_mm.families import read_hf
 from gspo_mm.families.base import Copy, Entry, MergeGateUp
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
@@ -136,7 +137,7 @@ def test_a_broken_entry_of_the_weight_map_shows_in_the_log_probs(fault: str, tmp
     model = tiny_vl(mlp_only_layers=[0])
     policy = policy_of(model, tmp_path / "hf")
     policy.weights.entries = BROKEN[fault](policy.weights.entries)
-    policy.load_hf(str(tmp_path / "hf"))
+    policy.load_hf(read_hf(tmp_path / "hf"))
     batch = random_batch(model)
     (ours,) = policy.logprobs([batch])
     assert (ours - reference_logprobs(model, batch)).abs().max() > 1e-3

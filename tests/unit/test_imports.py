@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "gspo_mm"
 # a stage may import what stands at or before its own place
 ORDER = [
     ["types", "config", "runtime"],
+    ["hf"],
     ["data"],
     ["rollout"],
     ["reward"],

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gspo_mm.config import PolicyConfig
+from gspo_mm.families import read_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.vision import FeatureCache, deepstack_leaves, split_by_weight
 from tests.tiny_vl import save, tiny_vl
@@ -86,7 +87,7 @@ def test_a_frozen_towers_features_are_made_once_for_all_passes(model: Any, tmp_p
     other = dataclasses.replace(batch, image_keys=("new", *batch.image_keys[1:]))
     frozen.logprobs([other])
     assert calls == [3, 1]
-    frozen.load_hf(str(tmp_path / "hf"))
+    frozen.load_hf(read_hf(tmp_path / "hf"))
     frozen.logprobs([batch])
     assert calls == [3, 1, 3]  # other weights, other features
 
