@@ -68,7 +68,9 @@ def json_schema(text: str, answer: Json, args: JsonSchemaArgs) -> float:
 
 def set_f1(text: str, answer: Json, args: SetArgs) -> float:
     """F1 of the text's items and the answer's: 2 |both| / (|text's| + |answer's|), each item once, normalised."""
-    if isinstance(answer, list) and not answer:
+    if isinstance(answer, str):
+        answer = answer.split(args.separator)
+    if answer == []:
         wanted = set()
     else:
         wanted = {item for each in alternatives(answer) if (item := normalise(each, articles=True))}
