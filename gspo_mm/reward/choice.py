@@ -76,7 +76,9 @@ def _letter_of(text: str, letters: str, options: Sequence[str]) -> str | None:
 def _by_text(text: str, letters: str, options: Sequence[str]) -> str | None:
     """The one option of that text: to the letter, else up to case, else up to punctuation."""
     for form in (str.split, lambda each: each.casefold().split(), _norm):
-        same = [letter for letter, option in zip(letters, options, strict=False) if form(option) == form(text)]
+        same = [
+            letter for letter, option in zip(letters, options, strict=False) if form(option) == form(text)
+        ]
         if len(same) == 1 and text.strip() and form(text):
             return same[0]
     return None

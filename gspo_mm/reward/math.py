@@ -74,7 +74,7 @@ def _equal(text: str, answer: str, digits: int) -> bool:
         return True
     (name, given), (wanted_name, wanted) = split_name(text), split_name(answer)
     # `x = 5` is 5, but `y = 2x` is no name of 2x where the other is an equation as well
-    if name and (name == wanted_name or not is_relation(answer)) or wanted_name and not is_relation(text):
+    if (name and (name == wanted_name or not is_relation(answer))) or (wanted_name and not is_relation(text)):
         return _equal(given, wanted, digits)
     given, unit = split_unit(text)
     wanted, wanted_unit = split_unit(answer)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 _LARGEST_POWER = 400  # of ten: a larger one is babble, and costs memory
 _WORD = re.compile(r"[^\W\d_]{3,}")
-_FUNCTIONS = {*"sin cos tan cot sec csc log exp sqrt arcsin arccos arctan deg".split()}
+_FUNCTION_WORDS = re.compile(r"(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|exp|sqrt|deg", re.IGNORECASE)
 # what people type instead of LaTeX
 _TYPED = str.maketrans({"−": "-", "–": "-", "π": r"\pi ", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ",
                         "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in "})  # fmt: skip
@@ -50,7 +50,9 @@ _NAMES = """m meter metre|cm centimeter centimetre|mm millimeter millimetre|km k
 |mph|N newton|J joule|W watt|V volt|A ampere amp|K kelvin|Hz hertz|Pa pascal|mol|unit|°C|°F"""
 _UNITS = {name: line.split()[0] for line in _NAMES.replace("\n", "").split("|") for name in line.split()}
 # without \text{}, a single letter is a variable
-_PLAIN_UNIT = "|".join(sorted((re.escape(u) + "s?" for u in _UNITS if len(u) > 1 or not u.isalpha()), key=len))
+_PLAIN_UNIT = "|".join(
+    sorted((re.escape(u) + "s?" for u in _UNITS if len(u) > 1 or not u.isalpha()), key=len)
+)
 _PER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
 _TAIL = re.compile(
     rf"(.*[0-9}})\].a-zA-Z])\s*(⟨[^⟩]*⟩{_PER}|°\s*(?:[CF]|⟨[CF]⟩)|(?<![A-Za-z\\])(?:{_PLAIN_UNIT}){_PER}(?:\s*/\s*[a-z]+{_PER})?)",
@@ -61,7 +63,16 @@ _NAME = re.compile(
     r"((?:\\?[A-Za-z]+|⟨[^⟩]*⟩)(?:_(?:\{\w+\}|\w))?(?:\([a-z](?:,\s*[a-z])*\))?)\s*(?:=|\\in(?![A-Za-z]))\s*(?:[^<>,]*=)?\s*([^=<>]+)"
 )
 _ORDER = re.compile(r"(\\leq?|\\geq?|\\lt|\\gt|\\neq?|<=|>=|!=|<|>)(?![A-Za-z])")
-_ORDERS = {r"\leq": "<=", r"\le": "<=", r"\lt": "<", r"\geq": ">=", r"\ge": ">=", r"\gt": ">", r"\neq": "!=", r"\ne": "!="}
+_ORDERS = {
+    r"\leq": "<=",
+    r"\le": "<=",
+    r"\lt": "<",
+    r"\geq": ">=",
+    r"\ge": ">=",
+    r"\gt": ">",
+    r"\neq": "!=",
+    r"\ne": "!=",
+}
 _RELATION = re.compile(r"=|\\in(?![A-Za-z])|" + _ORDER.pattern)
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}
 _MATRIX = re.compile(
@@ -98,7 +109,7 @@ def unmarked(text: str) -> str:
 def is_words(text: str) -> bool:
     """Whether it is no formula: it holds a word of three letters, or is nothing but what stood in \\text{}."""
     bare = re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", " ", text)
-    return any(word.lower() not in _FUNCTIONS for word in _WORD.findall(bare)) or bool(
+    return any(not _FUNCTION_WORDS.fullmatch(word) for word in _WORD.findall(bare)) or bool(
         re.fullmatch(r"(?:⟨[^⟩]*⟩\s*)+", text)
     )
 
@@ -126,7 +137,12 @@ def split_unit(text: str) -> tuple[str, str]:
 
 def _unit(found: re.Match[str]) -> str:
     name = "".join(found[0].split())
-    return _UNITS.get(name) or _UNITS.get(name.lower().removesuffix("s")) or _UNITS.get(name.lower()) or name.lower()
+    return (
+        _UNITS.get(name)
+        or _UNITS.get(name.lower().removesuffix("s"))
+        or _UNITS.get(name.lower())
+        or name.lower()
+    )
 
 
 def number_of(text: str) -> Fraction | None:
@@ -137,7 +153,9 @@ def number_of(text: str) -> Fraction | None:
     if len(text) > 60:
         return None
     if found := _FRACTION.fullmatch(text):
-        whole, top, bottom = (int(n or 0) for n in (found[1] or found[4], found[2] or found[5], found[3] or found[6]))
+        whole, top, bottom = (
+            int(n or 0) for n in (found[1] or found[4], found[2] or found[5], found[3] or found[6])
+        )
         return sign * (whole + Fraction(top, bottom)) if bottom else None
     if not (found := _DECIMAL.fullmatch(text)):
         return None

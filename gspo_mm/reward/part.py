@@ -53,11 +53,11 @@ class PartType:
     whole_text: bool = False  # judges the completion's text as it is, not the extracted answer
     context: tuple[str, ...] = ()  # names in CONTEXT
     lowest: float = 0.0  # of its values, up to 1; below 0 it is a penalty
-    # 1 is for a text that is the answer word for word, whatever else the part thinks of it
+    # a text that is the answer word for word, or one of a list, gives 1, whatever else the part thinks of it
     compares: bool = False
     json_answer: bool = False  # an answer that is the text of JSON is what it holds
     # (prompt) -> None, raises for an answer that cannot be judged; null: the part judges an empty text instead
-    check: Callable[[Prompt], None] | None = None
+    check: Callable[[Prompt], object] | None = None
 
 
 def count_tokens(prompt: Prompt, completion: Completion) -> int:

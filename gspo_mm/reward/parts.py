@@ -17,10 +17,17 @@ PARTS: dict[str, PartType] = {
     "anls": PartType(judge=ocr.anls, args=ocr.AnlsArgs, compares=True),
     "cer": PartType(judge=ocr.cer, args=ocr.ErrorRateArgs, compares=True),
     "wer": PartType(judge=ocr.wer, args=ocr.ErrorRateArgs, compares=True),
-    "box_iou": PartType(judge=grounding.box_iou, args=grounding.BoxArgs, compares=True, json_answer=True, context=("size",)),
-    "point_in_box": PartType(judge=grounding.point_in_box, args=grounding.PlaceArgs, json_answer=True, context=("size",)),
-    "grounding_f1": PartType(judge=grounding.grounding_f1, args=grounding.GroundingArgs, compares=True, json_answer=True, context=("size",)),
-    "set_f1": PartType(judge=structure.set_f1, args=structure.SetArgs, json_answer=True, compares=True),
+    "box_iou": PartType(judge=grounding.box_iou, args=grounding.BoxArgs, json_answer=True, context=("size",)),
+    "point_in_box": PartType(
+        judge=grounding.point_in_box, args=grounding.PlaceArgs, json_answer=True, context=("size",)
+    ),
+    "grounding_f1": PartType(
+        judge=grounding.grounding_f1,
+        args=grounding.GroundingArgs,
+        json_answer=True,
+        context=("size",),
+    ),
+    "set_f1": PartType(judge=structure.set_f1, args=structure.SetArgs, json_answer=True),
     "json_schema": PartType(judge=structure.json_schema, args=structure.JsonSchemaArgs),
     "format": PartType(judge=text.format_, args=text.FormatArgs, whole_text=True),
     "repetition": PartType(judge=shape.repetition, args=shape.RepetitionArgs, whole_text=True),
