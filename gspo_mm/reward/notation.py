@@ -178,15 +178,15 @@ def listed(text: str) -> Listed | None:
             members, signs = members[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
         return Listed(" ".join(signs), tuple(each.strip() for each in members), signs != ["!="])
     if len(sets := _split(text, "\\cup")) > 1:
-        return Listed("union", sets, ordered=False)
+        return Listed("union", _different(sets), ordered=False)
     inner = text.replace("\\{", "{").replace("\\}", "}")
     if inner[:1] in _BRACKETS and inner[-1:] in _BRACKETS[inner[0]] + ")" and _is_closed(inner[1:-1]):
         members = _split(inner[1:-1], ",")
         if inner[0] == "{":
-            return Listed("set", members, ordered=False)
+            return Listed("set", _different(members), ordered=False)
         return Listed(inner[0] + inner[-1], members) if len(members) > 1 else None
     members = _split(inner, ",")
-    return Listed("set", members, ordered=False) if len(members) > 1 else None
+    return Listed("set", _different(members), ordered=False) if len(members) > 1 else None
 
 
 def _is_closed(text: str) -> bool:
@@ -209,3 +209,8 @@ def _split(text: str, sign: str) -> tuple[str, ...]:
         else:
             parts.append(piece)
     return tuple(part.strip() for part in parts)
+
+
+def _different(members: tuple[str, ...]) -> tuple[str, ...]:
+    """Each once: a set says nothing twice."""
+    return tuple({"".join(member.split()): member for member in members}.values())

@@ -6,6 +6,7 @@ Each part that covers the prompt's task judges the text; the reward is what `com
 - A text that states two different answers states none: every part that reads the extracted answer gives 0.
 - So does a text without an answer.
 - A part named in `gate` must give 1; else nothing that other parts give counts, and what penalties take does.
+- A text that is the data's answer word for word is right to every part that compares the two (PartType.compares).
 - A part must judge every text; what it raises is a fault of the part or the data, never of the model. Such a
   completion gets no reward (value NaN, `error` set), is counted and logged, and is left out of training; it is
   not scored 0.
