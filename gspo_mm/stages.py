@@ -221,10 +221,9 @@ def preflight_prompts(config: Config, *, everything: bool = False) -> str:
     rewards = load_rewards(config.reward, config.data.reward_files())
     checked = check_answers(config, rewards, everything=everything)
     processor = Processor(config.model.path, config.data)
-    with closing(PromptSource(config.data, processor, seed=config.run.seed, split="train")) as source:
+    source = PromptSource(config.data, processor, seed=config.run.seed, split="train", check=rewards.check)
+    with closing(source):
         prompts = source.take(config.rollout.prompts_per_step)
-    for each in prompts:
-        rewards.check(each.prompt)
     tasks = Counter(each.prompt.task for each in prompts)
     return (
         f"{checked}\nthe first {len(prompts)} prompts can be used: "

@@ -21,6 +21,7 @@ from gspo_mm.reward.choice import ChoiceArgs, choice
 from gspo_mm.reward.math import MathArgs, math_
 from gspo_mm.reward.sources import check_failures, load_rewards
 from gspo_mm.reward.spec import RewardFileError, parse_reward
+from gspo_mm.stages import preflight_prompts
 from gspo_mm.types import Completion, DataError, Finish, GspoError, Prompt, RolloutGroup, Score
 from tests.tars import image_bytes, record, write_tar
 
@@ -277,6 +278,12 @@ def test_a_few_of_them_are_named_and_skipped(tmp_path: Path, tiny_model: Path) -
         )
         assert [p.prompt.answer for p in source.take(6)] == [3, 5] * 3
     assert source.skipped == 3
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tiny_model)})})
+    said = preflight_prompts(
+        config.model_copy(update={"rollout": config.rollout.model_copy(update={"prompts_per_step": 6})})
+    )
+    assert "3 of the first 9 samples cannot be used" in said
+    assert "the first 6 prompts can be used: 6 count" in said
     listed = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert [line["sample"] for line in listed] == [f"train-000000.tar/00000{i}" for i in (1, 4, 7)]
     assert {line["reason"] for line in listed} == {"unusable answer"}
