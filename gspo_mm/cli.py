@@ -95,8 +95,14 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def preflight(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Read the first prompts and find their rewards; with servers, start them and compare them with the policy.
+def preflight(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="look at the answers of all training and validation samples")
+    ] = False,
+) -> None:
+    """Read the first prompts and check their answers; with servers, start them and compare them with the policy.
 
     Servers get the policy's weights, and their log-probs must be the policy's, by position. `train` does the same before
     its first step; here it is done alone, for a new model, machine, version of sglang, data set or reward file.
@@ -109,7 +115,7 @@ def preflight(config: ConfigPath, overrides: Overrides = None) -> None:
     rank = int(os.environ.get("RANK", "0"))
     setup_logging(rank=rank)
     if rank == 0:
-        typer.echo(preflight_prompts(loaded))
+        typer.echo(preflight_prompts(loaded, everything=everything))
     if loaded.rollout.engine != "sglang":
         return
     gaps = preflight_servers(loaded)

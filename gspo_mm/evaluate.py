@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import closing
 from statistics import fmean
 
 from gspo_mm.config import Config
-from gspo_mm.reward.sources import Rewards, describe_failures, load_rewards
+from gspo_mm.reward.sources import Rewards, describe_failures, failed_fraction, load_rewards
 from gspo_mm.rollout.engine import RolloutEngine, sample_groups
 from gspo_mm.types import EncodedPrompt, RolloutGroup, SamplingParams
 
@@ -18,25 +19,38 @@ logger = logging.getLogger(__name__)
 def evaluate(
     engine: RolloutEngine, prompts: list[EncodedPrompt], reward: Rewards, *, max_new_tokens: int
 ) -> tuple[dict[str, float], list[RolloutGroup]]:
-    """Metrics {"eval/accuracy", "eval/reward", "eval/accuracy/<task>"} and the scored answers, one per prompt.
+    """Metrics {"eval/accuracy", "eval/reward", "eval/accuracy/<task>", "eval/failed"} and the scored answers, one per prompt.
 
-    A completion whose reward failed counts as wrong: a benchmark number must not rise because a judge broke.
+    Means are over the answers that were judged; what none of them measures is left out. `eval/failed` says how many of
+    all were not.
     """
     sampling = SamplingParams(temperature=0.0, max_new_tokens=max_new_tokens)
     groups = sample_groups(engine, prompts, group_size=1, sampling=sampling, seed=0, first_id=0)
     groups = reward.score_groups(groups)
     if failures := describe_failures(groups, what="held-out answers"):
         logger.warning(failures)
+    judged = [(group.prompt.task, group.scores[0]) for group in groups if group.scores[0].error is None]
     right: dict[str, list[float]] = defaultdict(list)
-    for group in groups:
-        right[group.prompt.task].append(group.scores[0].accuracy or 0.0)
-    everything = [x for values in right.values() for x in values]
-    metrics = {
-        "eval/accuracy": fmean(everything),
-        "eval/reward": fmean(0.0 if g.scores[0].error else g.scores[0].value for g in groups),
-        **{f"eval/accuracy/{task}": fmean(values) for task, values in sorted(right.items())},
+    for task, score in judged:
+        if score.accuracy is not None:
+            right[task].append(score.accuracy)
+    values = {
+        "eval/accuracy": [x for of_task in right.values() for x in of_task],
+        "eval/reward": [score.value for _, score in judged],
+        **{f"eval/accuracy/{task}": of_task for task, of_task in sorted(right.items())},
     }
-    return metrics, groups
+    metrics = {name: fmean(each) for name, each in values.items() if each}
+    return metrics | {"eval/failed": failed_fraction(groups)}, groups
+
+
+def describe_accuracy(metrics: Mapping[str, float]) -> str:
+    """ "held-out accuracy 52.0 %", or why there is none."""
+    if "eval/accuracy" in metrics:
+        return f"held-out accuracy {100 * metrics['eval/accuracy']:.1f} %"
+    reason = (
+        "the reward of every answer failed" if metrics["eval/failed"] == 1 else "no part measures these tasks"
+    )
+    return f"held-out accuracy cannot be measured: {reason}"
 
 
 def evaluate_folder(config: Config) -> dict[str, float]:
@@ -55,7 +69,7 @@ def evaluate_folder(config: Config) -> dict[str, float]:
         serve_folder(engine, config)
         metrics, _ = evaluate(
             engine,
-            held_out_prompts(config, processor),
+            held_out_prompts(config, processor, rewards),
             rewards,
             max_new_tokens=config.rollout.sampling.max_new_tokens,
         )

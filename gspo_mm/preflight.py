@@ -1,14 +1,23 @@
-"""What can be told before torch is imported: files that a config names and that are not there, or not whole."""
+"""What can be told before a model is loaded: files that are missing or not whole, answers that no reward part can judge."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from gspo_mm.config import Config, ConfigError
+from gspo_mm.data.mixture import Mixture, Source
 from gspo_mm.data.places import expand_shards
+from gspo_mm.data.samples import BadSample, sample_key, to_prompt
 from gspo_mm.hf.headers import read_headers
-from gspo_mm.reward.sources import load_rewards
+from gspo_mm.reward.sources import Rewards, load_rewards
+from gspo_mm.types import DataError
+
+_FIRST = 100  # samples of each source that are looked at before every run
+_NAMED = 10  # samples in one message
 
 
 def check_files(config: Config) -> None:
@@ -43,3 +52,59 @@ def check_writable(config: Config) -> None:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(f"run.dir={config.run.dir}: {folder} is not writable; choose another run.dir")
+
+
+def check_answers(config: Config, rewards: Rewards, *, everything: bool = False) -> str:
+    """Have reward parts look at the answers of each source's first samples, or of all; says how many can be used.
+
+    Raises DataError naming samples, when more than data.max_bad_fraction of them have an answer that cannot be judged (with
+    `everything`: are unusable for any reason); RewardFileError for a task that no part covers.
+    """
+    said = [
+        _check_split(config, rewards, split, everything)
+        for split in ("train", "validation")
+        if config.data.sources(split)
+    ]
+    if rewards.unmeasured:
+        said.append(f"tasks that count in no accuracy: {', '.join(sorted(rewards.unmeasured))}")
+    return "\n".join(said)
+
+
+def _check_split(
+    config: Config, rewards: Rewards, split: Literal["train", "validation"], everything: bool
+) -> str:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    read = 0
+    faults: list[tuple[str, BadSample]] = []
+    with Progress(console=Console(stderr=True), transient=True, disable=not everything) as progress:
+        bar = progress.add_task(f"data.{split}", total=None)
+        for source in config.data.sources(split):
+            shards = Source(name=source.name, shards=expand_shards(source.shards))
+            samples = Mixture([shards], shuffle_buffer=0, seed=0, repeat=False)
+            for raw, _ in islice(samples, None if everything else _FIRST):
+                read += 1
+                progress.update(
+                    bar, advance=1, description=f"data.{split}: {read} samples, {len(faults)} unusable"
+                )
+                try:
+                    rewards.check(to_prompt(raw))
+                except BadSample as fault:
+                    faults.append((sample_key(raw), fault))
+    if not everything:  # others are counted where prompts are read
+        faults = [(key, fault) for key, fault in faults if fault.reason == "unusable answer"]
+    which = "all" if everything else "the first"
+    if not faults:
+        return f"data.{split}: the answers of {which} {read} samples can be judged"
+    counts = ", ".join(f"{n} {reason}" for reason, n in Counter(f.reason for _, f in faults).most_common())
+    named = "".join(f"\n    {key}: {fault}" for key, fault in faults[:_NAMED])
+    more = f"\n    and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    told = f"data.{split}: {len(faults)} of {which} {read} samples cannot be used ({counts}):{named}{more}"
+    limit = config.data.max_bad_fraction
+    if len(faults) > limit * read:
+        raise DataError(
+            f"{told}\nThat is more than data.max_bad_fraction={limit:g}. Correct `answer` (or `meta`) in the shards' JSON, or "
+            f"the parts of their task in {config.reward.file}"
+        )
+    return f"{told}\nThey will be skipped."

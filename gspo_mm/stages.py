@@ -25,6 +25,7 @@ from gspo_mm.observe.rollouts import list_steps, load_rollouts
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.precision import DTYPES
 from gspo_mm.policy.reference import Reference
+from gspo_mm.preflight import check_answers
 from gspo_mm.reward.sources import Rewards, load_rewards
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
@@ -113,6 +114,9 @@ def build_stages(
         forget_ended(servers_folder(config.run.path))
     torch.manual_seed(config.run.seed)
     reward = load_rewards(config.reward, config.data.reward_files())
+    with ranks.together():
+        if ranks.main:
+            check_answers(config, reward)
     processor = Processor(config.model.path, config.data)
     source = PromptSource(
         config.data,
@@ -120,6 +124,7 @@ def build_stages(
         seed=config.run.seed,
         split="train",
         quarantine=quarantine(config, "train") if ranks.main else None,
+        check=reward.check,
     )
     with ranks.together():
         if ranks.main and resumed:
@@ -141,7 +146,7 @@ def build_stages(
         if host:
             host.start()
         if ranks.main:
-            held_out = held_out_prompts(config, processor, quarantine(config, "validation"))
+            held_out = held_out_prompts(config, processor, reward, quarantine(config, "validation"))
             source.hold_out(held_out)
             canary = canary_prompts(config, processor, held_out)
             engine = None if config.rollout.replay else build_engine(config, processor, stop)
@@ -219,20 +224,22 @@ def check_servers(config: Config, stages: Stages) -> Mapping[str, Gap]:
     )
 
 
-def preflight_prompts(config: Config) -> str:
-    """Read the first training prompts and find the parts that judge them; says what they are like.
+def preflight_prompts(config: Config, *, everything: bool = False) -> str:
+    """Read the first training prompts and have their parts look at their answers; says what they are like.
 
-    Raises DataError, or RewardFileError for a task that no part covers.
+    With `everything` all samples of both splits are read. Raises DataError naming samples whose answers cannot be judged,
+    or RewardFileError for a task that no part covers.
     """
     rewards = load_rewards(config.reward, config.data.reward_files())
+    checked = check_answers(config, rewards, everything=everything)
     processor = Processor(config.model.path, config.data)
-    with closing(PromptSource(config.data, processor, seed=config.run.seed, split="train")) as source:
+    source = PromptSource(config.data, processor, seed=config.run.seed, split="train", check=rewards.check)
+    with closing(source):
         prompts = source.take(config.rollout.prompts_per_step)
-    for each in prompts:
-        rewards.check(each.prompt)
     tasks = Counter(each.prompt.task for each in prompts)
     return (
-        f"the first {len(prompts)} prompts can be used: {', '.join(f'{n} {task}' for task, n in tasks.most_common())}; "
+        f"{checked}\nthe first {len(prompts)} prompts can be used: "
+        f"{', '.join(f'{n} {task}' for task, n in tasks.most_common())}; "
         f"{max(len(each.token_ids) for each in prompts)} tokens in the longest"
     )
 
@@ -251,13 +258,18 @@ def quarantine(config: Config, split: str) -> Path:
 
 
 def held_out_prompts(
-    config: Config, processor: Processor, quarantine: Path | None = None
+    config: Config, processor: Processor, reward: Rewards, quarantine: Path | None = None
 ) -> list[EncodedPrompt]:
     """The first `train.eval_prompts` validation prompts in shard order: the same ones at every evaluation."""
     if not config.data.validation:
         return []
     source = PromptSource(
-        config.data, processor, seed=config.run.seed, split="validation", quarantine=quarantine
+        config.data,
+        processor,
+        seed=config.run.seed,
+        split="validation",
+        quarantine=quarantine,
+        check=reward.check,
     )
     return source.all(config.train.eval_prompts)
 

@@ -22,7 +22,7 @@ from gspo_mm.batch import sequences_of, split_evenly
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
-from gspo_mm.evaluate import evaluate
+from gspo_mm.evaluate import describe_accuracy, evaluate
 from gspo_mm.families.write import export_hf
 from gspo_mm.loss.gspo import check_clip_can_act
 from gspo_mm.observe.health import Health, at_start
@@ -211,7 +211,7 @@ class Loop:
     def score(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         if not all(group.scores for group in groups):  # servers' answers were scored as they came
             groups = self.stages.reward.score_groups(groups)
-        check_failures(groups, self.config.reward, what=f"step {self.step + 1}")
+        check_failures(groups, self.config.reward, what=f"step {self.step + 1}", told=self.stages.reward.told)
         return groups
 
     def staleness(self, groups: list[RolloutGroup]) -> dict[str, float]:
@@ -254,7 +254,7 @@ class Loop:
                 )
         if not metrics:
             return {}
-        logger.info("step %d: held-out accuracy %.1f %%", self.step, 100 * metrics["eval/accuracy"])
+        logger.info("step %d: %s", self.step, describe_accuracy(metrics))
         return metrics
 
     def bring_first_weights(self) -> None:
@@ -269,7 +269,7 @@ class Loop:
         owed = False
         if self.ranks.main and (self.step == 0 or self.is_evaluation_step()):
             line = (read_metrics(self.run.path) or [{"step": 0}])[-1]
-            owed = line["step"] == self.step and "eval/accuracy" not in line
+            owed = line["step"] == self.step and not any(name.startswith("eval/") for name in line)
         metrics = self.evaluate() if self.ranks.from_main(owed) else {}
         times = self.phases.take()
         if metrics and self.metrics:

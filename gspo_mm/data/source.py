@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 class PromptSource:
     """The training split goes on for ever, mixed and shuffled by seed; the validation split keeps its order.
 
-    Nothing is read before the first prompt is asked for. `quarantine`: the file that lists unusable samples.
+    Nothing is read before the first prompt is asked for. `quarantine`: the file that lists unusable samples. `check`
+    raises BadSample for a prompt whose answer no reward part can judge.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class PromptSource:
         seed: int,
         split: Literal["train", "validation"],
         quarantine: Path | None = None,
+        check: Callable[[Prompt], None] = lambda prompt: None,
     ) -> None:
         self._config = config
         self._processor = processor
@@ -48,6 +50,7 @@ class PromptSource:
         ]
         self._training = split == "train"
         self._seed = seed
+        self._check = check
         self._filter = Filter(config, training=self._training)
         self._skips = SkipLog(config.max_bad_fraction, quarantine)
         self._position = Position()
@@ -168,6 +171,7 @@ class PromptSource:
     def _checked(self, raw: RawSample, position: Position) -> Prompt:
         prompt = to_prompt(raw, partial(self._skips.unused, sample_key(raw)))
         self._filter.check(prompt, position.taken)
+        self._check(prompt)
         return prompt
 
 

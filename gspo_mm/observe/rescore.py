@@ -27,6 +27,7 @@ from gspo_mm.reward.spec import RewardFileError, load_reward
 from gspo_mm.types import Completion, GspoError, Prompt, RolloutGroup, Score
 
 _SHOWN = 60  # characters of a response in a table
+_KEYS = 5  # samples that are named with the reason why they failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +109,13 @@ def show_scores(answers: Sequence[Answer], scores: Sequence[Score], rows: int, c
     if len(answers) > rows:
         console.print(f"{len(answers) - rows} more samples; --rows shows more of them")
     console.print(_means(answers, scores, names))
+    failed: dict[str, list[str]] = defaultdict(list)
     for answer, score in zip(answers, scores, strict=True):
         if score.error:
-            console.print(Text(f"{answer.prompt.key} failed: {score.error}"))
+            failed[score.error].append(answer.prompt.key)
+    for reason, keys in failed.items():
+        more = f" and {len(keys) - _KEYS} more" if len(keys) > _KEYS else ""
+        console.print(Text(f"{', '.join(keys[:_KEYS])}{more} failed: {reason}"))
 
 
 def check_file(path: Path, console: Console) -> bool:
@@ -121,6 +126,9 @@ def check_file(path: Path, console: Console) -> bool:
     checked = check_cases(path, spec.cases)
     console.print(_case_table(path, checked, [part.name for part in spec.parts]))
     wrong = sum(bool(one.faults) for one in checked)
+    for reason in dict.fromkeys(one.score.error for one in checked if one.score.error):
+        cases = [str(i) for i, one in enumerate(checked) if one.score.error == reason]
+        console.print(Text(f"case {', '.join(cases)}: {reason}"))
     console.print(
         f"{path}: {len(checked)} cases, {wrong} differ" if wrong else f"{path}: {len(checked)} cases pass"
     )
@@ -147,7 +155,10 @@ def _case_table(path: Path, checked: Sequence[Checked], names: Sequence[str]) ->
             *(_number(one.score.parts.get(name)) for name in names),
             _number(None if one.score.error else one.score.value),
             _number(case.score),
-            Text("; ".join(one.faults) or "ok", style="bold red" if one.faults else "green"),
+            Text(
+                "failed" if one.score.error else "; ".join(one.faults) or "ok",
+                style="bold red" if one.faults else "green",
+            ),
         )
     return table
 

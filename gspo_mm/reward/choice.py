@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
+import string
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from pydantic import Field
 
-from gspo_mm.reward.part import Args
+from gspo_mm.reward.part import Args, written
 from gspo_mm.reward.text import normalise
 from gspo_mm.types import Json
 
 _LONGEST = 2000  # characters; a longer text is no choice
 _MARKS = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed)\s*(?=\{)|[*_`$\\{}]")  # of Markdown and LaTeX
-_LONE_LETTER = re.compile(r"(?<![^\W_])[A-Z](?![^\W_]|['’][a-z])")
+_LONE_LETTER = re.compile(r"(?<![^\W_])[A-Z](?![^\W_]|['’][a-z]|[+#*])")
 _ONLY_LETTER = re.compile(r"\s*(?:option\s+)?[(\[]?\s*([A-Za-z])\s*[)\]]?\s*[.:]?\s*", re.IGNORECASE)
 _LETTER_AND_TEXT = re.compile(r"\s*[(\[]?([A-Za-z])(?:[)\]]\s*[.:,-]?|\s*[.:,-])\s+(\S.*)", re.DOTALL)
+# of sentences; others, as in C++, C# and a-b, tell options apart
+_PUNCTUATION = str.maketrans("", "", "".join(set(string.punctuation) - set("+-#^=<>/%*&|~@\\")))
 _DENIAL = re.compile(r"\b(?:not|neither|nor|except|isn't|cannot)\b", re.IGNORECASE)
 
 
@@ -32,11 +36,12 @@ def choice(text: str, answer: Json, args: ChoiceArgs, *, meta: Mapping[str, Json
     """1 where the text states the right option and no other, by its letter, its text, or both.
 
     `B`, `(b)`, `B. Paris`, `Paris`, `The answer is B` state B. All letters listed, two letters, a letter with the
-    text of another option, or `not B` state none. `answer` is a letter or the text of an option.
+    text of another option, or `not B` state none. `answer` is a letter or the text of an option. Where the options
+    are letters themselves, a letter alone is that of the list, in the text and in the answer: only `B. A` has both.
     """
     options = _options(meta, args)
     letters = args.letters[: len(options)] if options else args.letters
-    wanted = _letter_of(str(answer), letters, options) if isinstance(answer, str) else None
+    wanted = _letter_of(written(answer) or "", letters, options)
     if wanted is None:
         known = " and ".join([letters[0] + "-" + letters[-1], *(["the texts in meta"] if options else [])])
         raise ValueError(f"answer {answer!r} is none of the options ({known})")
@@ -63,25 +68,25 @@ def stated_letters(text: str, letters: str, options: Sequence[str] = ()) -> set[
 
 
 def _letter_of(text: str, letters: str, options: Sequence[str]) -> str | None:
-    """The option that the whole text is: by its text, else by its letter."""
-    named = _by_text(text, letters, options)
-    if named is not None:
-        return named
+    """The option that the whole text is: by its letter, else by its text."""
     only = _ONLY_LETTER.fullmatch(text)
-    return only[1].upper() if only and only[1].upper() in letters else None
+    return only[1].upper() if only and only[1].upper() in letters else _by_text(text, letters, options)
 
 
 def _by_text(text: str, letters: str, options: Sequence[str]) -> str | None:
-    if not options:
-        return None
-    wanted = normalise(text, articles=True)
-    same = [letter for letter, option in zip(letters, options, strict=False) if _norm(option) == wanted]
-    return same[0] if len(same) == 1 and wanted else None
+    """The one option of that text: to the letter, else up to case, else up to punctuation."""
+    for form in (str.split, lambda each: each.casefold().split(), _norm):
+        same = [
+            letter for letter, option in zip(letters, options, strict=False) if form(option) == form(text)
+        ]
+        if len(same) == 1 and text.strip() and form(text):
+            return same[0]
+    return None
 
 
 def _mentioned(text: str, letters: str, options: Sequence[str]) -> set[str]:
     """Options whose text stands in the text as whole words, but not only inside a longer option's."""
-    rest = f" {normalise(text, articles=True)} "
+    rest = f" {_norm(text)} "
     found = set()
     for letter, option in sorted(zip(letters, options, strict=False), key=lambda pair: -len(_norm(pair[1]))):
         words = f" {_norm(option)} "
@@ -92,8 +97,14 @@ def _mentioned(text: str, letters: str, options: Sequence[str]) -> set[str]:
     return found
 
 
-def _norm(option: str) -> str:
-    return normalise(option, articles=True)
+def _norm(text: str) -> str:
+    """As `normalise`, but that signs count where they tell options apart."""
+    words = unicodedata.normalize("NFC", text).casefold().split()
+    words = [
+        normalise(word, articles=True) if any(c.isdigit() for c in word) else word.translate(_PUNCTUATION)
+        for word in words
+    ]
+    return " ".join(word for word in words if word.strip("-*"))
 
 
 def _options(meta: Mapping[str, Json], args: ChoiceArgs) -> list[str]:
@@ -104,4 +115,4 @@ def _options(meta: Mapping[str, Json], args: ChoiceArgs) -> list[str]:
         raise ValueError(f"meta.{args.options}={options!r} lists no options")
     if len(options) > len(args.letters):
         raise ValueError(f"meta.{args.options} lists {len(options)} options for the letters {args.letters}")
-    return [str(option) for option in options]
+    return [written(option) or str(option) for option in options]

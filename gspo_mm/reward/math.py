@@ -1,12 +1,15 @@
 r"""The reward part of mathematical answers: math. See `part.py` for the contract of a part.
 
-Equality is the math-verify library's (Hugging Face): LaTeX to sympy, compared as numbers, then as expressions.
-What it leaves to its caller is done here:
+Text and answer are taken apart first (`notation.py`): a name before `=`, units, the members of pairs, sets and
+matrices, plain numbers. Numbers are compared as exact fractions, members one by one, words as words. What is left are
+expressions; their equality is the math-verify library's (Hugging Face): LaTeX to sympy, compared as numbers, then as
+expressions. What it leaves to its caller is done here:
 
 - Its time limits are signals, which break in threads, so they are off. What makes sympy run for hours is told by
   the text and refused instead: towers and large powers, sums and integrals, deep nesting, long texts. A final
   answer is worked out. What is still slow meets the deadline of the process that scores.
 - It reads words as products of letters: `teas` would equal `seat`. Here words are compared as words.
+- It rounds to decimal places, so that 1e-19 would equal 1e-31: values are compared here, in proportion.
 """
 
 from __future__ import annotations
@@ -17,8 +20,19 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from gspo_mm.reward.part import Args
-from gspo_mm.reward.text import normalise, parse_number
+from gspo_mm.reward.notation import (
+    Listed,
+    bare_math,
+    is_relation,
+    is_words,
+    listed,
+    number_of,
+    split_name,
+    split_unit,
+    unmarked,
+)
+from gspo_mm.reward.part import Args, written
+from gspo_mm.reward.text import normalise
 from gspo_mm.types import Json
 
 _LONGEST = 200  # characters of a final answer
@@ -29,74 +43,90 @@ _MOST_LETTERS = 4  # different variables: expanding (a+b+c+d)^12 makes 455 terms
 _MOST_FUNCTIONS = 2  # simplifying sin(log(log(e) - 2) - 99) takes sympy ten seconds
 _FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp)")
 _ENDLESS = re.compile(r"\\(?:i+nt|oint|sum|prod|lim|d?binom|Gamma|begin|zeta)\b|\bd/d|[!#&]")
-_COMMAND = re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_WORD = re.compile(r"[^\W\d_]{3,}")
-_FUNCTIONS = {
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "log",
-    "exp",
-    "sqrt",
-    "arcsin",
-    "arccos",
-    "arctan",
-    "deg",
-}
+_COMMAND = re.compile(r"\\[A-Za-z]+")
 _POWER = re.compile(
     r"(?P<base>[0-9.]*)\s*(?:\^|\*\*)\s*(?:\{(?P<braced>[^{}]*)\}|(?P<plain>[0-9]+|[^\s{}()]))"
 )
-_QUOTIENT = re.compile(r"([0-9]{1,9})/([0-9]{1,9})|\\d?frac\{([0-9]{1,9})\}\{([0-9]{1,9})\}")
-# what people type instead of LaTeX
-_DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\degree\b|\bdeg(?:rees?)?\b")
-_ROOT = re.compile(r"√\s*([0-9]+|[a-z])|(?:√|(?<![\\A-Za-z])sqrt)\s*\(([^()]*)\)")
-_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
-_TYPED = str.maketrans({"−": "-", "–": "-", "π": r"\pi ", "×": r"\times ", "÷": r"\div ",
-                        "·": r"\cdot ", "²": "^2", "³": "^3", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge "})  # fmt: skip
+_TOWER = re.compile(r"(?:\^|\*\*)\s*(?:\{[^{}]*|\([^()]*|[0-9.]+\s*)(?:\^|\*\*)")
 
 
 class MathArgs(Args):
-    digits: int = 6  # decimal places that have to agree
+    digits: int = 6  # decimal places that have to agree, of a value below 1 so many digits
 
 
 def math_(text: str, answer: Json, args: MathArgs) -> float:
-    r"""1 where text and answer are the same number, expression, set, tuple or equation: 0.5, \frac{1}{2}, 50\%."""
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise ValueError(f"answer {answer!r} is no mathematical expression")
-    if len(text) > 2 * _LONGEST:
-        text = ""
-    return float(_equal(_latex(text), _latex(str(answer)), args.digits))
+    r"""1 where text and answer are the same number, expression, set, tuple, matrix, equation or words: 0.5, \frac{1}{2}.
+
+    Units may be left out, but not be others. Numbers have the same sign and magnitude.
+    """
+    wanted = bare_math(written(answer) or "")
+    if not wanted or wanted.count("{") != wanted.count("}") or _TOWER.search(wanted):
+        raise ValueError(f"answer {answer!r} is no mathematical expression that can be compared")
+    return float(_equal(bare_math(text), wanted, args.digits) if len(text) <= 2 * _LONGEST else False)
 
 
 # Answers of a group are often the same few.
 @lru_cache(maxsize=8192)
 def _equal(text: str, answer: str, digits: int) -> bool:
-    wanted = _parse(answer)
-    if wanted is None and not _is_words(answer):
-        raise ValueError(f"answer {answer!r} is no mathematical expression that can be compared")
-    if not text or not _is_safe(text):
+    if not text or not answer or len(text) > 2 * _LONGEST:
         return False
-    if text == answer:
+    if "".join(unmarked(text).split()) == "".join(unmarked(answer).split()):
         return True
-    if wanted is None or _is_words(text):
-        return normalise(text) == normalise(answer)
-    if _differ(_fraction(text), _fraction(answer), digits):
+    (name, given), (wanted_name, wanted) = split_name(text), split_name(answer)
+    # `x = 5` is 5, but `y = 2x` is no name of 2x where the other is an equation as well
+    if (name and (name == wanted_name or not is_relation(answer))) or (wanted_name and not is_relation(text)):
+        return _equal(given, wanted, digits)
+    given, unit = split_unit(text)
+    wanted, wanted_unit = split_unit(answer)
+    if is_words(wanted) or is_words(given):
+        return normalise(unmarked(text)) == normalise(unmarked(answer)) != ""
+    percent = "%" in (unit, wanted_unit)
+    if unit and wanted_unit and unit != wanted_unit:
         return False
+    a, b = number_of(given), number_of(wanted)
+    if a is not None and b is not None:
+        # 50% is 50 and 0.5
+        shares = {Fraction(1), Fraction(1, 100), Fraction(100)} if percent and unit != wanted_unit else {1}
+        return any(_close(a * share, b, digits) for share in shares)
+    members, wanted_members = listed(given), listed(wanted)
+    if members and wanted_members and members.kind == wanted_members.kind:
+        if _same_members(members, wanted_members, digits):
+            return True
+        if not is_relation(wanted) or _numbers_differ(members, wanted_members, digits):
+            return False
+    return _same_expressions(given, wanted, digits, percent=percent)
+
+
+def _same_members(given: Listed, wanted: Listed, digits: int) -> bool:
+    if len(given.members) != len(wanted.members):
+        return False
+    left = list(given.members)
+    for member in wanted.members:
+        candidates = left[:1] if wanted.ordered else left
+        found = next((each for each in candidates if _equal(each, member, digits)), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return True
+
+
+def _numbers_differ(given: Listed, wanted: Listed, digits: int) -> bool:
+    """Whether two relations have other plain numbers on a side."""
+    pairs = [(number_of(a), number_of(b)) for a, b in zip(given.members, wanted.members, strict=False)]
+    return any(a is not None and b is not None and not _close(a, b, digits) for a, b in pairs)
+
+
+def _same_expressions(text: str, answer: str, digits: int, *, percent: bool) -> bool:
     try:
-        given = _parse(text)
-        return given is not None and _same(given, wanted, digits, percent="%" in text + answer)
+        given, wanted = _parse(unmarked(text)), _parse(unmarked(answer))
+        if given is None or wanted is None:
+            return False
+        a, b = _value(given), _value(wanted)
+        if not percent and a is not None and b is not None:
+            return _close(a, b, digits)
+        return _verify(wanted, given, digits)
     except Exception:  # sympy raises what it likes on what a model writes, such as 1/sin(pi) < 0
         return False
-
-
-def _same(given: Any, wanted: Any, digits: int, *, percent: bool) -> bool:
-    # 50% is 50 and 0.5 to the library, so only others are told apart by their values
-    if not percent and _differ(_value(given), _value(wanted), digits):
-        return False
-    return _verify(wanted, given, digits)
 
 
 def _verify(wanted: Any, given: Any, digits: int) -> bool:
@@ -109,24 +139,25 @@ def _verify(wanted: Any, given: Any, digits: int) -> bool:
         return False
     if getattr(given, "is_number", False) and isinstance(wanted, Tuple | Interval):
         return False
-    variables = [bool(getattr(each, "free_symbols", ())) for each in (wanted, given)]
+    symbols = [getattr(each, "free_symbols", set()) for each in (wanted, given)]
     is_relation = any(getattr(each, "is_Relational", False) for each in (wanted, given))
-    if variables[0] != variables[1] and not is_relation:
+    if bool(symbols[0]) != bool(symbols[1]) and not is_relation:
+        return False
+    if symbols[0] and not is_relation and _differ_at_a_point(wanted, given, symbols[0] | symbols[1], digits):
         return False
     return verify([wanted], [given], float_rounding=digits, timeout_seconds=None)
 
 
-def _differ(a: Fraction | float | None, b: Fraction | float | None, digits: int) -> bool:
-    """Whether two numbers, where both are known, differ by more than rounding; most wrong answers do."""
-    return a is not None and b is not None and abs(a - b) > 2 * 10.0**-digits
+def _differ_at_a_point(a: Any, b: Any, symbols: set[Any], digits: int) -> bool:
+    """Whether two expressions have other values where their variables are 1.37, 2.11 ..."""
+    point = {s: 1.37 + 0.74 * i for i, s in enumerate(sorted(symbols, key=str))}
+    values = [_value(each.subs(point)) if hasattr(each, "subs") else None for each in (a, b)]
+    return values[0] is not None and values[1] is not None and not _close(values[0], values[1], digits)
 
 
-def _fraction(text: str) -> Fraction | None:
-    r"""The value of 12.5, 3/4 or \frac{3}{4}, which need no LaTeX parser."""
-    if quotient := _QUOTIENT.fullmatch(text):
-        top, bottom = (int(n) for n in quotient.groups() if n is not None)
-        return Fraction(top, bottom) if bottom else None
-    return parse_number(text)
+def _close(given: Fraction | float, wanted: Fraction | float, digits: int) -> bool:
+    """Within 2 of the last decimal place that counts; of a value below 1, of its last digit that counts."""
+    return abs(given - wanted) <= 2 * 10.0**-digits * min(1.0, abs(wanted))
 
 
 def _value(expression: Any) -> float | None:
@@ -140,7 +171,7 @@ def _value(expression: Any) -> float | None:
 @lru_cache(maxsize=8192)
 def _parse(text: str) -> Any:
     """The sympy expression of LaTeX or plain notation; None where it is none, or not a safe one."""
-    if not _is_safe(text) or _is_words(text):
+    if not _is_safe(text):
         return None
     # sympy takes most of a second to import, and most reward files need none of it
     from math_verify import LatexExtractionConfig, parse
@@ -148,17 +179,6 @@ def _parse(text: str) -> Any:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
     found = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=0)
     return found[0] if found else None
-
-
-def _latex(text: str) -> str:
-    """Typed signs as LaTeX, degrees left out, as 30 and 30° are one answer."""
-    text = _PI.sub(r"\\pi ", _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", _DEGREES.sub("", text)))
-    return text.translate(_TYPED).replace("$", " ").strip()
-
-
-def _is_words(text: str) -> bool:
-    bare = _COMMAND.sub(" ", text)
-    return any(word.lower() not in _FUNCTIONS for word in _WORD.findall(bare))
 
 
 def _is_safe(text: str) -> bool:

@@ -80,6 +80,18 @@ def boxed(text: str) -> list[str]:
     return found
 
 
+def delimited(text: str, pattern: str) -> set[str]:
+    """The different answers that stand between the marks of the pattern, such as tags; empty for a pattern without any."""
+    if pattern == BOXED:
+        return set(boxed(text))
+    compiled = compile_pattern(pattern)
+    try:
+        found = list(compiled.finditer(text, timeout=LIMIT)) if compiled.groups else []
+    except TimeoutError:
+        raise _slow(pattern, text) from None
+    return {m[1].strip() for m in found if (m[1] or "").strip() not in ("", m[0].strip())}
+
+
 def _found(pattern: str, text: str) -> list[str]:
     compiled = compile_pattern(pattern)
     return [(match[compiled.groups] or "").strip() for match in compiled.finditer(text, timeout=LIMIT)]

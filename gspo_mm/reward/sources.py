@@ -15,8 +15,9 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from gspo_mm.config import RewardConfig
+from gspo_mm.data.samples import BadSample
 from gspo_mm.reward.pool import WorkerPool
-from gspo_mm.reward.spec import RewardFunction, load_reward
+from gspo_mm.reward.spec import AnswerError, RewardFunction, load_reward
 from gspo_mm.runtime.background import Background
 from gspo_mm.types import Completion, GspoError, Prompt, RolloutGroup, Score
 
@@ -34,13 +35,28 @@ class Rewards:
         self._by_source = dict(by_source)
         self._limits = limits
         self._functions = list(dict.fromkeys([default, *self._by_source.values()]))
+        self.unmeasured: dict[str, str] = {}  # tasks that no part measures -> the reward file
+        self.told: set[str] = set()  # reasons of failures that the log has in full
         self._pool: WorkerPool | None = None
         self._background: Background | None = None
         self._starting = threading.Lock()
 
     def check(self, prompt: Prompt) -> None:
-        """Raises RewardFileError where no part covers the prompt's task."""
-        self._of(prompt).parts_of(prompt)
+        """Raises BadSample where a part cannot judge the data's answer, RewardFileError where none covers the task."""
+        function = self._of(prompt)
+        try:
+            function.check_answer(prompt)
+        except AnswerError as error:
+            raise BadSample("unusable answer", f"task {prompt.task}: {error}") from None
+        if prompt.task not in self.unmeasured and not function.measures(prompt.task):
+            self.unmeasured[prompt.task] = function.source
+            logger.warning(
+                "task %r (first in sample %s) has no part with `accuracy` in %s, though other tasks have one: it counts in "
+                "no accuracy; if the name is misspelt, correct it in the shards, or add it to the tasks of a part",
+                prompt.task,
+                prompt.key,
+                function.source,
+            )
 
     def start(self, group: RolloutGroup) -> Future[RolloutGroup]:
         """Score one group. Its future raises RewardFileError where no part covers the prompt's task."""
@@ -113,16 +129,23 @@ def describe_failures(groups: Iterable[RolloutGroup], *, what: str) -> str:
     return f"{told} (and {len(others)} other reasons)" if others else told
 
 
-def check_failures(groups: Iterable[RolloutGroup], limits: RewardConfig, *, what: str) -> None:
-    """Log failed rewards. Raises GspoError for more of them than `limits` allows."""
+def check_failures(
+    groups: Iterable[RolloutGroup], limits: RewardConfig, *, what: str, told: set[str] | None = None
+) -> None:
+    """Log failed rewards, a reason in `told` by its first words. Raises GspoError for more of them than `limits` allows."""
     groups = list(groups)
-    if not (told := describe_failures(groups, what=what)):
+    if not (said := describe_failures(groups, what=what)):
         return
     if limits.on_failure == "fail":
         raise GspoError(
-            f"reward.on_failure=fail, and {told}; mend the reward file, or set reward.on_failure=mask"
+            f"reward.on_failure=fail, and {said}; mend the reward file, or set reward.on_failure=mask"
         )
     limit = limits.max_failed_fraction
     if failed_fraction(groups) > limit:
-        raise GspoError(f"more than reward.max_failed_fraction={limit:g}: {told}; mend the reward file")
-    logger.warning(told)
+        raise GspoError(f"more than reward.max_failed_fraction={limit:g}: {said}; mend the reward file")
+    reasons = {score.error for group in groups for score in group.scores if score.error}
+    if told is not None and reasons <= told:
+        said = f"{failed_fraction(groups):.0%} of the rewards of {what} failed, for reasons that stand above"
+    elif told is not None:
+        told |= reasons
+    logger.warning(said)

@@ -6,6 +6,7 @@ Each part that covers the prompt's task judges the text; the reward is what `com
 - A text that states two different answers states none: every part that reads the extracted answer gives 0.
 - So does a text without an answer.
 - A part named in `gate` must give 1; else nothing that other parts give counts, and what penalties take does.
+- A text that is the data's answer word for word is right to every part that compares the two (PartType.compares).
 - A part must judge every text; what it raises is a fault of the part or the data, never of the model. Such a
   completion gets no reward (value NaN, `error` set), is counted and logged, and is left out of training; it is
   not scored 0.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,15 +30,23 @@ from yaml import YAMLError
 from gspo_mm.config.unquoted import faults, misread
 from gspo_mm.reward.cases import Case
 from gspo_mm.reward.combine import COMBINE, closed_gate
-from gspo_mm.reward.part import CONTEXT, Args, PartType, Service
+from gspo_mm.reward.part import CONTEXT, Args, PartType, Service, as_json, bare_answer, is_word_for_word
 from gspo_mm.reward.parts import PARTS
 from gspo_mm.reward.pattern import BOXED, compile_pattern, extract_answer
 from gspo_mm.reward.user import user_part
-from gspo_mm.types import Completion, GspoError, Prompt, Score
+from gspo_mm.types import Completion, Finish, GspoError, Prompt, Score
 
 
 class RewardFileError(GspoError, ValueError):
     """The reward file cannot be used; the message names the file, the key, its value and the fix."""
+
+
+class AnswerError(GspoError, ValueError):
+    """A part cannot judge the answer that a sample brings; the message names the part, the answer and what it takes."""
+
+
+# says nothing: what a part raises on it is about the data's answer
+_SILENT = Completion(token_ids=(), logprobs=(), versions=(), finish=Finish.STOP, text="")
 
 
 class _Section(BaseModel):
@@ -156,7 +165,8 @@ class RewardFunction:
                 stated = self._stated(part, completion.text)
                 value = 0.0
                 if stated:
-                    value = await self._services[part.name].judge(stated, prompt, completion)
+                    asked = self._with_bare_answer(part, prompt)
+                    value = await self._services[part.name].judge(stated, asked, completion)
                 values[part.name] = self._check(part, value)
             except Exception as error:
                 return Judged(values=values, error=_failure(part, error))
@@ -190,6 +200,19 @@ class RewardFunction:
             )
         return parts
 
+    def check_answer(self, prompt: Prompt) -> None:
+        """Whether all parts can judge the data's answer. Raises AnswerError, or RewardFileError as `parts_of` does."""
+        for part in self.parts_of(prompt):
+            try:
+                self._check_answer(part, prompt)
+            except Exception as error:  # any: a part is an extension point
+                raise AnswerError(f"part {part.name} of {self.source}: {error}") from None
+
+    def measures(self, task: str) -> bool:
+        """Whether a part decides the accuracy of this task, or none does of any."""
+        deciding = [part for part in self.spec.parts if part.accuracy is not False]
+        return not deciding or any(part.covers(task) for part in deciding)
+
     async def close(self) -> None:
         for service in self._services.values():
             await service.close()
@@ -204,10 +227,26 @@ class RewardFunction:
         kind = self._kinds[part.name]
         assert kind.judge
         stated = completion.text if kind.whole_text else self._stated(part, completion.text)
+        prompt = self._with_bare_answer(part, prompt)
         context = {name: CONTEXT[name](prompt, completion) for name in kind.context}
         # Judged even where nothing is stated, so that a fault of the prompt's answer is found at once.
         value = self._check(part, kind.judge(stated or "", prompt.answer, self._args[part.name], **context))
+        if kind.compares and stated and is_word_for_word(stated, prompt.answer):
+            return 1.0
         return value if stated or kind.whole_text else 0.0
+
+    def _with_bare_answer(self, part: PartSpec, prompt: Prompt) -> Prompt:
+        answer = bare_answer(prompt.answer, part.extract or self.spec.extract)
+        if self._kinds[part.name].json_answer:
+            answer = as_json(answer)
+        return replace(prompt, answer=answer)
+
+    def _check_answer(self, part: PartSpec, prompt: Prompt) -> None:
+        kind = self._kinds[part.name]
+        if kind.check:
+            kind.check(self._with_bare_answer(part, prompt))
+        elif kind.judge and not kind.whole_text:
+            self._judge(part, prompt, _SILENT)
 
     def _check(self, part: PartSpec, value: float) -> float:
         lowest = 0.0 if self.spec.combine == "product" else self._kinds[part.name].lowest

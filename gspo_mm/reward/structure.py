@@ -68,10 +68,11 @@ def json_schema(text: str, answer: Json, args: JsonSchemaArgs) -> float:
 
 def set_f1(text: str, answer: Json, args: SetArgs) -> float:
     """F1 of the text's items and the answer's: 2 |both| / (|text's| + |answer's|), each item once, normalised."""
-    if isinstance(answer, list) and not answer:
-        wanted = set()
+    if isinstance(answer, str) and answer.strip():
+        each = answer.split(args.separator)
     else:
-        wanted = {item for each in alternatives(answer) if (item := normalise(each, articles=True))}
+        each = alternatives(answer) if answer != [] else []
+    wanted = {item for one in each if (item := normalise(one, articles=True))}
     given = _items(text, args.separator)
     if given is None:
         return 0.0

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from gspo_mm.reward.part import Args, alternatives
+from gspo_mm.reward.part import Args, alternatives, written
 from gspo_mm.reward.pattern import compile_pattern, matches
 from gspo_mm.types import Json
 
@@ -78,9 +78,10 @@ class FormatArgs(Args):
 
 def exact(text: str, answer: Json, args: ExactArgs) -> float:
     """1 where text and answer are equal, up to white space and Unicode composition (NFC)."""
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+    wanted = written(answer)
+    if wanted is None:
         raise ValueError(f"answer {answer!r} is no text or number to compare with")
-    return float(_plain(text, args) == _plain(str(answer), args))
+    return float(_plain(text, args) == _plain(wanted, args))
 
 
 def normalised(text: str, answer: Json, args: NormalisedArgs) -> float:
@@ -117,7 +118,7 @@ def relaxed(text: str, answer: Json, args: RelaxedArgs) -> float:
 
 def count(text: str, answer: Json, args: CountArgs) -> float:
     """1 where the text is the count, in digits or as a word up to twenty; with `slack` less, the further away."""
-    wanted = _count(str(answer)) if isinstance(answer, str | int) and not isinstance(answer, bool) else None
+    wanted = _count(written(answer) or "")
     if wanted is None:
         raise ValueError(f"answer {answer!r} is no count: a whole number from 0 on")
     given = _count(text)

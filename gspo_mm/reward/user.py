@@ -4,6 +4,9 @@
 
 `text` is the answer that `extract` found, None where none is stated. `prompt.answer` and `prompt.meta` are the
 data's, `completion.text` and `completion.token_ids` the whole response. The value is in [-1, 1].
+
+A function `check_judge(prompt, **args)` beside it, if there is one, raises ValueError for an answer or metadata that
+`judge` cannot use: such samples are found before training.
 """
 
 from __future__ import annotations
@@ -34,6 +37,9 @@ def user_part(path: str, args: Mapping[str, Any], pattern: str | None) -> PartTy
     except TypeError as error:
         raise ValueError(f"called as function(text, prompt, completion, **args) it fails: {error}") from None
 
+    module, _, name = path.partition(":")
+    usable = getattr(importlib.import_module(module), f"check_{name}", None)
+
     def judge(whole: str, answer: Json, _: Args, *, prompt: Prompt, completion: Completion) -> float:
         value = function(extract_answer(whole, pattern) or None, prompt, completion, **args)
         if not isinstance(value, bool | int | float):
@@ -41,7 +47,12 @@ def user_part(path: str, args: Mapping[str, Any], pattern: str | None) -> PartTy
         return float(value)
 
     return PartType(
-        judge=judge, args=UserArgs, whole_text=True, context=("prompt", "completion"), lowest=-1.0
+        judge=judge,
+        args=UserArgs,
+        whole_text=True,
+        context=("prompt", "completion"),
+        lowest=-1.0,
+        check=None if usable is None else lambda prompt: usable(prompt, **args),
     )
 
 

@@ -39,3 +39,12 @@ def judge(text: str | None, prompt: Prompt, completion: Completion, *, notes: st
 
 def sees(text: str | None, prompt: Prompt, completion: Completion) -> float:
     return float(prompt.images[0].data == b"picture")
+
+
+def even(text, prompt, completion, *, least=0):
+    return float(text == str(prompt.answer))
+
+
+def check_even(prompt, *, least=0):
+    if prompt.answer % 2 or prompt.answer < least:
+        raise ValueError(f"{prompt.answer!r} is no even number from {least} on")

@@ -1,0 +1,216 @@
+r"""How mathematical answers are written, taken apart without a LaTeX parser. Used by `math.py`.
+
+`x = 1.6\times10^{-19}\text{ m}` has a name, a number and a unit; `\{1, 2\}` has members. What only changes how an answer
+looks goes first (`bare_math`); what stood in \text{} and the like then stands between ⟨ and ⟩.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+_LARGEST_POWER = 400  # of ten: a larger one is babble, and costs memory
+_WORD = re.compile(r"[^\W\d_]{3,}")
+_FUNCTION_WORDS = re.compile(r"(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|exp|sqrt|deg", re.IGNORECASE)
+# what people type instead of LaTeX
+_TYPED = str.maketrans({"−": "-", "–": "-", "π": r"\pi ", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ",
+                        "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in "})  # fmt: skip
+_RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺"
+_UNRAISED = str.maketrans(_RAISED, "0123456789-+")
+_ROOT = re.compile(r"√\s*([0-9]+|[a-z])|(?:√|(?<![\\A-Za-z])sqrt)\s*\(([^()]*)\)")
+# pattern -> what stands for it, in this order
+_LOOKS = [
+    (re.compile(r"(?<=[0-9])(?:,\\!\s*|\{,\}|\\[,!])(?=[0-9]{3}(?![0-9]))"), ""),  # between thousands
+    (re.compile(r"\\\$"), "＄"),
+    (re.compile(r"\$|(?<!\\)\\[()\[\]]|\\(?:left|right|displaystyle)(?![A-Za-z])"), " "),
+    (re.compile(r"(?<!\\)\\[!,;:> ]|\\q?quad(?![A-Za-z])|~"), " "),
+    (re.compile(r"^([A-Za-z](?:_\w)?)\s*(?:\\approx|≈)"), r"\1="),
+    (re.compile(r"(?<=\S)\s*(?:\\approx|≈).*$|\\approx|≈", re.DOTALL), ""),  # rounded after the value itself
+    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}"), r"⟨\1⟩"),
+    (re.compile(rf"[{_RAISED}]+"), lambda m: "^{" + m[0].translate(_UNRAISED) + "}"),
+    (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])"), "°"),
+    (re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])"), r"\\pi "),
+    (re.compile(r"(?<=[0-9}\)])\s*,?\s*⟨?\s*(?<![A-Za-z])(?:and|or)\s*⟩?\s*(?=[-0-9\\(]|[a-z]\s*=)"), ", "),
+    (re.compile(r"\s*;\s*"), ", "),
+    (re.compile(r"\s*[.,;]\s*$"), ""),
+]
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?:[ ][0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+_TEN = r"10\s*(?:\^|\*\*)\s*[{(]?\s*([+-]?[0-9]{1,4})\s*[})]?"
+_DECIMAL = re.compile(rf"({_DIGITS})(?:\s*(?:\\times|\\cdot|\*|x)\s*{_TEN}|[eE]([+-]?[0-9]{{1,4}}))?|{_TEN}")
+_FRACTION = re.compile(
+    r"(?:([0-9]{1,9})\s*)?\\frac\s*\{\s*([0-9]{1,9})\s*\}\s*\{\s*([0-9]{1,9})\s*\}"
+    r"|(?:([0-9]{1,9})\s+)?([0-9]{1,9})\s*/\s*([0-9]{1,9})"
+)
+# every name of a unit, without a plural's s; the first one of each line stands for all
+_NAMES = """m meter metre|cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre|g gram|kg kilogram
+|mg milligram|s sec second|min minute|h hr hour|L l liter litre|mL ml milliliter millilitre|inch in|ft foot feet|mi mile
+|lb pound|day|year|week|month|＄ dollar USD|€ euro EUR|£ GBP|cent|% \\% percent percentage pct|° degree deg|rad radian
+|mph|N newton|J joule|W watt|V volt|A ampere amp|K kelvin|Hz hertz|Pa pascal|mol|unit|°C|°F"""
+_UNITS = {name: line.split()[0] for line in _NAMES.replace("\n", "").split("|") for name in line.split()}
+# without \text{}, a single letter is a variable
+_PLAIN_UNIT = "|".join(
+    sorted((re.escape(u) + "s?" for u in _UNITS if len(u) > 1 or not u.isalpha()), key=len)
+)
+_PER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
+_TAIL = re.compile(
+    rf"(.*[0-9}})\].a-zA-Z])\s*(⟨[^⟩]*⟩{_PER}|°\s*(?:[CF]|⟨[CF]⟩)|(?<![A-Za-z\\])(?:{_PLAIN_UNIT}){_PER}(?:\s*/\s*[a-z]+{_PER})?)",
+    re.DOTALL,
+)
+_HEAD = re.compile(r"([+-]?)\s*([＄€£])\s*(.+)", re.DOTALL)
+_NAME = re.compile(
+    r"((?:\\?[A-Za-z]+|⟨[^⟩]*⟩)(?:_(?:\{\w+\}|\w))?(?:\([a-z](?:,\s*[a-z])*\))?)\s*(?:=|\\in(?![A-Za-z]))\s*(?:[^<>,]*=)?\s*([^=<>]+)"
+)
+_ORDER = re.compile(r"(\\leq?|\\geq?|\\lt|\\gt|\\neq?|<=|>=|!=|<|>)(?![A-Za-z])")
+_ORDERS = {
+    r"\leq": "<=",
+    r"\le": "<=",
+    r"\lt": "<",
+    r"\geq": ">=",
+    r"\ge": ">=",
+    r"\gt": ">",
+    r"\neq": "!=",
+    r"\ne": "!=",
+}
+_RELATION = re.compile(r"=|\\in(?![A-Za-z])|" + _ORDER.pattern)
+_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}
+_MATRIX = re.compile(
+    r"[\[(]?\s*\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}\s*[\])]?", re.DOTALL
+)
+_BRACKETS = {"(": ")", "[": "])", "{": "}"}
+
+
+def is_relation(text: str) -> bool:
+    return bool(_RELATION.search(text))
+
+
+class Listed(NamedTuple):
+    """An answer that has members."""
+
+    kind: str  # equal for what can be compared member by member
+    members: tuple[str, ...]
+    ordered: bool = True
+
+
+def bare_math(text: str) -> str:
+    r"""Without what only changes looks: $, \left, \text, spaces, thousands separators; typed signs as LaTeX."""
+    text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text).translate(_TYPED).replace("＄", "$")
+    for pattern, instead in _LOOKS:
+        text = pattern.sub(instead, text.strip())
+    return text.strip()
+
+
+def unmarked(text: str) -> str:
+    """As it was written, without ⟨ and ⟩."""
+    return text.replace("⟨", "").replace("⟩", "")
+
+
+def is_words(text: str) -> bool:
+    """Whether it is no formula: it holds a word of three letters, or is nothing but what stood in \\text{}."""
+    bare = re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", " ", text)
+    return any(not _FUNCTION_WORDS.fullmatch(word) for word in _WORD.findall(bare)) or bool(
+        re.fullmatch(r"(?:⟨[^⟩]*⟩\s*)+", text)
+    )
+
+
+def split_name(text: str) -> tuple[str, str]:
+    r"""`x = 5` and `x \in A` as name and value, of `x = 2 + 3 = 5` the last; the name is empty where there is none."""
+    found = _NAME.fullmatch(text)
+    return (found[1], found[2].strip()) if found else ("", text)
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    r"""`5\text{ cm}^2` as value and unit, each unit by one of its names; the unit is empty where there is none."""
+    if head := _HEAD.fullmatch(text):
+        return head[1] + head[3], head[2]
+    tail = _TAIL.fullmatch(text)
+    if not tail or not re.search(r"[0-9]|\\[A-Za-z]", tail[1]):
+        return text.replace("°", ""), ""
+    unit = re.sub(r"[\s{}⟨⟩]+", " ", tail[2]).strip().replace(" ^", "^").replace("^ ", "^")
+    if re.search(r"(?<!\^)(?<!\^-)[0-9]|\b(?:and|or)\b", unit):  # no unit, but the rest of a sentence
+        return text, ""
+    unit = re.sub(r"\bsquare (\S+)", r"\1^2", re.sub(r"\bcubic (\S+)", r"\1^3", unit))
+    # Celsius is no degree of an angle
+    return tail[1].replace("°", ""), re.sub(r"°\s*([CF])\b|\\?%|[^\W\d_]+|°", _unit, unit).replace(" ", "")
+
+
+def _unit(found: re.Match[str]) -> str:
+    name = "".join(found[0].split())
+    return (
+        _UNITS.get(name)
+        or _UNITS.get(name.lower().removesuffix("s"))
+        or _UNITS.get(name.lower())
+        or name.lower()
+    )
+
+
+def number_of(text: str) -> Fraction | None:
+    r"""The number that the text is: 1,234.5, 1.6\times10^{-19}, 1e-5, 3/4, 3\frac{1}{2}, 3 1/2; None for all else."""
+    text = text.strip()
+    sign = -1 if text.startswith("-") else 1
+    text = text.removeprefix("-" if sign < 0 else "+").strip()
+    if len(text) > 60:
+        return None
+    if found := _FRACTION.fullmatch(text):
+        whole, top, bottom = (
+            int(n or 0) for n in (found[1] or found[4], found[2] or found[5], found[3] or found[6])
+        )
+        return sign * (whole + Fraction(top, bottom)) if bottom else None
+    if not (found := _DECIMAL.fullmatch(text)):
+        return None
+    power = int(found[2] or found[3] or found[4] or 0)
+    if abs(power) > _LARGEST_POWER:
+        return None
+    return sign * Fraction(re.sub("[, ]", "", found[1] or "1")) * Fraction(10) ** power
+
+
+def listed(text: str) -> Listed | None:
+    """The members of a matrix, an order, a union, a pair, an interval, a set or a list without brackets; None for all else."""
+    if found := _MATRIX.fullmatch(text):
+        rows = [row.split("&") for row in re.split(r"\\\\|\\cr", found[2].strip().removesuffix("\\\\"))]
+        shape = [len(row) for row in rows]
+        return Listed(f"matrix {shape}", tuple(cell.strip() for row in rows for cell in row))
+    sides = _ORDER.split(text)
+    if len(sides) > 1:
+        members, signs = sides[::2], [_ORDERS.get(sign, sign) for sign in sides[1::2]]
+        if signs[0].startswith(">"):
+            members, signs = members[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
+        return Listed(" ".join(signs), tuple(each.strip() for each in members), signs != ["!="])
+    if len(sets := _split(text, "\\cup")) > 1:
+        return Listed("union", _different(sets), ordered=False)
+    inner = text.replace("\\{", "{").replace("\\}", "}")
+    if inner[:1] in _BRACKETS and inner[-1:] in _BRACKETS[inner[0]] + ")" and _is_closed(inner[1:-1]):
+        members = _split(inner[1:-1], ",")
+        if inner[0] == "{":
+            return Listed("set", _different(members), ordered=False)
+        return Listed(inner[0] + inner[-1], members) if len(members) > 1 else None
+    members = _split(inner, ",")
+    return Listed("set", _different(members), ordered=False) if len(members) > 1 else None
+
+
+def _is_closed(text: str) -> bool:
+    depth = 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _split(text: str, sign: str) -> tuple[str, ...]:
+    """What stands between the signs that are in no brackets."""
+    parts = [""]
+    for piece in text.split(sign):
+        if parts[-1] and not _is_closed(parts[-1]):
+            parts[-1] += sign + piece
+        elif parts == [""]:
+            parts = [piece]
+        else:
+            parts.append(piece)
+    return tuple(part.strip() for part in parts)
+
+
+def _different(members: tuple[str, ...]) -> tuple[str, ...]:
+    """Each once: a set says nothing twice."""
+    return tuple({"".join(member.split()): member for member in members}.values())
