@@ -81,7 +81,10 @@ def sample_of(
     used: set[str] = set()
     images = [_image(value, folder) for value in _images(row, columns, used)]
     prompt = _find(row, columns.prompt, _PROMPT, "prompt", used=used)
+    of_columns = len(images)
     messages = _messages(prompt, images, folder, on_unused)
+    if 0 < of_columns < len(images):
+        raise BadSample("image order", "some images stand in the messages and others in a column; name either of them")
     response = _response(row, columns, messages, used)
     if columns.system is not None:
         messages.insert(0, {"role": "system", "content": columns.system})

@@ -5,8 +5,9 @@ nothing reads are reported, and one that is a picture, video or sound refuses it
 is another question. Images are decoded later, once, by the processor.
 
 The order of several images is that of their numbers (KEY.0.png, KEY.1.jpg, ... or KEY.frame0.png, KEY.frame1.png, ...),
-or what KEY.json says in `images`: a list of the members' names. Other names have no order that can be trusted, since
-archives are often sorted by name, and refuse the sample.
+or what KEY.json says: in `images`, a list of the members' names, or in image parts that name them, {"type": "image",
+"image": "before.png"}. Other names have no order that can be trusted, since archives are often sorted by name, and refuse
+the sample.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def to_prompt(raw: RawSample, on_unused: Callable[[str], None] = lambda name: No
         raise BadSample("path leaves its folder", raw["__key__"])
     record = _record(raw)
     _report_unused(raw, record, on_unused)
-    images = tuple(_image(suffix, raw[suffix]) for suffix in _image_members(raw, record))
     messages = _messages(record)
+    images = tuple(_image(suffix, raw[suffix]) for suffix in _image_members(raw, record))
     shown = sum(part.get("type") == "image" for m in messages for part in _parts(m))
     if shown != len(images):
         raise BadSample(
@@ -134,6 +135,9 @@ def _check_message(message: Any) -> None:
         # chat templates take a part with such a key for an image, whatever its type says
         if part["type"] == "text" and (others := part.keys() - {"type", "text"}):
             raise BadSample("wrong json", f"a text part has {', '.join(sorted(others))} beside its text")
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+    if any("<image>" in text for text in texts):
+        raise BadSample("image in text", 'a text says <image>, which stays text; write {"type": "image"} parts there')
 
 
 def _has_content(message: dict[str, Any]) -> bool:
@@ -172,10 +176,16 @@ def _report_unused(raw: RawSample, record: dict[str, Any], on_unused: Callable[[
 def _image_members(raw: RawSample, record: dict[str, Any]) -> list[str]:
     """Suffixes of the image members in the order of the images: see the top of this file."""
     found = [suffix for suffix in raw if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
-    if (named := record.get("images")) is not None:
-        return _named_members(raw["__key__"], found, named)
+    if (listed := record.get("images")) is not None:
+        if (order := _named_members(raw["__key__"], found, listed)) is not None:
+            return order
+        members = ", ".join(found) or "none"
+        raise BadSample("image order", f"images in the json is {str(listed)[:200]}, but the members are {members}")
     if len(found) <= 1:
         return found
+    of_parts = [part.get("image") for message in record["messages"] for part in _parts(message) if part["type"] == "image"]
+    if (order := _named_members(raw["__key__"], found, of_parts)) is not None:
+        return order
     numbered = [re.fullmatch(r"(.*?)(\d+)\.\w+", suffix) for suffix in found]
     places = {int(match[2]): suffix for match, suffix in zip(numbered, found, strict=True) if match}
     if len(places) < len(found) or len({match[1] for match in numbered if match}) > 1:
@@ -186,16 +196,13 @@ def _image_members(raw: RawSample, record: dict[str, Any]) -> list[str]:
     return [places[number] for number in sorted(places)]
 
 
-def _named_members(key: str, found: list[str], named: Any) -> list[str]:
-    """The members that the JSON lists, by suffix ("before.png") or whole name ("KEY.before.png")."""
+def _named_members(key: str, found: list[str], names: Any) -> list[str] | None:
+    """The members by these names, as suffix ("before.png") or whole ("KEY.before.png"); None where they are others."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
     base = PurePosixPath(key).name
-    if isinstance(named, list) and all(isinstance(name, str) for name in named):
-        order = [PurePosixPath(name).name.removeprefix(f"{base}.") for name in named]
-        if sorted(order) == sorted(found):
-            return order
-    raise BadSample(
-        "image order", f"images in the json is {str(named)[:200]}, but the members are {', '.join(found) or 'none'}"
-    )
+    order = [PurePosixPath(name).name.removeprefix(f"{base}.") for name in names]
+    return order if sorted(order) == sorted(found) else None
 
 
 def _image(suffix: str, data: bytes) -> EncodedImage:

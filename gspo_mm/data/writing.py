@@ -223,13 +223,18 @@ class Splits:
         return max(Counter(map(self._root, self._rows)).values(), default=0)
 
     def __iter__(self) -> Iterator[str]:
-        """The split of each row. A set of more than half of all rows is trained on: nothing would be left to train on."""
+        """The split of each row.
+
+        Rows of several linked pictures are trained on where they are more than the fraction, and those of one picture
+        where they are more than half: the other split would be left with too little.
+        """
         counts = Counter(map(self._root, self._rows))
+        pictures = Counter(map(self._root, list(self._parents)))
         for row in self._rows:
             root = self._root(row)
+            most = max(1.0, (self._fraction if pictures[root] > 1 else 0.5) * len(self._rows))
             place = int.from_bytes(root[-_PLACE:])  # independent of what made it the root
-            held_out = place < self._fraction * 2**64 and counts[root] * 2 <= max(len(self._rows), 2)
-            yield SPLITS[int(held_out)]
+            yield SPLITS[int(place < self._fraction * 2**64 and counts[root] <= most)]
 
     def _root(self, shown: bytes) -> bytes:
         path = [shown]

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from gspo_mm.data.tables import SourceError, open_source
-from gspo_mm.data.writing import Refused
+from gspo_mm.data.writing import Refused, Splits
 from tests.conftest import TOOLS, run_tool
 from tests.unit.test_rows import picture
 
@@ -153,6 +153,18 @@ def test_a_picture_that_all_rows_share_is_trained_on(tmp_path: Path) -> None:
     done = tool(source, tmp_path / "out", "--validation", "0.999")
     assert done.stdout.split()[:3] == ["train", "9", "samples"], done.stderr
     assert "9 rows are in one split, since they share pictures" in done.stdout
+
+
+def test_linked_pictures_that_are_more_than_the_fraction_are_trained_on() -> None:
+    def thing(place: int) -> bytes:
+        return b"%032d" % place + place.to_bytes(8)
+
+    splits = Splits(0.3)
+    for n in range(9):
+        splits.add([thing(n), thing(n + 1)])  # small places: each alone would be held out
+    splits.add([thing(20)])
+    splits.add([thing(2**64 - 1)])
+    assert list(splits) == ["train"] * 9 + ["validation", "train"]
 
 
 def test_columns_that_are_not_used_are_listed(rows: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -258,6 +258,14 @@ def test_columns_can_be_named_and_kept(folder: Path) -> None:
             "two responses",
             "the last message and a column hold different ones",
         ),
+        (
+            {
+                "question": [{"role": "user", "content": [{"type": "image", "image": "pictures/0.png"}]}],
+                "images": ["pictures/1.png"],
+            },
+            "image order",
+            "some images stand in the messages and others in a column",
+        ),
         ({"completion": 4}, "wrong response", "'4' is no text|4 is no text"),
         (
             {"completion": [{"content": "a"}, {"content": "b"}]},

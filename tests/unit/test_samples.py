@@ -117,6 +117,21 @@ def test_images_without_an_order_are_refused_unless_the_json_gives_one(names: li
         assert shown({"images": order}, **members) == wanted
 
 
+@pytest.mark.parametrize("names", [["before.png", "after.png"], ["1.png", "0.png"]])
+def test_image_parts_that_name_their_members_give_the_order(names: list[str]) -> None:
+    members = {name: 8 + place for place, name in enumerate(names)}
+    for order in (names, names[::-1], [f"x/7.{name}" for name in names]):
+        content = [{"type": "image", "image": name} for name in order]
+        wanted = [members[name.rpartition("7.")[2]] for name in order]
+        assert shown({"messages": [{"role": "user", "content": content}]}, **members) == wanted
+
+
+def test_a_placeholder_in_the_text_of_a_shard_is_refused() -> None:
+    content = [{"type": "image"}, {"type": "text", "text": "<image>Which?"}]
+    with pytest.raises(BadSample, match="a text says <image>, which stays text"):
+        to_prompt(raw(good(messages=[{"role": "user", "content": content}])))
+
+
 @pytest.mark.parametrize("listed", [["0.png"], ["0.png", "0.png"], ["0.png", "2.png"], "0.png", [0, 1], []])
 def test_images_that_the_json_lists_are_the_members(listed: Any) -> None:
     with pytest.raises(BadSample, match=r"but the members are 0\.png, 1\.png") as caught:
