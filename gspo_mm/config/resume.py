@@ -30,8 +30,8 @@ rollout.sglang.servers rollout.sglang.urls rollout.sglang.python rollout.sglang.
 rollout.sglang.tp rollout.sglang.ep rollout.sglang.dp rollout.sglang.fp8 rollout.sglang.mem_fraction
 rollout.sglang.max_tokens rollout.sglang.context_length rollout.sglang.max_running rollout.sglang.max_images
 rollout.sglang.extra_args rollout.sglang.start_timeout rollout.sglang.request_timeout
-rollout.sglang.down_timeout rollout.sglang.max_restarts rollout.sglang.max_logprob_gap sync.mode sync.folder
-sync.bucket_mb sync.verify sync.timeout reward.file reward.on_failure reward.max_failed_fraction
+rollout.sglang.down_timeout rollout.sglang.max_restarts rollout.sglang.max_logprob_gap
+rollout.sglang.max_group_gap sync.mode sync.folder sync.bucket_mb sync.verify sync.timeout reward.file reward.on_failure reward.max_failed_fraction
 reward.workers reward.timeout reward.memory_gib advantage.std advantage.max_dead_steps loss.level
 loss.aggregation loss.clip_low loss.clip_high loss.allow_wide_clip loss.dual_clip loss.kl_coef
 loss.dr_grpo_length loss.correction.kind loss.correction.low loss.correction.high policy.parallel.tp

@@ -112,12 +112,13 @@ CHARTS = [
     Chart(
         title="Groups under way",
         unit="groups",
-        about="On the servers, or waiting, while the step trained; and those replaced because they were dead, or given "
-        "up because they were slow.",
+        about="On the servers, or waiting, while the step trained; those replaced because they were dead, or given "
+        "up because they were slow; and requests sent again, because a server failed or its reply could not be used.",
         series={
             "in flight": "rollout/in_flight",
             "dropped": "rollout/dropped",
             "given up": "rollout/given_up",
+            "asked again": "rollout/asked_again",
         },
     ),
     Chart(
