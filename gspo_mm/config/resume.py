@@ -31,18 +31,19 @@ rollout.sglang.tp rollout.sglang.ep rollout.sglang.dp rollout.sglang.fp8 rollout
 rollout.sglang.max_tokens rollout.sglang.context_length rollout.sglang.max_running rollout.sglang.max_images
 rollout.sglang.extra_args rollout.sglang.start_timeout rollout.sglang.request_timeout
 rollout.sglang.down_timeout rollout.sglang.max_restarts rollout.sglang.max_logprob_gap
-rollout.sglang.max_group_gap sync.mode sync.folder sync.bucket_mb sync.verify sync.timeout reward.file reward.on_failure reward.max_failed_fraction
-reward.workers reward.timeout reward.memory_gib advantage.std advantage.max_dead_steps loss.level
-loss.aggregation loss.clip_low loss.clip_high loss.allow_wide_clip loss.dual_clip loss.kl_coef
-loss.dr_grpo_length loss.correction.kind loss.correction.low loss.correction.high policy.parallel.tp
-policy.parallel.pp policy.parallel.vpp policy.parallel.first_stage_layers policy.parallel.last_stage_layers
-policy.parallel.cp policy.parallel.ep policy.parallel.etp policy.parallel.dp policy.optimizer.lr
-policy.optimizer.min_lr_ratio policy.optimizer.warmup_steps policy.optimizer.beta1 policy.optimizer.beta2
-policy.optimizer.eps policy.optimizer.weight_decay policy.optimizer.grad_clip policy.optimizer.overlap
-policy.micro_batch_tokens policy.recompute policy.moe.dispatcher policy.moe.aux_loss policy.vision_cache_mb
-train.steps train.updates_per_batch train.eval_every train.canary_prompts sft.steps sft.batch_size
-checkpoint.every checkpoint.keep checkpoint.background checkpoint.export_hf observe.tensorboard
-observe.wandb observe.save_rollouts_every observe.rollouts_per_save observe.report
+rollout.sglang.max_group_gap sync.mode sync.folder sync.bucket_mb sync.verify sync.timeout reward.file
+reward.on_failure reward.max_failed_fraction reward.workers reward.timeout reward.memory_gib advantage.std
+advantage.max_dead_steps loss.level loss.aggregation loss.clip_low loss.clip_high loss.allow_wide_clip
+loss.dual_clip loss.kl_coef loss.dr_grpo_length loss.correction.kind loss.correction.low
+loss.correction.high policy.parallel.tp policy.parallel.pp policy.parallel.vpp
+policy.parallel.first_stage_layers policy.parallel.last_stage_layers policy.parallel.cp policy.parallel.ep
+policy.parallel.etp policy.parallel.dp policy.optimizer.lr policy.optimizer.min_lr_ratio
+policy.optimizer.warmup_steps policy.optimizer.beta1 policy.optimizer.beta2 policy.optimizer.eps
+policy.optimizer.weight_decay policy.optimizer.grad_clip policy.optimizer.overlap policy.micro_batch_tokens
+policy.recompute policy.moe.dispatcher policy.moe.aux_loss policy.vision_cache_mb train.steps
+train.updates_per_batch train.eval_every train.canary_prompts sft.steps sft.batch_size checkpoint.every
+checkpoint.keep checkpoint.background checkpoint.export_hf observe.tensorboard observe.wandb
+observe.save_rollouts_every observe.rollouts_per_save observe.report
 """
 APPLIED = frozenset(_APPLIED.split())
 
