@@ -24,7 +24,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="GSPO reinforcement learning for vision-language Mixture-of-Experts models.\n\n"
     "Usual order: [bold]sft[/] (warm start) -> [bold]train[/] (GSPO) -> [bold]report[/]. "
-    "Any config key can be set on the command line: train.steps=10 policy.optimizer.lr=1.0e-5",
+    "Any config key can be set on the command line: train.steps=10 policy.optimizer.lr=1.0e-5\n\n"
+    "Relative paths, in configs and on the command line, count from the folder that the command is started in.",
 )
 
 

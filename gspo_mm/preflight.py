@@ -8,6 +8,7 @@ from pathlib import Path
 from gspo_mm.config import Config, ConfigError
 from gspo_mm.data.places import expand_shards
 from gspo_mm.reward.sources import load_rewards
+from gspo_mm.runtime.paths import from_here
 
 
 def check_files(config: Config) -> None:
@@ -15,7 +16,7 @@ def check_files(config: Config) -> None:
     model = Path(config.model.path)
     if not (model / "config.json").is_file():
         raise ConfigError(
-            f"model.path={model} is no Hugging Face folder (no config.json in it); "
+            f"model.path={model} is no Hugging Face folder (no config.json in it){from_here(model)}; "
             "make a tiny one with tools/make_tiny_model.py, or download the model first"
         )
     train, validation = (
@@ -29,7 +30,8 @@ def check_files(config: Config) -> None:
     load_rewards(config.reward, config.data.reward_files())
     if config.rollout.replay and not (Path(config.rollout.replay) / "rollouts").is_dir():
         raise ConfigError(
-            f"rollout.replay={config.rollout.replay} has no saved rollouts in it; name a run folder"
+            f"rollout.replay={config.rollout.replay} has no saved rollouts in it"
+            f"{from_here(config.rollout.replay)}; name a run folder"
         )
     check_writable(config)
 
