@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -25,7 +24,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="GSPO reinforcement learning for vision-language Mixture-of-Experts models.\n\n"
     "Usual order: [bold]sft[/] (warm start) -> [bold]train[/] (GSPO) -> [bold]report[/]. "
-    "Any config key can be set on the command line: train.steps=10 policy.optimizer.lr=1.0e-5",
+    "Any config key can be set on the command line: train.steps=10 policy.optimizer.lr=1.0e-5\n\n"
+    "Relative paths, in configs and on the command line, count from the folder that the command is started in.",
 )
 
 
@@ -44,9 +44,6 @@ reward_app = typer.Typer(
     help="Check a reward file (reward check FILE), or score saved answers with it (reward FILE --input SAMPLES).",
 )
 app.add_typer(reward_app, name="reward")
-
-# what a full or write-protected disk answers: the user's to mend, not ours
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML config, for example configs/quickstart.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=value, stronger than the file")]
@@ -210,10 +207,11 @@ def run_reporting_faults(command: Callable[[], Any]) -> None:
         if error.told_elsewhere or os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(2)
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        from gspo_mm.runtime.disk import refusal
+
+        if (said := refusal(error)) is None:
             raise
-        where = error.filename or "a file of the run"
-        message = f"{where} cannot be written ({error.strerror}); free some space, or choose another run.dir"
+        message = f"{error.filename or 'a file of the run'} cannot be read or written: {said}"
         _tell_launcher(message)
     from gspo_mm.runtime.log import log_to_file
 

@@ -14,6 +14,7 @@ from gspo_mm.data.places import expand_shards
 from gspo_mm.data.samples import BadSample, sample_key, to_prompt
 from gspo_mm.hf.headers import read_headers
 from gspo_mm.reward.sources import Rewards, load_rewards
+from gspo_mm.runtime.paths import from_here
 from gspo_mm.types import DataError
 
 _FIRST = 100  # samples of each source that are looked at before every run
@@ -25,7 +26,7 @@ def check_files(config: Config) -> None:
     model = Path(config.model.path)
     if not (model / "config.json").is_file():
         raise ConfigError(
-            f"model.path={model} is no Hugging Face folder (no config.json in it); "
+            f"model.path={model} is no Hugging Face folder (no config.json in it){from_here(model)}; "
             "make a tiny one with tools/make_tiny_model.py, or download the model first"
         )
     read_headers(model)
@@ -40,7 +41,8 @@ def check_files(config: Config) -> None:
     load_rewards(config.reward, config.data.reward_files())
     if config.rollout.replay and not (Path(config.rollout.replay) / "rollouts").is_dir():
         raise ConfigError(
-            f"rollout.replay={config.rollout.replay} has no saved rollouts in it; name a run folder"
+            f"rollout.replay={config.rollout.replay} has no saved rollouts in it"
+            f"{from_here(config.rollout.replay)}; name a run folder"
         )
     check_writable(config)
 

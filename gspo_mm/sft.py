@@ -46,8 +46,17 @@ def sft(config: Config, stop: StopRequest) -> dict[str, Any]:
     for warning in at_start(config, steps=config.sft.steps):
         logger.warning(warning)
     stages = build_stages(config, ranks, total_steps=config.sft.steps, resumed=run.state, stop=stop)
-    with stages.closing(), ExitStack() as stack, run.settled():
-        step = resume(run, stages)
+    with stages.closing(), ExitStack() as stack:
+        began = step = resume(run, stages)
+        cursor = stages.source.state()
+
+        def save() -> None:
+            """A checkpoint of all steps that are done, if there are new ones."""
+            if step > began:
+                state = {"command": "sft", "source": cursor}
+                run.save(step, partial(save_policy, stages.policy), state)
+
+        stack.enter_context(run.settled(save))
         check_sight(stages.policy, stages.processor, stages.canary)
         metrics: MetricsWriter | None = None
         if ranks.main:
@@ -61,33 +70,32 @@ def sft(config: Config, stop: StopRequest) -> dict[str, Any]:
         phases = Phases(on_enter=progress.phase)
         progress.start_at(step)
         stop.obey(ranks, f"at step {step}")
-        stopped = False
-        while step < config.sft.steps and not stopped:
+        while step < config.sft.steps and not ranks.any(stop.requested):
             values = train_step(stages, config, phases, step)
             step += 1
+            source = stages.source
+            cursor = source.state()
             last = step == config.sft.steps
             if last:
                 values |= held_out(stages, step, phases)
-            source = stages.source
             values |= {
                 "data/epoch": source.epoch,
                 "data/skipped": source.skipped,
                 "data/left_out": source.left_out,
             }
             values |= phases.take()
-            if metrics:
-                metrics.write(step, values)
+            with run.written_together(f"step {step}"):
+                if metrics:
+                    metrics.write(step, values)
             progress.step(step, values)
-            stopped = ranks.any(stop.requested)
-            if last or stopped or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                state = {"command": "sft", "source": stages.source.state()}
-                run.save(step, partial(save_policy, stages.policy), state)
+            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                save()
             else:
                 run.settle(wait=False)
-        run.settle()
         if step < config.sft.steps:
             stop.obey(ranks, f"at step {step}")
-    return finish(run, stages, config)
+        run.settle()
+        return finish(run, stages, config)
 
 
 def finish(run: RunDir, stages: Stages, config: Config) -> dict[str, Any]:

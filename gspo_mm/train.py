@@ -36,7 +36,6 @@ from gspo_mm.policy.update import share_out, update_policy
 from gspo_mm.reward.sources import check_failures, failed_fraction
 from gspo_mm.rollout.engine import sample_groups
 from gspo_mm.rollout.scheduler import Pause, staleness_metrics
-from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.runtime.log import setup_logging
@@ -46,7 +45,7 @@ from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.stages import Stages, build_stages, check_servers
 from gspo_mm.sync.parity import table
 from gspo_mm.sync.watch import GapWatch
-from gspo_mm.types import RolloutGroup, Sequence
+from gspo_mm.types import GspoError, RolloutGroup, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -64,20 +63,17 @@ def train(config: Config, stop: StopRequest) -> dict[str, Any]:
     for warning in filter(None, (clip, *at_start(config, steps=config.train.steps))):
         logger.warning(warning)
     stages = build_stages(config, ranks, total_steps=config.train.steps, resumed=run.state, stop=stop)
-    with stages.closing(), ExitStack() as stack, run.settled():
+    with stages.closing(), ExitStack() as stack:
         loop = Loop(config, run, stages, stack)
+        stack.enter_context(run.settled(loop.save_whole))
         loop.resume()
         check_sight(stages.policy, stages.processor, stages.canary)
         loop.bring_first_weights()
         stop.obey(ranks, f"at step {loop.step}")
         loop.evaluate_before_training()
-        began = loop.step
         while loop.step < config.train.steps and not ranks.any(stop.requested):
             loop.train_step(stop)
         if loop.step < config.train.steps:
-            if loop.step > began:
-                loop.save()
-                run.settle()
             stop.obey(ranks, f"at step {loop.step}")
         return loop.finish()
 
@@ -106,23 +102,24 @@ class Loop:
         self.progress = Progress(total=config.train.steps, title=config.run.name, shown=self.ranks.main)
         self.phases = Phases(on_enter=self.progress.phase)
         self._stack = stack
+        self.began = 0  # the step that the checkpoint was of
+        # of the last step that is done: see `note_whole`
+        self.updates = 0
+        self.cursor: dict[str, Any] = {}
+        self.under_way = False  # whether a batch was taken since
 
     def train_step(self, stop: StopRequest) -> None:
         """One batch through the whole pipeline, in the order of the picture above.
 
         Rank 0 samples, scores and deals; every rank trains on its share. A signal while answers are awaited ends it
-        early, with nothing changed. Servers that are lost end the run, with a checkpoint of what was done: they can
-        be started again, and the run goes on from there.
+        early, with nothing changed. A fault on all ranks leaves a step done, with its line in the metrics, or not
+        begun: see `save_whole`.
         """
         stages, config, phases = self.stages, self.config, self.phases
-        try:
-            groups = self.next_groups(stop)
-        except ServerError as fault:
-            if fault.on_all_ranks:
-                self.save()
-            raise
+        groups = self.next_groups(stop)
         if groups is None:
             return
+        self.under_way = True
         result = group_advantages((), config.advantage)
         updates: list[list[Sequence]] = []
         with self.ranks.together():
@@ -156,16 +153,19 @@ class Loop:
             with phases("rollout"):
                 stages.scheduler.finish(stopping=lambda: stop.requested)
         self.step += 1
-        evaluation, lost = self.hand_over()
+        self.note_whole()
+        evaluation, fault = self.hand_over()
         memory = {"memory/peak_gib": max(self.ranks.gather(peak_memory()))}
-        if self.ranks.main:
-            sampled = rollout_metrics(groups, result) | self.staleness(groups)
-            self.record({**sampled, **update, **evaluation, **memory})
+        with self.run.written_together(f"step {self.step}"):
+            if self.ranks.main:
+                sampled = rollout_metrics(groups, result) | self.staleness(groups)
+                self.record({**sampled, **update, **evaluation, **memory})
+                self.save_rollouts(groups, result)
+        if fault:
+            raise fault
         # after the step's line is on disk, so that a resumed run misses none; its time counts in the next line
         with phases("checkpoint"):
-            self.keep(groups, result, last=lost is not None)
-        if lost:
-            raise lost
+            self.keep()
         if self.gap_watch:
             self.gap_watch.check(self.step, groups, gaps)
 
@@ -222,16 +222,16 @@ class Loop:
         assert isinstance(engine, SGLangEngine)
         return staleness_metrics(groups, self.step - 1) | scheduler.take_counts() | engine.take_counts()
 
-    def hand_over(self) -> tuple[dict[str, float], ServerError | None]:
+    def hand_over(self) -> tuple[dict[str, float], GspoError | None]:
         """The step's weights to the engine, and how well they answer when that is due.
 
-        A loss of the servers is returned: the step is done all the same.
+        A fault that all ranks share is returned: the step is done all the same.
         """
         try:
             with self.phases("sync"):
                 self.stages.weights.push(version=self.step)
             return (self.evaluate() if self.is_evaluation_step() else {}), None
-        except ServerError as fault:
+        except GspoError as fault:
             if not fault.on_all_ranks:
                 raise
             return {}, fault
@@ -309,29 +309,49 @@ class Loop:
         self.health.look(metrics)
         self.progress.step(self.step, metrics)
 
-    def keep(self, groups: list[RolloutGroup], result: AdvantageResult, *, last: bool) -> None:
-        """Save rollouts and a checkpoint when they are due; the checkpoint also when this step is the last for now."""
-        observe, checkpoint = self.config.observe, self.config.checkpoint
-        saves_rollouts = observe.save_rollouts_every and (self.step - 1) % observe.save_rollouts_every == 0
-        if self.ranks.main and saves_rollouts:
+    def save_rollouts(self, groups: list[RolloutGroup], result: AdvantageResult) -> None:
+        """When they are due."""
+        observe = self.config.observe
+        if observe.save_rollouts_every and (self.step - 1) % observe.save_rollouts_every == 0:
             trained = {group.id: group for group in result.live}
             chosen = [trained.get(group.id, group) for group in groups]
             save_rollouts(self.run.path, self.step, chosen[: observe.rollouts_per_save or None])
-        due = checkpoint.every and self.step % checkpoint.every == 0
-        if due or last or self.step == self.config.train.steps:
+
+    def keep(self) -> None:
+        """Save a checkpoint when one is due, and after the last step."""
+        every = self.config.checkpoint.every
+        if (every and self.step % every == 0) or self.step == self.config.train.steps:
             self.save()
         else:
             self.run.settle(wait=False)
 
-    def save(self) -> None:
-        scheduler = self.stages.scheduler
-        state = {
-            "command": "train",
+    def note_whole(self) -> None:
+        """A step is done: what a checkpoint holds beside the policy is what stands here, until the next is done."""
+        self.updates = self.stages.policy.optimizer.step_count
+        self.under_way = False
+        self.cursor = {
             "next_group": self.next_group,
             "source": self.stages.source.state(),
-            "scheduler": scheduler.state() if scheduler else None,
             "dead_steps": self.dead_steps.state(),
         }
+
+    def save_whole(self) -> None:
+        """A checkpoint of all steps that are done, unless a step was cut off among its updates. A collective."""
+        made = self.stages.policy.optimizer.step_count - self.updates
+        if made:
+            logger.error(
+                "step %d was cut off after %d of its updates: nothing is saved of what was trained since the last checkpoint",
+                self.step + 1,
+                made,
+            )
+        elif self.step > self.began:
+            self.save()
+            logger.info("what was trained until step %d is saved", self.step)
+
+    def save(self) -> None:
+        scheduler = self.stages.scheduler
+        pending = scheduler.state(untrained=self.under_way) if scheduler else None
+        state = {"command": "train", **self.cursor, "scheduler": pending}
         self.run.save(self.step, partial(save_policy, self.stages.policy), state)
 
     def resume(self) -> None:
@@ -345,6 +365,8 @@ class Loop:
             self.dead_steps.load(state["dead_steps"])
             self.step, self.next_group = state["step"], state["next_group"]
             logger.info("resuming %s after step %d", self.run.path, self.step)
+        self.began = self.step
+        self.note_whole()
         if self.metrics:
             self.metrics.rewind(self.step if checkpoint is not None else -1)
         self.progress.start_at(self.step)

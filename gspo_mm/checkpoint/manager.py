@@ -2,10 +2,11 @@
 
     RUN/config.yaml                      resolved configuration
     RUN/checkpoints/step-00000050/       policy/ (distributed.py: weights, optimizer), state.json (the rest)
+    RUN/owner.json                       who trains here: owner.py
+    RUN/reward-files.json                hashes of the reward files
     RUN/metrics.jsonl, rollouts/, quarantine-*.jsonl, log.txt, tensorboard/, summary.json, report.html, hf/
 
-A checkpoint is written under a temporary name, synced to disk and renamed; a reader never sees a half-written
-one, and a crash at any instant leaves the previous one in place. Random state is not saved because there is
+How a checkpoint is published is said in store.py. Random state is not saved because there is
 none: every draw is seeded by (run.seed, purpose, step). All ranks see one run folder (a shared file system).
 """
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +22,16 @@ from typing import Any, Protocol
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gspo_mm.checkpoint.owner import Owner
+from gspo_mm.checkpoint.store import Store, read_state
 from gspo_mm.config import CheckpointConfig, Config, load_config, save_config
 from gspo_mm.config.resume import Command, changes
+from gspo_mm.reward.sources import fingerprints
+from gspo_mm.runtime.disk import refusal
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import GspoError
+
+REWARDS = "reward-files.json"
 
 logger = logging.getLogger(__name__)
 
@@ -53,60 +59,85 @@ class RunDir:
 
     def __init__(self, path: Path, config: CheckpointConfig, ranks: Ranks) -> None:
         self.path = path
-        self._keep = config.keep
+        self._store = Store(path / "checkpoints", config.keep)
         self._background = config.background
         self._ranks = ranks
+        self._owner: Owner | None = None  # on rank 0
         self.state: dict[str, Any] | None = None  # on rank 0, of the checkpoint that the run goes on from
         self._notes: list[str] = []
         self._pending: tuple[int, Writing, dict[str, Any]] | None = None
 
     @classmethod
     def open(cls, config: Config, ranks: Ranks, *, command: Command = "train") -> RunDir:
-        """Create the folder or check that it may be continued; writes the resolved config. A collective.
+        """Own the folder, create it or check that it may be continued; writes the resolved config. A collective.
 
-        Raises ResumeError when `run.resume` forbids or misses a run, or when its settings clash.
+        Raises ResumeError when `run.resume` forbids or misses a run, or when its settings clash, and OwnerError when
+        another run works in it.
         """
         run = cls(config.run.path, config.checkpoint, ranks)
         with ranks.together():
             if ranks.main:
-                run._open(config, command)
+                try:
+                    run._open(config, command)
+                except GspoError:
+                    run._release()
+                    raise
         return run
 
     def _open(self, config: Config, command: Command) -> None:
-        run = self
-        exists = (run.path / "config.yaml").exists()
-        if exists and config.run.resume == "never":
+        if config.run.resume == "never" and (self.path / "config.yaml").exists():
             raise ResumeError(
-                f"run.resume=never but {run.path} holds a run; choose another run.name or remove it"
+                f"run.resume=never but {self.path} holds a run; choose another run.name or remove it"
             )
-        if run.latest() is None and config.run.resume == "must":
+        if config.run.resume == "must" and self.latest() is None:
             raise ResumeError(
-                f"run.resume=must but {run.path} holds no checkpoint; use run.resume=auto to start one"
+                f"run.resume=must but {self.path} holds no checkpoint; use run.resume=auto to start one"
             )
-        if exists:
-            run._check_same_experiment(config, command)
-        run._create(config)
+        with _disk_may_refuse(f"run.dir={config.run.dir}", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._owner = Owner.of(self.path)
+            if (self.path / "config.yaml").exists():
+                self._check_same_experiment(config, command)
+            self._notes += [
+                *filter(None, [self._owner.note]),
+                *self._store.sweep(),
+                *self._changed_rewards(config),
+            ]
+            temporary = self.path / ".tmp-config.yaml"
+            save_config(config, temporary)
+            temporary.replace(self.path / "config.yaml")
+
+    def _changed_rewards(self, config: Config) -> list[str]:
+        """What to say of reward files that are not as they were; notes how they are now."""
+        now = fingerprints([config.reward.file, *config.data.reward_files().values()])
+        known = self.path / REWARDS
+        before = json.loads(known.read_text()) if self.state and known.exists() else {}
+        self.write_json(REWARDS, now)
+        return [
+            f"{path} has changed since the run was here last: rewards from now on cannot be compared with those before"
+            for path in now
+            if before.get(path, now[path]) != now[path]
+        ]
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""
-        found = sorted((self.path / "checkpoints").glob("step-*/state.json"))
-        return found[-1].parent if found else None
+        return self._store.latest()
 
     def save(self, step: int, write_policy: WritePolicy, state: dict[str, Any]) -> None:
-        """Publish checkpoint `step`, then drop the oldest ones. A collective.
+        """Publish checkpoint `step`, then drop the oldest ones; one that is there already stays. A collective.
 
         `write_policy` is called on all ranks, `state` of rank 0 is written as JSON. With `checkpoint.background` this
         returns when the write has begun, and `settle` publishes it. Raises ResumeError on every rank when the disk
         refuses; the checkpoints that were there are intact.
         """
         self.settle()
-        temporary = self._checkpoint(step, temporary=True)
-        with self._ranks.together(), self._disk_may_refuse(step):
+        if self._ranks.any(self._ranks.main and self._store.is_whole(self._store.path(step))):
+            return
+        with self._writing(step):
             if self._ranks.main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-        with self._ranks.together(), self._disk_may_refuse(step):
-            writing = write_policy(temporary / "policy", background=self._background)
+                self._store.begin(step)
+        with self._writing(step):
+            writing = write_policy(self._store.temporary(step) / "policy", background=self._background)
             self._pending = (step, writing, {"step": step, **state})
         if not self._background:
             self.settle()
@@ -119,57 +150,63 @@ class RunDir:
         if not wait and self._ranks.any(not writing.written):
             return
         self._pending = None
-        with self._ranks.together(), self._disk_may_refuse(step):
+        with self._writing(step):
             writing.finish()
-        with self._ranks.together(), self._disk_may_refuse(step):
+        with self._writing(step):
             if self._ranks.main:
-                self._publish(
-                    self._checkpoint(step, temporary=True), self._checkpoint(step, temporary=False), state
-                )
+                self._store.publish(step, state)
 
     @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Leave the block with no checkpoint under way, also when a fault that all ranks share ends it."""
+    def settled(self, save: Callable[[], None] | None = None) -> Iterator[None]:
+        """Leave the block, and the folder to others, with no checkpoint under way.
+
+        A fault that all ranks share is followed by `save`, which saves what is worth it, before it goes on its way.
+        """
         try:
             yield
+            self.settle()
         except GspoError as fault:
-            if fault.on_all_ranks:
-                self.settle()
+            if fault.on_all_ranks or (save and self._ranks.size == 1):
+                try:
+                    if save:
+                        save()
+                    self.settle()
+                except GspoError as second:
+                    logger.error("the steps since the last checkpoint are lost: %s", second)
             raise
-        self.settle()
-
-    def _checkpoint(self, step: int, *, temporary: bool) -> Path:
-        return self.path / "checkpoints" / f"{'.tmp-' if temporary else ''}step-{step:08d}"
-
-    def _publish(self, temporary: Path, final: Path, state: dict[str, Any]) -> None:
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync_path(file)
-        with (temporary / "state.json").open("w") as file:  # last: its presence marks the folder as whole
-            json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync_path(final.parent)
-        for old in sorted(final.parent.glob("step-*"))[: -self._keep]:
-            shutil.rmtree(old)
+        finally:
+            self._release()
 
     @contextmanager
-    def _disk_may_refuse(self, step: int) -> Iterator[None]:
-        try:
+    def written_together(self, what: str, *wrapped: type[BaseException]) -> Iterator[None]:
+        """A block in which the run's files are written: what the disk refuses is one sentence on all ranks.
+
+        `wrapped`: errors in which writers wrap what the disk said. Raises OwnerError too, when another run has the folder.
+        """
+        with self._ranks.together(), _disk_may_refuse(what, self.path, *wrapped):
+            if self._owner:
+                self._owner.check()
             yield
-        # the writers wrap what the disk said in errors of their own
-        except (OSError, RuntimeError, CheckpointException) as error:
-            raise ResumeError(
-                f"checkpoint {step} cannot be written to {self.path} ({_reason(error)}); free "
-                "some space there, or choose another run.dir, and start again with run.resume=auto"
-            ) from None
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            with self.written_together(f"checkpoint {step}", RuntimeError, CheckpointException):
+                yield
+        except ResumeError:
+            if self._ranks.main:
+                self._store.discard(step)
+            raise
+
+    def _release(self) -> None:
+        if self._owner:
+            self._owner.release()
+            self._owner = None
 
     def load(self, checkpoint: Path, read_policy: Callable[[Path], None]) -> dict[str, Any]:
         """Hand the policy's folder to `read_policy` on all ranks; returns `state` as given to `save`, with "step"."""
         read_policy(checkpoint / "policy")
-        return _read_state(checkpoint)
+        return read_state(checkpoint)
 
     def write_json(self, name: str, value: Any) -> None:
         """Atomically replace RUN/name."""
@@ -181,26 +218,15 @@ class RunDir:
             os.fsync(file.fileno())
         temporary.replace(self.path / name)
 
-    def _create(self, config: Config) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary = self.path / ".tmp-config.yaml"
-            save_config(config, temporary)
-            temporary.replace(self.path / "config.yaml")
-        except OSError as error:
-            raise ResumeError(
-                f"run.dir={config.run.dir} cannot be written ({error.strerror}); choose a writable run.dir"
-            ) from None
-
     def log_notes(self) -> None:
         """What `open` has to say, for when the log is set up."""
         for note in self._notes:
-            logger.warning("resuming %s with %s", self.path, note)
+            logger.warning(note)
 
     def _check_same_experiment(self, config: Config, command: Command) -> None:
         latest = self.latest()
         if latest:
-            self.state = _read_state(latest)
+            self.state = read_state(latest)
         state = self.state or {}
         if (written_by := state.get("command", command)) != command:
             raise ResumeError(
@@ -214,21 +240,13 @@ class RunDir:
             raise ResumeError(
                 f"{self.path} was started with {found.refusals[0]}; restore it, or choose another run.name"
             )
-        self._notes = found.notes
+        self._notes = [f"resuming {self.path} with {note}" for note in found.notes]
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())
-
-
-def _reason(error: BaseException) -> str:
-    """What the disk said, out of the traceback that torch's checkpoint code makes of it."""
-    while isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[-200:]
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+@contextmanager
+def _disk_may_refuse(what: str, folder: Path, *wrapped: type[BaseException]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, *wrapped) as error:
+        where = error.filename if isinstance(error, OSError) and error.filename else folder
+        raise ResumeError(f"{what} cannot be written ({where}): {refusal(error, folder=folder)}") from None

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from gspo_mm.config.base import ALTERNATIVES, ConfigError
 from gspo_mm.config.schema import Config
 from gspo_mm.config.unquoted import Misread, faults, misread
+from gspo_mm.runtime.paths import from_here
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, *, any_world: bool = False) -> Config:
@@ -23,7 +24,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, any_wor
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist; try configs/quickstart.yaml")
+        raise ConfigError(f"config file {path} does not exist{from_here(path)}; try configs/quickstart.yaml")
     changes = [_parse_override(item) for item in overrides or []]
     unquoted: list[Misread] = []
     try:

@@ -12,7 +12,11 @@ from gspo_mm.config.base import ALTERNATIVES, Fraction, NonNegative, Positive, S
 
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder under `dir`")
-    dir: str = Field(default="runs", description="where run folders are kept")
+    dir: str = Field(
+        default="runs",
+        description="where run folders are kept; like every path of a config, a relative one counts from the folder that "
+        "the command is started in",
+    )
     seed: NonNegative = Field(
         default=0, description="one seed decides data order, sampling and initialisation"
     )

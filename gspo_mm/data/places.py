@@ -19,6 +19,7 @@ from typing import IO
 
 import braceexpand
 
+from gspo_mm.runtime.paths import from_here
 from gspo_mm.types import DataError
 
 _PIPE = "pipe:"
@@ -42,7 +43,7 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
             if not found:
                 via = "" if place == pattern else f" (from {pattern})"
                 raise DataError(
-                    f"no shard matches {shown(place)}{via}; correct data.train or data.validation, or make the "
+                    f"no shard matches {shown(place)}{via}{from_here(place)}; correct data.train or data.validation, or make the "
                     "shards with tools/make_shards.py"
                 )
             places |= dict.fromkeys(found)

@@ -20,6 +20,7 @@ from gspo_mm.config import ModelConfig
 from gspo_mm.families.folder import HfFolder, expert_kind, read_hf
 from gspo_mm.families.table import family_of
 from gspo_mm.hf.headers import INDEX, SINGLE, HfFolderError
+from gspo_mm.runtime.disk import refusal
 
 if TYPE_CHECKING:
     from gspo_mm.policy.engine import Policy
@@ -72,9 +73,7 @@ def write_hf(
         if durable:
             _sync(path.parent)
     except OSError as error:
-        raise HfFolderError(
-            f"{path} cannot be written ({error.strerror or error}); free some space or choose another folder"
-        ) from None
+        raise HfFolderError(f"{path} cannot be written: {refusal(error, folder=path.parent)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path

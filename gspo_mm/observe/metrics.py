@@ -2,21 +2,25 @@
 
 metrics.jsonl is the record that everything else is drawn from. Each line is flushed to disk before the next step, a
 half-written last line (the process was killed) is ignored, and a resumed run first drops the lines that are newer
-than its checkpoint, so that every step stands there once.
+than its checkpoint, so that every step stands there once. A run that starts again at step 0 keeps them in metrics-1.jsonl.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 from gspo_mm.config import ObserveConfig
 from gspo_mm.types import GspoError
+
+logger = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 
@@ -137,11 +141,34 @@ class MetricsWriter:
         """Record what was found out only after the line of `step` was written, if it was; what stands there stays."""
         written = [line for line in read_metrics(self._path.parent) if line["step"] == step]
         known = {name: value for line in written for name, value in line.items() if is_documented(name)}
-        self.rewind(step - 1)
+        self._keep(step - 1)
         self.write(step, {**values, **known})
 
     def rewind(self, step: int) -> None:
-        """Forget what was written after `step`; -1 forgets everything."""
+        """Drop what was written after `step` and say so; -1 drops everything, and what was trained stays in another file."""
+        newer = [line["step"] for line in read_metrics(self._path.parent) if line["step"] > max(step, 0)]
+        if newer and step <= 0:
+            files = (self._path.with_name(f"metrics-{n}.jsonl") for n in count(1))
+            aside = next(file for file in files if not file.exists())
+            self._path.rename(aside)
+            logger.warning(
+                "%s held steps %d to %d of an earlier start, of which there is no checkpoint: they are kept in %s",
+                self._path,
+                min(newer),
+                max(newer),
+                aside.name,
+            )
+        elif newer:
+            logger.warning(
+                "%s: steps %d to %d are dropped and run again, as they are newer than the checkpoint",
+                self._path,
+                min(newer),
+                max(newer),
+            )
+        self._keep(step)
+
+    def _keep(self, step: int) -> None:
+        """Only the lines up to `step`."""
         kept = [line for line in read_metrics(self._path.parent) if line["step"] <= step]
         temporary = self._path.with_name(f".tmp-{FILE}")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -24,6 +24,7 @@ from gspo_mm.observe.rollouts import decode_group
 from gspo_mm.reward.cases import Case, Checked, Sample
 from gspo_mm.reward.sources import Rewards, load_rewards
 from gspo_mm.reward.spec import RewardFileError, load_reward
+from gspo_mm.runtime.paths import from_here
 from gspo_mm.types import Completion, GspoError, Prompt, RolloutGroup, Score
 
 _SHOWN = 60  # characters of a response in a table
@@ -64,7 +65,7 @@ def load_answers(path: Path) -> Iterator[Answer]:
     """
     if not path.is_file():
         raise GspoError(
-            f"--input {path} does not exist; name RUN/rollouts/step-*.jsonl.gz or a file of samples"
+            f"--input {path} does not exist{from_here(path)}; name RUN/rollouts/step-*.jsonl.gz or a file of samples"
         )
     number = 0
     try:

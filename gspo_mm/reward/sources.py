@@ -7,12 +7,16 @@ processes (`pool.py`), services are asked from an event loop; the caller gets fu
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 
 from gspo_mm.config import RewardConfig
 from gspo_mm.data.samples import BadSample
@@ -109,6 +113,19 @@ def load_rewards(limits: RewardConfig, by_source: Mapping[str, str]) -> Rewards:
     """Read limits.file and the files of sources, each once. Raises RewardFileError as `load_reward` does."""
     loaded = {path: load_reward(path) for path in {limits.file, *by_source.values()}}
     return Rewards(loaded[limits.file], {source: loaded[path] for source, path in by_source.items()}, limits)
+
+
+def fingerprints(files: Iterable[str]) -> dict[str, str]:
+    """A hash of each reward file, and of each Python file with a function that one names; of those that are there."""
+    found: dict[str, str] = {}
+    for path in files:
+        if not Path(path).is_file():
+            continue
+        modules = [part.python.partition(":")[0] for part in load_reward(path).spec.parts if part.python]
+        for source in [path, *(sys.modules[module].__file__ for module in modules)]:
+            if source:
+                found[os.path.realpath(source)] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    return found
 
 
 def failed_fraction(groups: Iterable[RolloutGroup]) -> float:

@@ -34,6 +34,7 @@ from gspo_mm.reward.part import CONTEXT, Args, PartType, Service, as_json, bare_
 from gspo_mm.reward.parts import PARTS
 from gspo_mm.reward.pattern import BOXED, compile_pattern, extract_answer
 from gspo_mm.reward.user import user_part
+from gspo_mm.runtime.paths import from_here
 from gspo_mm.types import Completion, Finish, GspoError, Prompt, Score
 
 
@@ -259,7 +260,9 @@ def load_reward(path: str | Path) -> RewardFunction:
     """Read and check a reward file; raises RewardFileError: one sentence naming file, key, value and fix."""
     path = Path(path)
     if not path.is_file():
-        raise RewardFileError(f"reward.file={path} does not exist; try configs/rewards/digits.yaml")
+        raise RewardFileError(
+            f"reward.file={path} does not exist{from_here(path)}; try configs/rewards/digits.yaml"
+        )
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         unquoted = misread(path.read_text())

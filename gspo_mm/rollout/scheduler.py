@@ -90,11 +90,13 @@ class _Group:
     arrived: Event = field(default_factory=Event)  # scored, or failed; not looked at yet
     done: RolloutGroup | None = None  # scored
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, again: bool) -> dict[str, Any]:
+        """`again`: without its answers."""
         done = self.done
         if done is None and self.scoring and self.scoring.done() and not self.scoring.exception():
             done = self.scoring.result()  # arrived, and not looked at yet
-        answers = encode_answers(done) if done else None
+        failed = done is not None and any(score.error for score in done.scores)
+        answers = encode_answers(done) if done and not again and not failed else None
         return {"kept": self.kept, "version": self.version, "answers": answers}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -138,6 +140,7 @@ class Scheduler:
         self._sampling = sampling
         self._open: list[_Group] = []  # started, not yet handed out
         self._waiting: list[_Group] = []  # taken from the source, to be started first
+        self._handed: list[_Group] = []  # the last batch
         self._arrived: queue.SimpleQueue[_Group] = queue.SimpleQueue()
         self._taken = 0
         self._next_id = 0
@@ -164,6 +167,7 @@ class Scheduler:
             self._drop_dead()
             self._start_groups(version, waiting)
         batch, self._open, tail = settled
+        self._handed = batch
         self._dropped = 0
         for group in tail:
             self._give_up(group)
@@ -202,18 +206,22 @@ class Scheduler:
         for group in self._open:
             group.cancel()
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, untrained: bool = False) -> dict[str, Any]:
         """Where the source has to go on so that no prompt is lost or taken twice, and answers that are there; JSON.
 
-        What servers have sampled of the others is theirs, and is sampled again.
+        What servers have sampled of the others is theirs, and is sampled again. So is what could not be scored and, if
+        `untrained`, the last batch.
         """
-        pending = sorted([*self._open, *self._waiting], key=lambda g: g.place)
+        handed = self._handed if untrained else []
+        pending = sorted([*handed, *self._open, *self._waiting], key=lambda g: g.place)
         if not pending:
             return {"source": self._source.state(), "pending": [], "taken": 0, "next_id": self._next_id}
         first = pending[0]
         return {
             "source": first.cursor,
-            "pending": [group.state() | {"place": group.place - first.place} for group in pending],
+            "pending": [
+                group.state(again=group in handed) | {"place": group.place - first.place} for group in pending
+            ],
             "taken": self._taken - first.place,
             "next_id": self._next_id,
             "sizes": self._sizes(),

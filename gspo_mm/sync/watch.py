@@ -60,7 +60,10 @@ class GapWatch:
         if self._policy.ranks.any(suspect is not None):
             prompts = [self._processor.encode(suspect)] if suspect else []
             # a single prompt's mean, and one that was chosen for its gap: twice what the mean of many may be
-            check_parity(self._policy, self._engine, self._processor, prompts, threshold=self._bound, times=2)
+            with self._policy.ranks.together():
+                check_parity(
+                    self._policy, self._engine, self._processor, prompts, threshold=self._bound, times=2
+                )
 
     def suspect(self, step: int, groups: Sequence[RolloutGroup], gaps: Mapping[str, float]) -> Prompt | None:
         """The prompt to ask again after this step. Raises ParityError for a group above the hard bound."""

@@ -143,6 +143,7 @@ fi
 checked=$(WORLD_SIZE=$((nodes * ranks)) "$GSPO_LOGIN_PYTHON" -c '
 import sys
 sys.argv, rollout_nodes = sys.argv[:-1], int(sys.argv[-1])
+from gspo_mm.checkpoint.owner import check_free
 from gspo_mm.cli import run_reporting_faults
 from gspo_mm.config import load_config
 from gspo_mm.preflight import check_files
@@ -156,6 +157,7 @@ def check():
             "add rollout.engine=sglang, or leave --rollout-nodes out"
         )
     check_files(config)
+    check_free(config.run.path)
     servers = config.rollout.sglang.servers if rollout_nodes else 0
     print(config.run.name, config.run.path.absolute(), servers, sep="\n")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gspo_mm.checkpoint.owner import Owner
 from tests.slurm.conftest import ROOT, SCRIPTS, SITE, run_script
 
 ALL = sorted(path.name for path in SCRIPTS.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -291,3 +292,12 @@ def test_a_job_script_outside_of_a_job_says_how_to_submit_it(name: str) -> None:
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_script_refuses_an_option_that_it_does_not_have(name: str) -> None:
     assert "--nodes" in refusal(name, "--nodes", "2")
+
+
+def test_a_run_that_is_at_work_is_not_submitted_again(short_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "short").mkdir()
+    owner = Owner.of(tmp_path / "short")
+    command = ("submit.sh", short_config, f"run.dir={tmp_path}", "--requeue", "--dry-run")
+    assert f"is in use by process {os.getpid()} on" in refusal(*command)
+    owner.release()
+    assert submitted(*command[1:-1])

@@ -58,6 +58,42 @@ def test_rewinding_forgets_what_is_newer_than_the_checkpoint(tmp_path: Path) -> 
     assert read_metrics(tmp_path) == []
 
 
+def test_dropped_steps_are_told_and_those_of_a_start_without_checkpoints_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = writer(tmp_path)
+    for step in range(5):
+        metrics.write(step, {"loss": float(step)})
+    metrics.rewind(4)
+    assert not caplog.text
+    metrics.rewind(2)
+    assert "steps 3 to 4 are dropped and run again" in caplog.text
+    for start in (1, 2):
+        metrics.rewind(-1)
+        assert read_metrics(tmp_path) == []
+        kept = tmp_path / f"metrics-{start}.jsonl"
+        assert [json.loads(line)["step"] for line in kept.read_text().splitlines()] == (
+            [0, 1, 2] if start == 1 else [1, 2]
+        )
+        assert f"they are kept in {kept.name}" in caplog.text
+        metrics.write(1, {"loss": 1.0})
+        metrics.write(2, {"loss": 1.0})
+    metrics.amend(2, {"grad_norm": 1.0})
+    metrics.rewind(2)
+    assert len(list(tmp_path.glob("metrics-*"))) == 2
+
+
+def test_the_evaluation_before_the_first_step_is_nothing_to_keep(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = writer(tmp_path)
+    metrics.write(0, {"loss": 1.0})
+    metrics.rewind(-1)
+    assert read_metrics(tmp_path) == []
+    assert not list(tmp_path.glob("metrics-*"))
+    assert not caplog.text
+
+
 def test_floats_come_back_exactly(tmp_path: Path) -> None:
     writer(tmp_path).write(1, {"loss": 0.1 + 0.2})
     assert read_metrics(tmp_path)[0]["loss"] == 0.1 + 0.2

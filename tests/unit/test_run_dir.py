@@ -1,6 +1,9 @@
 """A run folder is published whole, continued exactly, and refuses what would silently be another experiment."""
 
 import contextlib
+import errno
+import json
+import os
 import resource
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 from gspo_mm.checkpoint.manager import ResumeError, RunDir
+from gspo_mm.checkpoint.owner import OwnerError
 from gspo_mm.config import Config, parse_config
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import GspoError
@@ -172,3 +176,109 @@ def test_a_fault_that_all_ranks_share_leaves_the_checkpoint_under_way_published(
     with pytest.raises(GspoError, match="stop"):
         train(2, contextlib.nullcontext())  # of one rank: the others would not come to publish
     assert run.latest() == run.path / "checkpoints" / "step-00000001"
+
+
+def test_a_step_that_is_saved_is_not_written_again(tmp_path: Path) -> None:
+    run = RunDir.open(config(tmp_path), Ranks())
+    run.save(1, Write(1.0), {"next_group": 1})
+    saved = save(run, 1)  # the first is still under way
+    again = Write(2.0)
+    run.save(1, again, {})
+    run.settle()
+    assert not hasattr(again, "folder")
+    assert torch.load(saved / "policy" / "weights.pt")["w"].tolist() == [1.0, 1.0]
+    assert run.load(saved, lambda _: None) == {"step": 1, "next_group": 1}
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    run = RunDir.open(config(tmp_path, background=False), Ranks())
+    (run.path / "checkpoints").write_text("a file of a user's")
+    with pytest.raises(
+        ResumeError, match=r"checkpoint 1 cannot be written.*not a directory; something else stands"
+    ):
+        run.save(1, Write(1.0), {})
+    (run.path / "checkpoints").unlink()
+
+    class Full(Write):
+        def finish(self) -> None:
+            (self.folder / "half").write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / "half"))
+
+    with pytest.raises(ResumeError, match=r"half.*no space left on device; free some space"):
+        run.save(1, Full(1.0), {})
+    assert list((run.path / "checkpoints").iterdir()) == []
+
+
+def test_unfinished_checkpoints_are_removed_when_the_run_is_opened_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDir.open(config(tmp_path), Ranks())
+    whole = save(run, 1)
+    for step in (2, 3, 4):
+        (run.path / "checkpoints" / f".tmp-step-{step:08d}").mkdir()
+    RunDir.open(config(tmp_path), Ranks()).log_notes()
+    assert list((run.path / "checkpoints").iterdir()) == [whole]
+    assert caplog.text.count("was left unfinished by an earlier run and is removed") == 3
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_fault_of_all_ranks_saves_what_is_worth_it_and_goes_on_its_way(
+    shared: bool, tmp_path: Path
+) -> None:
+    """In a job of one rank every fault is one of all ranks."""
+    run = RunDir.open(config(tmp_path), Ranks())
+    fault = Ranks().together() if shared else contextlib.nullcontext()
+    with pytest.raises(GspoError, match="stop"), run.settled(lambda: run.save(3, Write(3.0), {})), fault:
+        raise GspoError("stop")
+    assert run.latest() == run.path / "checkpoints" / "step-00000003"
+    assert not (run.path / "owner.json").exists()
+
+
+def test_a_fault_stays_the_reason_when_nothing_can_be_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDir.open(config(tmp_path), Ranks())
+    (run.path / "checkpoints").write_text("")
+    with pytest.raises(GspoError, match="stop"), run.settled(lambda: run.save(3, Write(3.0), {})):
+        raise GspoError("stop")
+    assert "the steps since the last checkpoint are lost: checkpoint 3 cannot be written" in caplog.text
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path: Path) -> None:
+    run = RunDir.open(config(tmp_path), Ranks())
+    owner = json.loads((run.path / "owner.json").read_text())
+    (run.path / "owner.json").write_text(json.dumps(owner | {"token": "another"}))
+    with pytest.raises(OwnerError, match="was taken over"):
+        run.save(1, Write(1.0), {})
+    with pytest.raises(OwnerError, match="was taken over"), run.written_together("step 1"):
+        pytest.fail("it wrote")
+    assert not (run.path / "checkpoints").exists()
+    (run.path / "owner.json").unlink()
+
+
+def test_a_reward_file_or_function_that_changed_is_named_when_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    reward, module = tmp_path / "r.yaml", tmp_path / "own_judge_of_run_dir.py"
+    module.write_text("def judge(text, prompt, completion):\n    return 1.0\n")
+    text = "name: r\nparts: [{name: own, python: 'own_judge_of_run_dir:judge'}]\n"
+    reward.write_text(text)
+    values = config(tmp_path).model_dump()
+    values["reward"]["file"] = str(reward)
+
+    def told() -> str:
+        caplog.clear()
+        run = RunDir.open(parse_config(values), Ranks())
+        run.log_notes()
+        if run.latest() is None:
+            save(run, 1)
+        return caplog.text
+
+    assert not told()
+    assert not told()
+    reward.write_text(text + "# another\n")
+    assert f"{reward} has changed since the run was here last" in told()
+    assert not told()
+    module.write_text("def judge(text, prompt, completion):\n    return 0.5\n")
+    assert f"{module} has changed since" in told()

@@ -22,7 +22,16 @@ from gspo_mm.config import RolloutConfig
 from gspo_mm.rollout import scheduler as module
 from gspo_mm.rollout.saved import encode_answers
 from gspo_mm.rollout.scheduler import Pause, Scheduler, staleness, staleness_metrics
-from gspo_mm.types import Completion, EncodedPrompt, Finish, GspoError, Prompt, RolloutGroup, SamplingParams
+from gspo_mm.types import (
+    Completion,
+    EncodedPrompt,
+    Finish,
+    GspoError,
+    Prompt,
+    RolloutGroup,
+    SamplingParams,
+    Score,
+)
 
 
 def scored(group: RolloutGroup) -> Future[RolloutGroup]:
@@ -504,6 +513,37 @@ def test_answers_that_are_there_are_not_asked_for_again() -> None:
     (three,) = (group for group in found if group.prompt_ids == (3,))
     assert json.dumps(encode_answers(three)) == json.dumps(state["pending"][1]["answers"])
     assert staleness(three, world.books.version) == 1
+
+
+def test_a_batch_that_was_not_trained_on_is_sampled_again_by_a_resumed_run() -> None:
+    world = World(rollout(prompts_per_step=2, max_staleness=1))
+    world.on_wait = lambda: bool(world.finish(*(job for job in world.running() if job.number in (0, 1, 3))))
+    assert world.batch() == [0, 1]
+    world.on_wait = lambda: bool(world.finish(*world.running()))
+    assert world.batch() == [2, 3]
+    state = world.scheduler.state(untrained=True)
+    again = [state["source"]["next"] + group["place"] for group in state["pending"]]
+    assert again[:2] == [2, 3], "the last batch alone: the one before was trained on"
+    assert [group["answers"] for group in state["pending"]][:2] == [None, None]
+    assert not {2, 3} & set(world.pending())
+    world.books.version -= 1
+    world.start_anew(state)
+    assert sorted(world.batch() + world.batch()) == [2, 3, 4, 5]
+
+
+def test_answers_that_could_not_be_scored_are_asked_for_again() -> None:
+    world = World(rollout(prompts_per_step=1, max_staleness=2))
+    world.on_wait = lambda: bool(world.finish(*world.running()))
+    world.batch()
+    fine, failed = world.scheduler._open
+    for group, error in ((fine, None), (failed, "the judge cannot be reached")):
+        assert group.scoring
+        assert not group.scoring.exception()
+        score = Score(value=0.0, parts={}, accuracy=None, error=error)
+        group.done = replace(group.scoring.result(), scores=(score, score))
+    first, second = world.scheduler.state()["pending"]
+    assert first["answers"] is not None
+    assert second["answers"] is None
 
 
 @pytest.mark.parametrize("oversample", [1.0, 1.5, 2.0])

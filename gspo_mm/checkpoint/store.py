@@ -1,0 +1,140 @@
+"""The checkpoints of a run, each published whole or not at all.
+
+    step-00000050       a checkpoint: policy/ and state.json, which is written last and names the step
+    .tmp-step-00000100  one that is being written; renamed when it is on disk
+    .old-step-00000010  one that is being removed
+
+Only these names are ours. What else is in the folder is never resumed from and never removed. A link of a checkpoint's
+name to a checkpoint is resumed from, and left where it is. A process that dies between any two operations leaves the
+newest whole checkpoint in its place, and rests that the next `sweep` removes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gspo_mm.runtime.disk import refusal
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{8,})")
+_REST = re.compile(r"\.(tmp|old)-step-\d{8,}")
+_STATE = "state.json"
+
+
+class Store:
+    """RUN/checkpoints, of which `keep` stay. One process changes it at a time: the run's owner."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return next((path for _, path in reversed(self._named()) if self.is_whole(path)), None)
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether it is a checkpoint, of the step that its name says."""
+        try:
+            state = read_state(path)
+        except (OSError, ValueError):
+            return False
+        return isinstance(state, dict) and f"step-{state.get('step', 0):08d}" == path.name
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def begin(self, step: int) -> None:
+        """Make the empty folder `temporary(step)`."""
+        temporary = self.temporary(step)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+
+    def discard(self, step: int) -> None:
+        """Give up a checkpoint that cannot be written: what there is of it only takes space."""
+        shutil.rmtree(self.temporary(step), ignore_errors=True)
+
+    def publish(self, step: int, state: dict[str, Any]) -> None:
+        """Make a checkpoint of what was written since `begin`, then remove those that are too many."""
+        temporary, final = self.temporary(step), self.path(step)
+        for written in temporary.rglob("*"):
+            _sync(written)
+        with (temporary / _STATE).open("w") as file:
+            json.dump(state, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(temporary)
+        if os.path.lexists(final):
+            self._move_away(final)
+        temporary.rename(final)
+        _sync(self.folder)
+        own = [path for _, path in self._named() if not path.is_symlink() and self.is_whole(path)]
+        for old in own[: -self._keep]:
+            self._remove(old)
+
+    def sweep(self) -> list[str]:
+        """Remove what runs that died were writing or removing; returns what there is to say of it."""
+        told = []
+        for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
+            if _REST.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                try:
+                    shutil.rmtree(path)
+                    told.append(f"{path} was left unfinished by an earlier run and is removed")
+                except OSError as error:
+                    told.append(f"{path} was left unfinished and stays: {refusal(error, folder=self.folder)}")
+        for number, path in self._named():
+            if not self.is_whole(path):
+                told.append(f"{path} is no whole checkpoint of step {number}: it is left alone and not used")
+        return told
+
+    def _named(self) -> list[tuple[int, Path]]:
+        """All that has a checkpoint's name, by step."""
+        try:
+            names = [path.name for path in self.folder.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        found = [match for match in map(_NAME.fullmatch, names) if match]
+        return sorted((int(match[1]), self.folder / match[0]) for match in found)
+
+    def temporary(self, step: int) -> Path:
+        """Where checkpoint `step` is written."""
+        return self.folder / f".tmp-step-{step:08d}"
+
+    def _move_away(self, path: Path) -> None:
+        """Keep what is no checkpoint and has the name of one, under another."""
+        assert not self.is_whole(path), f"{path} is saved already"
+        number = 1
+        while os.path.lexists(aside := path.with_name(f"{path.name}-moved-{number}")):
+            number += 1
+        path.rename(aside)
+        logger.warning("%s is no checkpoint and in the way of one: it is now %s", path, aside.name)
+
+    def _remove(self, path: Path) -> None:
+        """By way of a name that `latest` does not know, so that what is half removed is not taken for whole."""
+        away = path.with_name(f".old-{path.name}")
+        try:
+            if away.exists():
+                shutil.rmtree(away)
+            path.rename(away)
+            shutil.rmtree(away)
+        except OSError as error:
+            logger.warning("%s cannot be removed: %s", path, refusal(error, folder=self.folder))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / _STATE).read_text())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

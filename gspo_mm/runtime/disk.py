@@ -1,0 +1,95 @@
+"""What a disk says when it refuses, and what to do about each: one sentence for whoever started the run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import tempfile
+from pathlib import Path
+
+_PROBE = 2**22  # bytes
+_SERVER = "the file server does not answer; start again when it does"
+_PERMISSION = "give yourself permission to write there, or choose another folder"
+_IN_THE_WAY = (
+    "something else stands where a folder or file of the run belongs: move it away, or choose another"
+)
+_FIXES = {
+    errno.ENOSPC: "free some space there, or choose a folder on another disk",
+    errno.EDQUOT: "your quota is used up: remove files of yours there, or ask for more",
+    errno.EROFS: "it is mounted read-only: choose a folder on a disk that can be written",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EFBIG: "raise the limit on the size of a file (`ulimit -f`), or choose a disk that takes larger files",
+    errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
+    errno.ENFILE: "this machine has too many open files: end other programs, or raise fs.file-max",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EISDIR: _IN_THE_WAY,
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOTEMPTY: "something else writes into it: end that first",
+    errno.EBUSY: "something else uses it: end that first",
+    errno.ELOOP: "links there lead in a circle: remove them",
+    errno.ESTALE: "the file server has forgotten the folder, which was removed or replaced there: start again",
+    errno.EIO: "the disk or its connection fails: choose another disk, and tell whoever runs it",
+    errno.ETIMEDOUT: _SERVER,
+    errno.EHOSTDOWN: _SERVER,
+    errno.EHOSTUNREACH: _SERVER,
+    errno.ENOTCONN: _SERVER,
+    errno.EREMOTEIO: _SERVER,
+}
+# also a mistake of ours says so: for those who know that it cannot be one
+_GONE = "the folder was removed or is behind a broken link: put it back, or choose another"
+
+
+def refusal(error: BaseException, *, folder: Path | None = None) -> str | None:
+    """What the disk said and what to do about it; None when `error` is no refusal of a disk.
+
+    `folder`: where files of a run were written when it came, so that it is one for sure. Writers wrap errors in others,
+    which keep the text at best; without it the disk is asked again.
+    """
+    cause = _cause(error)
+    number = cause.errno if isinstance(cause, OSError) else _number(str(cause))
+    if folder and not number and (again := _probe(folder)):
+        number = again.errno
+    fix = _FIXES.get(number) if number else None
+    if fix is None and folder:
+        fix = _GONE if number == errno.ENOENT else "look at the disk, its space and your permissions"
+    if fix is None:
+        return None
+    said = os.strerror(number) if number else " ".join(str(cause).split())[-200:] or type(cause).__name__
+    return f"{said[0].lower()}{said[1:]}; {fix}"
+
+
+def _probe(folder: Path) -> OSError | None:
+    """What the disk says when a little is written to it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    return None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The system's own error behind `error`, or `error`."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno:
+            return seen
+        if failures := getattr(
+            seen, "failures", None
+        ):  # of ranks, as torch.distributed.checkpoint gathers them
+            seen = error = next(iter(failures.values()))[0]
+        else:
+            seen = seen.__cause__ or seen.__context__
+    return error
+
+
+def _number(text: str) -> int | None:
+    """The error number that a text speaks of."""
+    if told := re.search(r"\[Errno (\d+)\]", text):
+        return int(told[1])
+    return next((number for number in _FIXES if os.strerror(number).lower() in text.lower()), None)
