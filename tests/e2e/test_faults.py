@@ -165,6 +165,7 @@ def test_steps_without_a_live_group_are_skipped_and_then_stop_the_run(
         f"run.dir={tmp_path}",
         f"reward.file={same_for_all}",
         "advantage.max_dead_steps=3",
+        "checkpoint.every=0",
     )
     assert "3 steps in a row (advantage.max_dead_steps=3) had no group whose rewards differ" in message
     lines = [line for line in read_metrics(tmp_path / "short") if line["step"] > 0]
@@ -173,6 +174,9 @@ def test_steps_without_a_live_group_are_skipped_and_then_stop_the_run(
         (2, 0, 8),
     ]
     assert all("loss" not in line for line in lines)
+    (saved,) = (tmp_path / "short" / "checkpoints").iterdir()  # none was due
+    state = json.loads((saved / "state.json").read_text())
+    assert (state["step"], state["next_group"], state["dead_steps"]) == (2, 16, {"dead_steps": 2})
 
 
 def test_rewards_that_fail_too_often_stop_the_run_with_the_first_reason(
