@@ -68,25 +68,29 @@ def test_a_judge_that_goes_away_costs_no_step_and_the_run_goes_on_as_if_it_had_n
         assert ours.get("loss") == whole.get("loss")
 
 
-# the program, with a NaN in the given update of a rank
+# the program, with a NaN in one rank's loss at a place in the run: step + update / updates
 NAN = """
 import os
-from gspo_mm.policy.optimizer import Optimizer
+from gspo_mm.policy import update
 from gspo_mm.types import NonFiniteError
-step = Optimizer.step
-def poisoned(self, place=None):
-    if self.step_count == int(os.environ["POISON"]) and os.environ.get("RANK", "0") == os.environ["POISONED_RANK"]:
+step, loss, now = update._step, update.policy_loss, None
+def noted(*arguments):
+    global now
+    now = arguments[-1]
+    return step(*arguments)
+def poisoned(*arguments, **options):
+    if now == float(os.environ["POISON"]) and os.environ.get("RANK", "0") == os.environ["POISONED_RANK"]:
         raise NonFiniteError("a poisoned update")
-    return step(self, place)
-Optimizer.step = poisoned
+    return loss(*arguments, **options)
+update._step, update.policy_loss = noted, poisoned
 from gspo_mm.cli import main
 main()
 """
 
 
-@pytest.mark.parametrize(("updates", "ranks"), [(4, 2), (5, 1)], ids=["before an update", "among updates"])
+@pytest.mark.parametrize(("place", "ranks"), [(2.0, 2), (2.5, 1)], ids=["before an update", "among updates"])
 def test_a_nan_leaves_the_last_whole_step_and_never_half_a_step(
-    updates: int, ranks: int, short_config: Path, tmp_path: Path
+    place: float, ranks: int, short_config: Path, tmp_path: Path
 ) -> None:
     """Each step makes two updates. With two ranks the last one has the fault."""
     script = tmp_path / "poisoned.py"
@@ -94,12 +98,12 @@ def test_a_nan_leaves_the_last_whole_step_and_never_half_a_step(
     run = tmp_path / "short"
     command = ["train", str(short_config), f"run.dir={tmp_path}", *RARELY]
     result = gspo_mm(
-        *command, check=False, ranks=ranks, script=script, POISON=str(updates), POISONED_RANK=str(ranks - 1)
+        *command, check=False, ranks=ranks, script=script, POISON=str(place), POISONED_RANK=str(ranks - 1)
     )
     assert result.returncode != 0
     assert "a poisoned update" in result.stderr
     assert steps(run) == [1, 2]
-    if updates % 2:
+    if place % 1:
         assert "step 3 was cut off after 1 of its updates" in result.stderr
         assert saved(run) == []
     else:
