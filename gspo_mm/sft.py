@@ -75,9 +75,6 @@ def sft(config: Config, stop: StopRequest) -> dict[str, Any]:
             step += 1
             source = stages.source
             cursor = source.state()
-            last = step == config.sft.steps
-            if last:
-                values |= held_out(stages, step, phases)
             values |= {
                 "data/epoch": source.epoch,
                 "data/skipped": source.skipped,
@@ -88,13 +85,14 @@ def sft(config: Config, stop: StopRequest) -> dict[str, Any]:
                 if metrics:
                     metrics.write(step, values)
             progress.step(step, values)
-            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            if step == config.sft.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 save()
             else:
                 run.settle(wait=False)
         if step < config.sft.steps:
             stop.obey(ranks, f"at step {step}")
         run.settle()
+        held_out(run, stages, step, phases, metrics)
         return finish(run, stages, config)
 
 
@@ -173,13 +171,23 @@ def supervised_step(policy: Policy, share: Share, batches: list[MicroBatch], ste
     return {"sft/loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
 
 
-def held_out(stages: Stages, step: int, phases: Phases) -> dict[str, float]:
-    """Greedy accuracy on the validation shards, through the engine and the weight sync that GSPO will use."""
+def held_out(run: RunDir, stages: Stages, step: int, phases: Phases, metrics: MetricsWriter | None) -> None:
+    """Greedy accuracy on the validation shards, into the last step's line, through the engine and weight sync of GSPO.
+
+    One that was made before the run was stopped is not made again.
+    """
+    ranks = stages.ranks
+    known = ranks.main and any(name.startswith("eval/") for name in read_metrics(run.path)[-1])
+    if ranks.any(known):
+        return
     with phases("eval"):
         stages.weights.push(version=step)
-        if stages.engine is None or not stages.held_out:
-            return {}
-        values, _ = evaluate(
-            stages.engine, stages.held_out, stages.reward, max_new_tokens=stages.sampling.max_new_tokens
-        )
-    return values
+        with ranks.together():
+            if metrics and stages.engine and stages.held_out:
+                values, _ = evaluate(
+                    stages.engine,
+                    stages.held_out,
+                    stages.reward,
+                    max_new_tokens=stages.sampling.max_new_tokens,
+                )
+                metrics.amend(step, values)

@@ -3,7 +3,7 @@
     RUN/config.yaml                      resolved configuration
     RUN/checkpoints/step-00000050/       policy/ (distributed.py: weights, optimizer), state.json (the rest)
     RUN/owner.json                       who trains here: owner.py
-    RUN/reward-files.json                hashes of the reward files
+    RUN/reward-files.json                hashes of the reward files, when the last checkpoint was made
     RUN/metrics.jsonl, rollouts/, quarantine-*.jsonl, log.txt, tensorboard/, summary.json, report.html, hf/
 
 How a checkpoint is published is said in store.py. Random state is not saved because there is
@@ -65,6 +65,7 @@ class RunDir:
         self._owner: Owner | None = None  # on rank 0
         self.state: dict[str, Any] | None = None  # on rank 0, of the checkpoint that the run goes on from
         self._notes: list[str] = []
+        self._rewards: dict[str, str] = {}
         self._pending: tuple[int, Writing, dict[str, Any]] | None = None
 
     @classmethod
@@ -96,23 +97,22 @@ class RunDir:
         with _disk_may_refuse(f"run.dir={config.run.dir}", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._owner = Owner.of(self.path)
+            self._rewards = fingerprints([config.reward.file, *config.data.reward_files().values()])
             if (self.path / "config.yaml").exists():
                 self._check_same_experiment(config, command)
             self._notes += [
                 *filter(None, [self._owner.note]),
                 *self._store.sweep(),
-                *self._changed_rewards(config),
+                *self._changed_rewards(),
             ]
             temporary = self.path / ".tmp-config.yaml"
             save_config(config, temporary)
             temporary.replace(self.path / "config.yaml")
 
-    def _changed_rewards(self, config: Config) -> list[str]:
-        """What to say of reward files that are not as they were; notes how they are now."""
-        now = fingerprints([config.reward.file, *config.data.reward_files().values()])
-        known = self.path / REWARDS
+    def _changed_rewards(self) -> list[str]:
+        """What to say of reward files that are not as they were when the checkpoint was made."""
+        known, now = self.path / REWARDS, self._rewards
         before = json.loads(known.read_text()) if self.state and known.exists() else {}
-        self.write_json(REWARDS, now)
         return [
             f"{path} has changed since the run was here last: rewards from now on cannot be compared with those before"
             for path in now
@@ -155,6 +155,7 @@ class RunDir:
         with self._writing(step):
             if self._ranks.main:
                 self._store.publish(step, state)
+                self.write_json(REWARDS, self._rewards)
 
     @contextmanager
     def settled(self, save: Callable[[], None] | None = None) -> Iterator[None]:

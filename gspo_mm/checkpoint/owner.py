@@ -150,7 +150,11 @@ def check_free(folder: Path) -> _Record | None:
 def _lives_here(owner: _Record) -> bool | None:
     """Whether an owner lives, as far as this machine knows; None when it does not."""
     this = _this_process()
-    if not owner or (owner["job"] and owner["job"] == this["job"] and owner["restarts"] != this["restarts"]):
+    if not owner or (
+        owner["job"]
+        and (owner["job"], owner["cluster"]) == (this["job"], this["cluster"])
+        and owner["restarts"] != this["restarts"]
+    ):
         return False
     if (owner["host"], owner["machine"]) != (this["host"], this["machine"]):
         return None
@@ -170,6 +174,7 @@ def _this_process() -> _Record:
         "pid": os.getpid(),
         "started": _started(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID", ""),
+        "cluster": os.environ.get("SLURM_CLUSTER_NAME", ""),  # job numbers are those of a cluster
         "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
 

@@ -42,10 +42,11 @@ class Store:
     def is_whole(self, path: Path) -> bool:
         """Whether it is a checkpoint, of the step that its name says."""
         try:
-            state = read_state(path)
-        except (OSError, ValueError):
+            step = read_state(path)["step"]
+            written = any((path / "policy").iterdir())
+        except (OSError, ValueError, LookupError, TypeError):
             return False
-        return isinstance(state, dict) and f"step-{state.get('step', 0):08d}" == path.name
+        return type(step) is int and written and path.name == self.path(step).name
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

@@ -165,6 +165,8 @@ class MetricsWriter:
                 min(newer),
                 max(newer),
             )
+        elif step < 0 and read_metrics(self._path.parent):
+            logger.info("%s held no trained step: the evaluation before training is made again", self._path)
         self._keep(step)
 
     def _keep(self, step: int) -> None:
@@ -181,7 +183,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text().split("\n")[:-1]  # what follows the last line end was cut off by a crash
-    return [json.loads(line) for line in lines]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # a loss of power leaves zeros
+            logger.warning("line %d of %s cannot be read and is passed over", number, path)
+    return found
 
 
 def is_documented(name: str) -> bool:

@@ -53,6 +53,8 @@ def refusal(error: BaseException, *, folder: Path | None = None) -> str | None:
     if folder and not number and (again := _probe(folder)):
         number = again.errno
     fix = _FIXES.get(number) if number else None
+    if fix is _SERVER and folder is None:  # sockets say the same
+        return None
     if fix is None and folder:
         fix = _GONE if number == errno.ENOENT else "look at the disk, its space and your permissions"
     if fix is None:

@@ -84,7 +84,8 @@ def poisoned(*arguments, **options):
     return loss(*arguments, **options)
 update._step, update.policy_loss = noted, poisoned
 from gspo_mm.cli import main
-main()
+if __name__ == "__main__":  # reward workers import it too
+    main()
 """
 
 

@@ -114,3 +114,8 @@ def test_a_folder_without_metrics_has_none(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
     assert read_metrics(tmp_path) == [{"step": 1}]
+
+
+def test_a_line_that_a_loss_of_power_emptied_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + bytes(40) + b'\n{"step": 3}\n{"st')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3]

@@ -279,6 +279,9 @@ def test_a_reward_file_or_function_that_changed_is_named_when_the_run_goes_on(
     assert not told()
     reward.write_text(text + "# another\n")
     assert f"{reward} has changed since the run was here last" in told()
+    assert f"{reward} has changed" in told(), "nothing was trained since"
+    run = RunDir.open(parse_config(values), Ranks())
+    save(run, 2)
     assert not told()
     module.write_text("def judge(text, prompt, completion):\n    return 0.5\n")
     assert f"{module} has changed since" in told()

@@ -227,3 +227,27 @@ def test_a_writer_that_hides_the_reason_is_asked_about_the_disk(tmp_path: Path) 
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "file too large; raise the limit" in told
+
+
+@pytest.mark.parametrize("step", ["3", None, 3.0, [], True])
+def test_a_step_that_is_no_number_makes_no_checkpoint(step: object, store: Store) -> None:
+    whole = save(store, 2)
+    (store.path(3) / "policy").mkdir(parents=True)
+    (store.path(3) / "policy" / "weights").write_text("3")
+    (store.path(3) / "state.json").write_text(json.dumps({"step": step}))
+    assert store.latest() == whole
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_a_checkpoint_that_lost_its_weights_is_not_gone_on_from(left: str, store: Store) -> None:
+    whole, newer = save(store, 2), save(store, 3)
+    shutil.rmtree(newer / "policy")
+    if left != "nothing":
+        (newer / "policy").mkdir()
+    assert store.latest() == whole
+
+
+def test_a_network_that_fails_is_no_disk_unless_files_were_written(tmp_path: Path) -> None:
+    fault = OSError(errno.ETIMEDOUT, "Connection timed out")
+    assert refusal(fault) is None
+    assert "the file server does not answer" in str(refusal(fault, folder=tmp_path))
