@@ -179,20 +179,37 @@ def test_steps_without_a_live_group_are_skipped_and_then_stop_the_run(
     assert (state["step"], state["next_group"], state["dead_steps"]) == (2, 16, {"dead_steps": 2})
 
 
-def test_rewards_that_fail_too_often_stop_the_run_with_the_first_reason(
+def test_answers_that_the_reward_file_cannot_judge_are_named_before_training(
     short_config: Path, tmp_path: Path
 ) -> None:
     no_number = reward_file(tmp_path / "r.yaml", {"type": "number"})  # the answers of task `where` are boxes
-    message = failure(
+    message = failure("train", str(short_config), f"run.dir={tmp_path}", f"reward.file={no_number}")
+    assert "of the first 100 samples cannot be used" in message
+    assert "is no number" in message
+    assert not (tmp_path / "short" / "metrics.jsonl").exists()
+
+
+def test_rewards_that_fail_too_often_stop_the_run_with_the_first_reason(
+    short_config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "broken_rewards.py").write_text(
+        "def judge(text, prompt, completion):\n    return completion.token_ids[0] % 2 / 0\n"
+        "def check_judge(prompt):\n    pass\n"
+    )
+    broken = reward_file(tmp_path / "r.yaml", {"python": "broken_rewards:judge"})
+    arguments = [
         "train",
         str(short_config),
         f"run.dir={tmp_path}",
-        f"reward.file={no_number}",
-        "rollout.prompts_per_step=32",
+        f"reward.file={broken}",
         "train.eval_prompts=1",
-    )
+    ]
+    result = gspo_mm(*arguments, check=False, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert result.returncode == 2, result.stderr
+    message = " ".join(result.stderr.split())
+    assert "Traceback" not in message
     assert "reward.max_failed_fraction=0.05" in message
-    assert "is no number" in message
+    assert "division by zero" in message
 
 
 HANGS_NOW_AND_THEN = """
