@@ -18,14 +18,18 @@ import logging
 import re
 from fractions import Fraction
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 from gspo_mm.reward.notation import (
     Listed,
     bare_math,
+    interval,
     is_relation,
     is_words,
+    last_side,
     listed,
+    named_tuple,
     number_of,
     split_name,
     split_unit,
@@ -45,7 +49,7 @@ _FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp)")
 _ENDLESS = re.compile(r"\\(?:i+nt|oint|sum|prod|lim|d?binom|Gamma|begin|zeta)\b|\bd/d|[!#&]")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _POWER = re.compile(
-    r"(?P<base>[0-9.]*)\s*(?:\^|\*\*)\s*(?:\{(?P<braced>[^{}]*)\}|(?P<plain>[0-9]+|[^\s{}()]))"
+    r"(?P<base>[0-9.]*)\s*(?:\^|\*\*)\s*(?:\{(?P<braced>(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|(?P<plain>[0-9]+|[^\s{}()]))"
 )
 _TOWER = re.compile(r"(?:\^|\*\*)\s*(?:\{[^{}]*|\([^()]*|[0-9.]+\s*)(?:\^|\*\*)")
 
@@ -70,12 +74,14 @@ def math_(text: str, answer: Json, args: MathArgs) -> float:
 def _equal(text: str, answer: str, digits: int) -> bool:
     if not text or not answer or len(text) > 2 * _LONGEST:
         return False
-    if "".join(unmarked(text).split()) == "".join(unmarked(answer).split()):
+    if _is_same(text, answer):
         return True
     (name, given), (wanted_name, wanted) = split_name(text), split_name(answer)
     # `x = 5` is 5, but `y = 2x` is no name of 2x where the other is an equation as well
     if (name and (name == wanted_name or not is_relation(answer))) or (wanted_name and not is_relation(text)):
         return _equal(given, wanted, digits)
+    if renamed := _in_one_form(text, answer):
+        return _equal(*renamed, digits)
     given, unit = split_unit(text)
     wanted, wanted_unit = split_unit(answer)
     if is_words(wanted) or is_words(given):
@@ -83,6 +89,10 @@ def _equal(text: str, answer: str, digits: int) -> bool:
     percent = "%" in (unit, wanted_unit)
     if unit and wanted_unit and unit != wanted_unit:
         return False
+    if wanted_unit and not unit:  # `5m` has a unit only where the answer says so
+        given = re.sub(rf"(?<=[0-9])\s*{re.escape(wanted_unit)}$", "", given)
+    if unit != wanted_unit and _is_same(given, wanted):
+        return True
     a, b = number_of(given), number_of(wanted)
     if a is not None and b is not None:
         # 50% is 50 and 0.5
@@ -95,6 +105,28 @@ def _equal(text: str, answer: str, digits: int) -> bool:
         if not is_relation(wanted) or _numbers_differ(members, wanted_members, digits):
             return False
     return _same_expressions(given, wanted, digits, percent=percent)
+
+
+def _is_same(text: str, answer: str) -> bool:
+    return "".join(unmarked(text).split()) == "".join(unmarked(answer).split())
+
+
+def _in_one_form(text: str, answer: str) -> tuple[str, str] | None:
+    """Text and answer where one of them is written in the form of the other; None where both stay as they are."""
+    if not is_relation(answer):
+        if "(" in answer[:1] and (stated := named_tuple(text, by_name=True)):
+            return stated, answer
+        side = last_side(text)
+        return (side, answer) if side else None
+    if wanted := named_tuple(answer, by_name=text.startswith("(")):
+        if wanted.count("(") > 1:
+            return named_tuple(text, by_name=False) or text, wanted
+        if not is_relation(text):
+            return text if text.startswith("(") else f"({text})", wanted
+    name, given = split_name(text)
+    if (bounds := interval(answer)) and name in ("", bounds[0]) and not is_relation(given):
+        return given, bounds[1]
+    return None
 
 
 def _same_members(given: Listed, wanted: Listed, digits: int) -> bool:
@@ -174,10 +206,20 @@ def _parse(text: str) -> Any:
     if not _is_safe(text):
         return None
     # sympy takes most of a second to import, and most reward files need none of it
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-    found = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=0)
+    # it would read 5m as 5
+    looks = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
+    )
+    found = parse(
+        f"${text}$",
+        [LatexExtractionConfig(normalization_config=looks)],
+        fallback_mode="no_fallback",
+        parsing_timeout=0,
+    )
     return found[0] if found else None
 
 
@@ -200,14 +242,15 @@ def _is_safe(text: str) -> bool:
 def _is_low_power(text: str) -> bool:
     total = 0
     powers = list(_POWER.finditer(text))
-    if len(powers) != text.count("^") + text.count("**"):  # an exponent with braces in it: a tower
+    if len(powers) != text.count("^") + text.count("**"):  # a tower, or too many braces
         return False
     for power in powers:
         exponent = (power["braced"] if power["braced"] is not None else power["plain"]).strip()
         if "^" in exponent or "**" in exponent or text[power.end() :].lstrip().startswith(("^", "**")):
             return False
-        largest = max((int(n) for n in re.findall(r"[0-9]{1,6}", exponent)), default=1)
-        if power["base"] and largest <= 200:  # 2^{100} is one number
+        factors = [int(n) for n in re.findall(r"[0-9]{1,6}", exponent)]
+        largest = max(factors, default=1)
+        if power["base"] and largest <= 200 and prod(factors) <= 10_000:  # 2^{100} is one number
             continue
         total += largest
     return total <= _MOST_POWER

@@ -11,7 +11,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 _LARGEST_POWER = 400  # of ten: a larger one is babble, and costs memory
-_WORD = re.compile(r"[^\W\d_]{3,}")
+_WORD = re.compile(
+    r"[^\W\d_]{3,}|[^\W\d_a-zA-ZͰ-Ͽ]+"
+)  # a single letter only of other scripts; Greek is mathematics
 _FUNCTION_WORDS = re.compile(r"(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|exp|sqrt|deg", re.IGNORECASE)
 # what people type instead of LaTeX
 _TYPED = str.maketrans({"−": "-", "–": "-", "π": r"\pi ", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ",
@@ -28,6 +30,7 @@ _LOOKS = [
     (re.compile(r"^([A-Za-z](?:_\w)?)\s*(?:\\approx|≈)"), r"\1="),
     (re.compile(r"(?<=\S)\s*(?:\\approx|≈).*$|\\approx|≈", re.DOTALL), ""),  # rounded after the value itself
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"(\\[lg]eq)slant(?![A-Za-z])"), r"\1"),
     (re.compile(r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}"), r"⟨\1⟩"),
     (re.compile(rf"[{_RAISED}]+"), lambda m: "^{" + m[0].translate(_UNRAISED) + "}"),
     (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])"), "°"),
@@ -53,16 +56,42 @@ _UNITS = {name: line.split()[0] for line in _NAMES.replace("\n", "").split("|") 
 _PLAIN_UNIT = "|".join(
     sorted((re.escape(u) + "s?" for u in _UNITS if len(u) > 1 or not u.isalpha()), key=len)
 )
+# what stands after a number and is no unit, nor what is counted: it changes the value, or is part of a sentence
+_OTHER_WORDS = r"""an the and or nor not no none never neither but if than then else so only also
+is are was were be been isn\W?t aren\W?t can cannot can\W?t could may might maybe perhaps possibly should would must will
+wrong false incorrect invalid impossible undefined true right correct answer more less fewer most least at to from off
+about around roughly nearly almost approximately exactly left remaining below above under over before after between up down
+positive negative plus minus times divided squared cubed pi half halves third thirds quarter quarters dozens? score
+[不非没無无否或和是]+.*"""
+_NO_UNIT = re.compile(
+    rf"(?<!\^)(?<!\^-)[0-9]|(?<!\w)(?:{'|'.join(sorted(set(_OTHER_WORDS.split())))})(?!\w)", re.IGNORECASE
+)
+_LETTER_OR_FUNCTION = re.compile(
+    rf"(?<![°\w])(?<!° )(?:[A-Za-z]|{_FUNCTION_WORDS.pattern})(?![^\W\d_])", re.IGNORECASE
+)
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(rf"(?<=[0-9}}])\s*(⟨?)\s*({'|'.join(_SCALES)})(?![A-Za-z])\s*(⟩?)", re.IGNORECASE)
 _PER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
+# the number base of 204_5; words without \text{}, and the letter of a unit after a space, follow a plain number
+_BASE = re.compile(r"([0-9]+)\s*_\s*\{?\s*⟨?\s*([0-9]{1,2}|[a-z]+)\s*⟩?\s*\}?")
+_PLAIN_TAIL = re.compile(
+    rf"(.*[0-9])(\s+[mgshLNJWVAK]{_PER}|\s+[^\W\d_]{{3,}}(?:\s+[^\W\d_]+)*|\s*[^\W\d_a-zA-Zα-ωΑ-Ω]+)",
+    re.DOTALL,
+)
+_TAIL = re.compile(
+    rf"(.*[0-9])(\s+[mgshLNJWVAK]{_PER}|\s*[^\W\d_]{{2,}}(?:\s+[^\W\d_]+)*|\s*[^\W\d_a-zA-Zα-ωΑ-Ω]+)",
+    re.DOTALL,
+)
 _TAIL = re.compile(
     rf"(.*[0-9}})\].a-zA-Z])\s*(⟨[^⟩]*⟩{_PER}|°\s*(?:[CF]|⟨[CF]⟩)|(?<![A-Za-z\\])(?:{_PLAIN_UNIT}){_PER}(?:\s*/\s*[a-z]+{_PER})?)",
     re.DOTALL,
 )
 _HEAD = re.compile(r"([+-]?)\s*([＄€£])\s*(.+)", re.DOTALL)
+_ONE_NAME = r"(?:\\?[A-Za-z]+|⟨[^⟩]*⟩)(?:_(?:\{\w+\}|\w))?(?:\([a-z](?:,\s*[a-z])*\))?"
 _NAME = re.compile(
-    r"((?:\\?[A-Za-z]+|⟨[^⟩]*⟩)(?:_(?:\{\w+\}|\w))?(?:\([a-z](?:,\s*[a-z])*\))?)\s*(?:=|\\in(?![A-Za-z]))\s*(?:[^<>,]*=)?\s*([^=<>]+)"
+    rf"({_ONE_NAME}(?:\s*:\s*{_ONE_NAME})*)\s*(?:=|\\in(?![A-Za-z]))\s*(?:[^<>,]*=)?\s*([^=<>]+)"
 )
-_ORDER = re.compile(r"(\\leq?|\\geq?|\\lt|\\gt|\\neq?|<=|>=|!=|<|>)(?![A-Za-z])")
+_ORDER = re.compile(r"((?:\\leq?|\\geq?|\\lt|\\gt|\\neq?)(?![A-Za-z])|<=|>=|!=|<|>)")
 _ORDERS = {
     r"\leq": "<=",
     r"\le": "<=",
@@ -98,7 +127,12 @@ def bare_math(text: str) -> str:
     text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text).translate(_TYPED).replace("＄", "$")
     for pattern, instead in _LOOKS:
         text = pattern.sub(instead, text.strip())
-    return text.strip()
+    return _SCALE.sub(_power_of_ten, text).strip()
+
+
+def _power_of_ten(found: re.Match[str]) -> str:
+    marks = (found[1] + found[3]).replace("⟨⟩", "")
+    return rf"\times10^{{{_SCALES[found[2].lower()]}}}{marks}"
 
 
 def unmarked(text: str) -> str:
@@ -107,7 +141,7 @@ def unmarked(text: str) -> str:
 
 
 def is_words(text: str) -> bool:
-    """Whether it is no formula: it holds a word of three letters, or is nothing but what stood in \\text{}."""
+    """Whether it is no formula: it holds a word of three letters or of other scripts, or is only what stood in \\text{}."""
     bare = re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", " ", text)
     return any(not _FUNCTION_WORDS.fullmatch(word) for word in _WORD.findall(bare)) or bool(
         re.fullmatch(r"(?:⟨[^⟩]*⟩\s*)+", text)
@@ -120,17 +154,64 @@ def split_name(text: str) -> tuple[str, str]:
     return (found[1], found[2].strip()) if found else ("", text)
 
 
+def last_side(text: str) -> str | None:
+    """What stands last in `2 + 3 = 5`; None where the text is no equation, or several."""
+    sides = _split(text, "=")
+    return sides[-1] if len(sides) > 1 and len(_split(text, ",")) == 1 and not _ORDER.search(text) else None
+
+
+def named_tuple(text: str, *, by_name: bool) -> str | None:
+    """`x = 1, y = 2` as (1,2), `x = 1, y = 2; x = 3, y = 4` as (1,2),(3,4); None for all else, such as x_1 = 1, x_2 = 2.
+
+    In the order of the text or, `by_name`, of the alphabet.
+    """
+    named = [split_name(member) for member in _split(text, ",")]
+    names = [name.split("_")[0] for name, _ in named]
+    width = len(set(names))
+    if width < 2 or "" in names or names != names[:width] * (len(names) // width):
+        return None
+    groups = [named[i : i + width] for i in range(0, len(named), width)]
+    if by_name:
+        groups = [sorted(group) for group in groups]
+    return ",".join(f"({','.join(value for _, value in group)})" for group in groups)
+
+
+def interval(text: str) -> tuple[str, str] | None:
+    """`0 < x <= 1` as its variable and (0,1], `x > 5` as x and (5,\\infty); None for all else."""
+    order = listed(text)
+    signs = order.kind.split() if order else []
+    if not order or not 0 < len(signs) < 3 or not set(signs) <= {"<", "<="}:
+        return None
+    members = list(order.members)
+    if len(members) == 2:  # the open side has no end
+        at_first = bool(re.fullmatch(_ONE_NAME, members[0]))
+        members.insert(0 if at_first else 2, r"-\infty" if at_first else r"\infty")
+        signs.insert(0 if at_first else 1, "<")
+    low, name, high = members
+    if not re.fullmatch(_ONE_NAME, name):
+        return None
+    return name, f"{'(' if signs[0] == '<' else '['}{low},{high}{')' if signs[1] == '<' else ']'}"
+
+
 def split_unit(text: str) -> tuple[str, str]:
-    r"""`5\text{ cm}^2` as value and unit, each unit by one of its names; the unit is empty where there is none."""
+    r"""`5\text{ cm}^2` as value and unit; the unit is empty where there is none.
+
+    Each unit by one of its names; what is counted is one as well, and so is the base of 204_5.
+    """
     if head := _HEAD.fullmatch(text):
         return head[1] + head[3], head[2]
+    if base := _BASE.fullmatch(text):
+        return base[1], f"base {base[2]}"
     tail = _TAIL.fullmatch(text)
+    if not tail and (tail := _PLAIN_TAIL.fullmatch(text)) and number_of(tail[1]) is None:
+        tail = None
     if not tail or not re.search(r"[0-9]|\\[A-Za-z]", tail[1]):
         return text.replace("°", ""), ""
     unit = re.sub(r"[\s{}⟨⟩]+", " ", tail[2]).strip().replace(" ^", "^").replace("^ ", "^")
-    if re.search(r"(?<!\^)(?<!\^-)[0-9]|\b(?:and|or)\b", unit):  # no unit, but the rest of a sentence
+    if _NO_UNIT.search(unit) or any(word not in _UNITS for word in _LETTER_OR_FUNCTION.findall(unit)):
         return text, ""
-    unit = re.sub(r"\bsquare (\S+)", r"\1^2", re.sub(r"\bcubic (\S+)", r"\1^3", unit))
+    unit = re.sub(r"\b(?:square|sq) (\S+)", r"\1^2", re.sub(r"\bcubic (\S+)", r"\1^3", unit))
+    unit = re.sub(r"\bper\b", "/", unit)
     # Celsius is no degree of an angle
     return tail[1].replace("°", ""), re.sub(r"°\s*([CF])\b|\\?%|[^\W\d_]+|°", _unit, unit).replace(" ", "")
 
@@ -141,7 +222,7 @@ def _unit(found: re.Match[str]) -> str:
         _UNITS.get(name)
         or _UNITS.get(name.lower().removesuffix("s"))
         or _UNITS.get(name.lower())
-        or name.lower()
+        or name.lower().removesuffix("s")
     )
 
 

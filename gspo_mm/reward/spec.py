@@ -30,6 +30,7 @@ from yaml import YAMLError
 from gspo_mm.config.unquoted import faults, misread
 from gspo_mm.reward.cases import Case
 from gspo_mm.reward.combine import COMBINE, closed_gate
+from gspo_mm.reward.faults import first_fault, places_refused
 from gspo_mm.reward.part import CONTEXT, Args, PartType, Service, as_json, bare_answer, is_word_for_word
 from gspo_mm.reward.parts import PARTS
 from gspo_mm.reward.pattern import BOXED, compile_pattern, extract_answer
@@ -284,26 +285,18 @@ def parse_reward(values: Any, *, source: str) -> RewardFunction:
     try:
         spec = RewardSpec.model_validate(values)
     except ValidationError as error:
-        raise RewardFileError(_sentence(error, source, "", values)) from None
+        raise RewardFileError(first_fault(error, source, "", values)) from None
     return RewardFunction(spec, source=source)
 
 
 def _refused(values: Any) -> list[tuple[Any, ...]]:
     """Places of a reward file that cannot hold what they have, `args` of our own parts included."""
-    places = _places(RewardSpec, values)
+    places = places_refused(RewardSpec, values)
     for number, part in enumerate(values.get("parts") or ()):
         if isinstance(part, dict) and (kind := PARTS.get(str(part.get("type")))):
-            args = _places(kind.args, part.get("args") or {})
+            args = places_refused(kind.args, part.get("args") or {})
             places += [("parts", number, "args", *place) for place in args]
     return places
-
-
-def _places(model: type[BaseModel], values: Any) -> list[tuple[Any, ...]]:
-    try:
-        model.model_validate(values)
-    except ValidationError as error:
-        return [fault["loc"] for fault in error.errors(include_url=False)]
-    return []
 
 
 def _find_kind(part: PartSpec, spec: RewardSpec, source: str) -> PartType:
@@ -329,7 +322,7 @@ def _parse_args(part: PartSpec, kind: PartType, source: str) -> Args:
     try:
         return kind.args.model_validate(part.args)
     except ValidationError as error:
-        raise RewardFileError(_sentence(error, source, f"parts.{part.name}.args.", part.args)) from None
+        raise RewardFileError(first_fault(error, source, f"parts.{part.name}.args.", part.args)) from None
 
 
 def _make_service(make: Callable[..., Service], args: Args, where: str) -> Service:
@@ -384,25 +377,3 @@ def _check_extract(pattern: str | None) -> str | None:
             "it has more than one group; mark the answer with one, and write (?:...) for the others"
         )
     return pattern
-
-
-def _sentence(error: ValidationError, source: str, prefix: str, values: Any) -> str:
-    """The first fault, as one sentence."""
-    fault = error.errors(include_url=False)[0]
-    location = list(fault["loc"])
-    if len(location) > 1 and location[0] == "parts" and isinstance(values["parts"][location[1]], dict):
-        location[1] = values["parts"][location[1]].get("name", location[1])
-    key = prefix + ".".join(str(part) for part in location)
-    value = fault["input"]
-    match fault["type"]:
-        case "missing":
-            fix = "is missing; add it"
-        case "extra_forbidden":
-            fix = "is unknown; correct its spelling or remove it"
-        case "model_type":
-            fix = "is refused: write a mapping of keys here"
-        case _:
-            message = fault["msg"].removeprefix("Value error, ")
-            fix = f"is refused: {message[0].lower()}{message[1:]}"
-    shown = "" if fault["type"] == "missing" else f"={value!r}"
-    return f"{source}: {key}{shown} {fix}"

@@ -3,17 +3,21 @@
 import io
 import json
 import tarfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from gspo_mm.config import DataConfig
+from gspo_mm.config import DataConfig, parse_config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.rows import Columns
 from gspo_mm.data.source import PromptSource
 from gspo_mm.data.writing import write_rows
+from gspo_mm.reward.sources import load_rewards
+from gspo_mm.stages import preflight_prompts
 from gspo_mm.types import DataError
 from tests.pictures import ALL, deep
 from tests.tars import image_bytes, record, write_tar
@@ -229,3 +233,42 @@ def test_a_shard_that_vanishes_while_it_is_read_ahead_is_told(processor: Process
     (tmp_path / "a-1.tar").unlink()
     with pytest.raises(DataError, match=r"a-1.tar cannot be opened"):
         source.take(20)
+
+
+def test_samples_with_answers_that_no_part_can_judge_are_named_and_skipped(
+    processor: Processor, tiny_model: Path, tmp_path: Path
+) -> None:
+    parts = [{"name": "count", "type": "count", "accuracy": True}]
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"name": "n", "parts": parts}))
+    answers = [3, "several", 5] * 3
+    members = [
+        member
+        for i, answer in enumerate(answers)
+        for member in (
+            (f"{i:06d}.png", image_bytes()),
+            (f"{i:06d}.json", record(answer=answer, task="count")),
+        )
+    ]
+    write_tar(tmp_path / "train-000000.tar", members)
+    whole = parse_config(
+        {
+            "run": {"name": "r", "dir": str(tmp_path / "runs")},
+            "model": {"path": str(tiny_model)},
+            "data": {"train": [f"{tmp_path}/train-*.tar"], "shuffle_buffer": 0, "max_bad_fraction": 0.5},
+            "rollout": {"prompts_per_step": 6},
+            "reward": {"file": str(tmp_path / "reward.yaml")},
+        }
+    )
+    said = preflight_prompts(whole)
+    assert "3 of the first 9 samples cannot be used" in said
+    assert "the first 6 prompts can be used: 6 count" in said
+    quarantine = tmp_path / "bad.jsonl"
+    with closing(load_rewards(whole.reward, {})) as rewards:
+        source = PromptSource(
+            whole.data, processor, seed=0, split="train", quarantine=quarantine, check=rewards.check
+        )
+        assert [p.prompt.answer for p in source.take(6)] == [3, 5] * 3
+    assert source.skipped == 3
+    listed = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert [line["sample"] for line in listed] == [f"train-000000.tar/00000{i}" for i in (1, 4, 7)]
+    assert {line["reason"] for line in listed} == {"unusable answer"}
