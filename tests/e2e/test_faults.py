@@ -194,7 +194,6 @@ def test_rewards_that_fail_too_often_stop_the_run_with_the_first_reason(
 ) -> None:
     (tmp_path / "broken_rewards.py").write_text(
         "def judge(text, prompt, completion):\n    return completion.token_ids[0] % 2 / 0\n"
-        "def check_judge(prompt):\n    pass\n"
     )
     broken = reward_file(tmp_path / "r.yaml", {"python": "broken_rewards:judge"})
     arguments = [
