@@ -11,6 +11,7 @@ from gspo_mm import stages
 from gspo_mm.config import Config
 from gspo_mm.rollout import sglang as client
 from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.sync.parity import ParityError
 from gspo_mm.train import train
 from tests.pictures import scene, turned
@@ -66,13 +67,13 @@ def test_a_picture_that_the_server_sees_otherwise_stops_the_run(
 ) -> None:
     monkeypatch.setattr(client, "data_url", as_it_came)
     with pytest.raises(ParityError, match=r"odd.tar/turned-\d+ \(PNG RGB orientation 6, 24x40\)"):
-        train(watched)
+        train(watched, StopRequest())
 
 
 def test_answers_of_older_weights_are_asked_again_and_do_not_stop_the_run(
     watched: Config, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    summary = train(watched)
+    summary = train(watched, StopRequest())
     assert summary["steps"] == 4
     assert summary["max_abs_logprob_gap"] > 1e-2, "the policy has moved between sampling and training"
     assert "again, " in capfd.readouterr().err
