@@ -15,6 +15,7 @@ from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.precision import PrecisionError, check_fp8
 from gspo_mm.policy.spec import has_fused_modules
+from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.sft import sft
 from tests.conftest import run_tool
 from tests.tiny_vl import save, tiny_vl
@@ -117,7 +118,7 @@ def curve(folder: Path, run: str, **policy: Any) -> list[float]:
             "checkpoint": {"every": 0},
         }
     )
-    sft(config)
+    sft(config, StopRequest())
     return [line["sft/loss"] for line in read_metrics(config.run.path)]
 
 
