@@ -160,7 +160,9 @@ def test_a_folder_appears_whole_or_not_at_all(model: Any, folder: Path, tmp_path
 
 def test_a_disk_that_refuses_is_told_in_one_sentence(model: Any, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(HfFolderError, match=r"file/out cannot be written: not a directory; something else stands"):
+    with pytest.raises(
+        HfFolderError, match=r"file/out cannot be written: not a directory; something else stands"
+    ):
         write_hf(tmp_path / "file" / "out", folder, parameters(model).items())
 
 
