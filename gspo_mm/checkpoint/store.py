@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from gspo_mm.runtime.disk import refusal
+from gspo_mm.runtime.disk import refusal, sync
 
 logger = logging.getLogger(__name__)
 
@@ -66,16 +66,16 @@ class Store:
         """Make a checkpoint of what was written since `begin`, then remove those that are too many."""
         temporary, final = self.temporary(step), self.path(step)
         for written in temporary.rglob("*"):
-            _sync(written)
+            sync(written)
         with (temporary / _STATE).open("w") as file:
             json.dump(state, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        _sync(temporary)
+        sync(temporary)
         if os.path.lexists(final):
             self._move_away(final)
         temporary.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         own = [path for _, path in self._named() if not path.is_symlink() and self.is_whole(path)]
         for old in own[: -self._keep]:
             self._remove(old)
@@ -131,11 +131,3 @@ class Store:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / _STATE).read_text())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

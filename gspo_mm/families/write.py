@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,7 @@ from gspo_mm.config import ModelConfig
 from gspo_mm.families.folder import HfFolder, expert_kind, read_hf
 from gspo_mm.families.table import family_of
 from gspo_mm.hf.headers import INDEX, SINGLE, HfFolderError
-from gspo_mm.runtime.disk import refusal
+from gspo_mm.runtime.disk import refusal, sync
 
 if TYPE_CHECKING:
     from gspo_mm.policy.engine import Policy
@@ -68,10 +67,10 @@ def write_hf(
         _fill(temporary, origin, tensors, shard_bytes)
         if durable:
             for item in [*temporary.iterdir(), temporary]:
-                _sync(item)
+                sync(item)
         _publish(temporary, path)
         if durable:
-            _sync(path.parent)
+            sync(path.parent)
     except OSError as error:
         raise HfFolderError(f"{path} cannot be written: {refusal(error, folder=path.parent)}") from None
     finally:
@@ -203,11 +202,3 @@ def _tied_names(path: Path) -> set[str]:
     """Second names of shared tensors, which a folder may store or leave out."""
     family = family_of(path)
     return {"lm_head.weight"} if family.is_tied(family.load_config(str(path))) else set()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What a disk says when it refuses, and what to do about each: one sentence for whoever started the run."""
+"""Waiting for a disk, and what it says when it refuses, with what to do about each: one sentence for who started the run."""
 
 from __future__ import annotations
 
@@ -95,3 +95,12 @@ def _number(text: str) -> int | None:
     if told := re.search(r"\[Errno (\d+)\]", text):
         return int(told[1])
     return next((number for number in _FIXES if os.strerror(number).lower() in text.lower()), None)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
