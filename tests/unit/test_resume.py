@@ -100,7 +100,8 @@ def test_every_key_is_compared(tmp_path: Path) -> None:
 
 def checkpoint(run: RunDir, **state: Any) -> None:
     folder = run.path / "checkpoints" / "step-00000001"
-    folder.mkdir(parents=True)
+    (folder / "policy").mkdir(parents=True)
+    (folder / "policy" / "weights").write_text("1")
     (folder / "state.json").write_text(json.dumps({"step": 1, **state}))
 
 
@@ -129,7 +130,9 @@ def test_a_key_that_prompts_under_way_depend_on_is_refused_while_there_are_some(
     checkpoint(run, scheduler={"pending": [{"place": 0}, {"place": 1}]})
     with pytest.raises(ResumeError, match=rf"{key}=.*under way.*\(2 in the checkpoint\); restore it"):
         RunDir.open(config(tmp_path, key, OTHER[key]), Ranks())
-    (run.path / "checkpoints" / "step-00000001" / "state.json").write_text('{"scheduler": {"pending": []}}')
+    (run.path / "checkpoints" / "step-00000001" / "state.json").write_text(
+        '{"step": 1, "scheduler": {"pending": []}}'
+    )
     RunDir.open(config(tmp_path, key, OTHER[key]), Ranks())
 
 
