@@ -19,7 +19,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from gspo_mm.data.faults import BadSample
-from gspo_mm.data.faults import LeftOut as LeftOut
 from gspo_mm.data.media import find_media, kind_of_suffix
 from gspo_mm.data.pictures import measure
 from gspo_mm.data.places import shard_name

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gspo_mm.config import RewardConfig
-from gspo_mm.data.samples import BadSample
+from gspo_mm.data.faults import BadSample
 from gspo_mm.reward.pool import WorkerPool
 from gspo_mm.reward.spec import AnswerError, RewardFunction, load_reward
 from gspo_mm.runtime.background import Background

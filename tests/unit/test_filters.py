@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from gspo_mm.config import CurriculumConfig, DataConfig
+from gspo_mm.data.faults import BadSample, LeftOut
 from gspo_mm.data.filters import Filter, fingerprint
-from gspo_mm.data.samples import BadSample, LeftOut
 from gspo_mm.types import EncodedImage, Prompt
 
 

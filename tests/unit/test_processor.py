@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor, Qwen3VLMoeModel
 
 from gspo_mm.config import DataConfig
+from gspo_mm.data.faults import BadSample
 from gspo_mm.data.processor import Processor, decode_image
-from gspo_mm.data.samples import BadSample
 from gspo_mm.types import EncodedImage, Prompt
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from gspo_mm.data.faults import BadSample
 from gspo_mm.data.processor import decode_image
 from gspo_mm.data.rows import Columns, Row, sample_of
-from gspo_mm.data.samples import BadSample, to_prompt
+from gspo_mm.data.samples import to_prompt
 from gspo_mm.types import Prompt
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gspo_mm.data.samples import BadSample, to_prompt
+from gspo_mm.data.faults import BadSample
+from gspo_mm.data.samples import to_prompt
 from gspo_mm.data.shards import FAULT
 
 

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gspo_mm.config import DataConfig
+from gspo_mm.data.faults import BadSample
 from gspo_mm.data.filters import Filter
 from gspo_mm.data.processor import decode_image
-from gspo_mm.data.samples import BadSample, sample_key, to_prompt
+from gspo_mm.data.samples import sample_key, to_prompt
 from gspo_mm.data.shards import FAULT, read_shard
 from tests.tars import image_bytes, record
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_mm.data.samples import BadSample, LeftOut
+from gspo_mm.data.faults import BadSample, LeftOut
 from gspo_mm.data.skips import MIN_READ, SkipLog
 from gspo_mm.types import DataError
 
