@@ -1,8 +1,10 @@
 """The tiny model and a few digit shards, made once per test session by the tools a user would call."""
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,13 @@ TOOLS = Path(__file__).parents[1] / "tools"
 
 def run_tool(name: str, *arguments: str | Path | int) -> None:
     subprocess.run([sys.executable, str(TOOLS / name), *map(str, arguments)], check=True, capture_output=True)
+
+
+@pytest.fixture(autouse=True)
+def warnings_of_its_own() -> Iterator[None]:
+    """A command that ran in this process logs Python's warnings; another's would then go where the first one's went."""
+    yield
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

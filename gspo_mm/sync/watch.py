@@ -12,7 +12,8 @@ that was chosen on one side only), and the mean of a step hides a picture in eig
                                     as much as the policy has moved.
     rollout.sglang.max_group_gap    above it the run stops at once, for groups of the policy's own version throughout.
 
-One prompt is asked again at a time, each once, and ever more rarely while nothing is found: after 1, 2, 4 ... 64 steps.
+A few prompts are asked again at a time, each once, and ever more rarely while nothing is found: after 1, 2, 4 ... 64
+steps. Answers of the policy's own version come first: no step explains what they differ by.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from gspo_mm.types import Prompt, RolloutGroup
 logger = logging.getLogger(__name__)
 
 _LONGEST_WAIT = 64  # steps
+_AT_ONCE = 4  # prompts
 
 
 class GapWatch:
@@ -54,31 +56,38 @@ class GapWatch:
 
         `gaps`: mean gap of each trained answer, by its sequence's name. Raises ParityError.
         """
-        suspect: Prompt | None = None
+        suspects: list[Prompt] = []
         with self._policy.ranks.together():
-            suspect = self.suspect(step, groups, gaps)
-        if self._policy.ranks.any(suspect is not None):
-            prompts = [self._processor.encode(suspect)] if suspect else []
-            # a single prompt's mean, and one that was chosen for its gap: twice what the mean of many may be
+            suspects = self.suspects(step, groups, gaps)
+        if self._policy.ranks.any(bool(suspects)):
+            prompts = [self._processor.encode(prompt) for prompt in suspects]
+            # the means of a few prompts, chosen for their gaps: twice what the mean of many may be
             with self._policy.ranks.together():
                 check_parity(
                     self._policy, self._engine, self._processor, prompts, threshold=self._bound, times=2
                 )
 
-    def suspect(self, step: int, groups: Sequence[RolloutGroup], gaps: Mapping[str, float]) -> Prompt | None:
-        """The prompt to ask again after this step. Raises ParityError for a group above the hard bound."""
+    def suspects(self, step: int, groups: Sequence[RolloutGroup], gaps: Mapping[str, float]) -> list[Prompt]:
+        """The prompts to ask again after this step. Raises ParityError for a group above the hard bound."""
         of_group = [(gap, group) for group in groups if (gap := group_gap(group, gaps)) is not None]
+        fresh = {group.id for group in groups if _is_fresh(group, version=step - 1)}
         for gap, group in of_group:
-            if not gap <= self._hard_bound and _is_fresh(group, version=step - 1):
+            if not gap <= self._hard_bound and group.id in fresh:
                 raise ParityError(f"step {step}: {_named(group.prompt)} {self._advice(gap)}")
-        found = [(gap, g) for gap, g in of_group if gap > self._bound and g.prompt.key not in self._asked]
+        found = [
+            (gap, g) for gap, g in of_group if not gap <= self._bound and g.prompt.key not in self._asked
+        ]
         if not found or step < self._next_step:
-            return None
-        gap, worst = max(found, key=lambda pair: pair[0])
+            return []
         self._next_step, self._wait = step + self._wait, min(2 * self._wait, _LONGEST_WAIT)
-        self._asked.add(worst.prompt.key)
-        logger.info("step %d: asking %s again, %.2g nats apart", step, _named(worst.prompt), gap)
-        return worst.prompt
+        found.sort(
+            key=lambda pair: (pair[1].id in fresh, not pair[0] <= self._hard_bound, pair[0]), reverse=True
+        )
+        chosen = {group.prompt.key: (gap, group.prompt) for gap, group in found[:_AT_ONCE]}
+        self._asked.update(chosen)
+        told = ", ".join(f"{_named(prompt)} by {gap:.2g}" for gap, prompt in chosen.values())
+        logger.info("step %d: asking again, for log-probs that differ by many nats: %s", step, told)
+        return [prompt for _, prompt in chosen.values()]
 
     def _advice(self, gap: float) -> str:
         return (

@@ -88,7 +88,6 @@ def test_log_and_warnings_reach_the_runs_file(tmp_path: Path) -> None:
         warnings.warn("careful", stacklevel=1)
         text = (tmp_path / "log.txt").read_text()
     finally:
-        logging.captureWarnings(False)
         for handler in list(root.handlers):
             root.removeHandler(handler)
         for handler in handlers:
@@ -102,13 +101,10 @@ def test_what_a_library_says_of_its_future_is_logged_once(tmp_path: Path) -> Non
     """Also where other code changes the filters, as the optimizer does at every step."""
     with warnings.catch_warnings():
         setup_logging(tmp_path)
-        try:
-            for _ in range(5):
-                warnings.warn("`old` will go", FutureWarning, stacklevel=1)
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="nothing")
-        finally:
-            logging.captureWarnings(False)
+        for _ in range(5):
+            warnings.warn("`old` will go", FutureWarning, stacklevel=1)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="nothing")
     assert (tmp_path / "log.txt").read_text().count("FutureWarning: `old` will go") == 1
 
 

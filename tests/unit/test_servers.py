@@ -35,7 +35,7 @@ from gspo_mm.rollout.servers import (
 )
 from tests.waiting import PATIENCE, eventually
 
-# Notes what it was told in FOLDER/seen.N.json. FOLDER/broken: how it fails at its start.
+# Notes what it was told in FOLDER/seen.TIME-PID.json. FOLDER/broken: how it fails at its start.
 INTERPRETER = """#!{python} -S
 import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -47,7 +47,7 @@ assert sys.argv[1:4] == ["-m", "sglang.launch_server", "--config"], sys.argv
 lines = Path(sys.argv[4]).read_text().splitlines()
 options = dict(line.split(": ", 1) for line in lines)
 folder = Path(__file__).parent
-seen = folder / f"seen.{{len(list(folder.glob('seen.*')))}}.json"
+seen = folder / f"seen.{{time.time_ns()}}-{{os.getpid()}}.json"  # several start at once
 print("server log line")
 sys.stdout.flush()
 note = json.dumps(dict(pid=os.getpid(), argv=sys.argv, env=dict(os.environ)))
