@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
 from gspo_mm.config import Config
 from gspo_mm.data.pictures import as_png
@@ -256,7 +256,7 @@ class SGLangEngine:
 
         return AsyncRetrying(
             retry=retry_if_exception_type(_RetryError),
-            wait=wait_exponential_jitter(initial=0.2, max=10.0),
+            wait=wait_exponential(multiplier=0.2, max=10.0) + wait_random(0.0, 1.0),
             before_sleep=note,
             reraise=True,
         )
