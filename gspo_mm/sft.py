@@ -167,7 +167,7 @@ def supervised_step(policy: Policy, share: Share, batches: list[MicroBatch], ste
     def loss_fn(_: int, logprobs_R: torch.Tensor, __: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         return -logprobs_R.sum() / share.num_tokens, {}
 
-    stats = policy.update(batches, loss_fn, place=step)
+    stats = policy.update(batches, loss_fn, done=step + 1)
     return {"sft/loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
 
 

@@ -149,18 +149,18 @@ class Policy:
         loss_fn: LossFn,
         *,
         temperature: float = 1.0,
-        place: float | None = None,
+        done: float | None = None,
     ) -> UpdateStats:
         """One optimizer step on the sum of all micro-batches' losses, whose denominators are the whole step's.
 
-        `place` in the run, which decides the learning rate: see `Optimizer.step`.
+        `done` training steps with this update, which decides the learning rate: see `Optimizer.step`.
 
         `loss_fn` is called on the last pipeline stage. Raises NonFiniteError, on every rank and with the weights
         untouched, when the gradient norm is NaN or infinite, or whatever GspoError `loss_fn` raised on any rank.
         """
         loss, metrics = self.backward(micro_batches, loss_fn, temperature=temperature)
         with self.ranks.together():
-            grad_norm, rate = self.optimizer.step(place)
+            grad_norm, rate = self.optimizer.step(done)
         return UpdateStats(loss=loss, grad_norm=grad_norm, lr=rate, metrics=metrics)
 
     def backward(

@@ -27,22 +27,21 @@ _STATE = ("params", "step")  # of a parameter group; the rest of it are settings
 _SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")  # of megatron's own scheduler, which we do not use
 
 
-def learning_rate(place: float, config: OptimizerConfig, total_steps: int) -> float:
-    """Rate at `place` in a run of `total_steps` training steps: linear warm-up, then a cosine to lr * min_lr_ratio.
+def learning_rate(done: float, config: OptimizerConfig, total_steps: int) -> float:
+    """Rate of the update with which `done` of `total_steps` training steps are done: warm-up, then a cosine to the floor.
 
-    Update k of the K of training step s (both from 0) is at s + k / K: a step moves the schedule by one, however many
-    updates its live groups make, or none. The last warm-up step is at lr as a whole, the last step of the run at
-    lr * min_lr_ratio; a run of one step stays at lr. What happened before `place` does not matter: a run that is
-    continued with another number of steps goes on along the curve of that number.
+    Update k of the K of training step s (both from 0) ends at s + (k + 1) / K: a step moves the schedule by one, however
+    many updates its live groups make, or none. The warm-up is linear, lr * done / warmup_steps; the step after it is at
+    lr, the last step of the run at lr * min_lr_ratio; a run of one step stays at lr. What happened before does not
+    matter: a run that is continued with another number of steps goes on along the curve of that number.
     """
-    if place < config.warmup_steps:
-        return config.lr * min(1.0, (place + 1) / config.warmup_steps)
-    last = total_steps - 1
+    if done < config.warmup_steps:
+        return config.lr * done / config.warmup_steps
     low = config.lr * config.min_lr_ratio
-    if place >= last > 0:
+    if total_steps > 1 and done > total_steps - 1 and total_steps > config.warmup_steps:
         return low
-    progress = (place - config.warmup_steps) / (last - config.warmup_steps) if last > 0 else 0.0
-    return low + 0.5 * (config.lr - low) * (1.0 + math.cos(math.pi * progress))
+    progress = max(0.0, (done - 1 - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+    return low + 0.5 * (config.lr - low) * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 class Optimizer:
@@ -78,14 +77,14 @@ class Optimizer:
             )
 
     @torch.no_grad()
-    def step(self, place: float | None = None) -> tuple[float, float]:
+    def step(self, done: float | None = None) -> tuple[float, float]:
         """Clip and update; returns the global gradient norm before clipping and the learning rate used.
 
-        `place` in the run is that of `learning_rate`; None: every update is a training step.
+        `done` training steps with this update, see `learning_rate`; None: every update is a training step.
 
         Raises NonFiniteError, with the parameters untouched, when the norm is NaN or infinite.
         """
-        rate = learning_rate(self.step_count if place is None else place, self._config, self._total_steps)
+        rate = learning_rate(self.step_count + 1 if done is None else done, self._config, self._total_steps)
         for group in self._inner.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
             # megatron leaves both multipliers to its scheduler; wd_mult is 0 for norms and biases

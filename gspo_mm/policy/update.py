@@ -85,7 +85,7 @@ def update_policy(
         start = 0
         for number, (share, batches) in enumerate(zip(shares, batches_of_share, strict=True)):
             window = slice(start, start + len(batches))
-            place = step + number / len(shares)
+            done = step + (number + 1) / len(shares)
             metrics.append(
                 _step(
                     policy,
@@ -95,7 +95,7 @@ def update_policy(
                     refs[window],
                     loss_config(config),
                     temperature,
-                    place,
+                    done,
                 )
             )
             start += len(batches)
@@ -125,7 +125,7 @@ def _step(
     refs: list[torch.Tensor] | list[None],
     config: LossConfig,
     temperature: float,
-    place: float,
+    done: float,
 ) -> dict[str, Any]:
     def loss_fn(
         index: int, logprobs_R: torch.Tensor, entropy_R: torch.Tensor
@@ -151,7 +151,7 @@ def _step(
         )
         return output.loss, {**output.metrics, **_sequence_gaps(batch, old_R)}
 
-    stats = policy.update(batches, loss_fn, temperature=temperature, place=place)
+    stats = policy.update(batches, loss_fn, temperature=temperature, done=done)
     return {**reduce_metrics(stats.metrics), "loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
 
 

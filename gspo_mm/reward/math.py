@@ -45,6 +45,11 @@ _DEEPEST = 6  # brackets within brackets
 _MOST_POWER = 12  # all exponents of an expression together, where the base is no plain number
 _MOST_LETTERS = 4  # different variables: expanding (a+b+c+d)^12 makes 455 terms
 _MOST_FUNCTIONS = 2  # simplifying sin(log(log(e) - 2) - 99) takes sympy ten seconds
+# what GSM8K's column has, and what is said around a value
+_SENTENCE = re.compile(
+    r"#{4}|<<.*>>|\b(?:is|are|was|were|equals|answer|therefore|thus|so|hence|total)\b.*[0-9]|(?:\b[^\W\d_]{2,}\W+){11}[^\W\d_]{2,}",
+    re.IGNORECASE | re.DOTALL,
+)
 _FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|lg|exp)")
 _ENDLESS = re.compile(r"\\(?:i+nt|oint|sum|prod|lim|d?binom|Gamma|begin|zeta)\b|\bd/d|[!#&]")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -66,6 +71,11 @@ def math_(text: str, answer: Json, args: MathArgs) -> float:
     wanted = bare_math(written(answer) or "")
     if not wanted or wanted.count("{") != wanted.count("}") or _TOWER.search(wanted):
         raise ValueError(f"answer {answer!r} is no mathematical expression that can be compared")
+    if len(wanted) > _LONGEST or _SENTENCE.search(wanted):
+        raise ValueError(
+            f"answer {answer!r:.80} is a text with the answer in it, or more than {_LONGEST} characters long; "
+            "give the final answer alone"
+        )
     return float(_equal(bare_math(text), wanted, args.digits) if len(text) <= 2 * _LONGEST else False)
 
 

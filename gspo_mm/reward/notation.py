@@ -31,9 +31,14 @@ _LOOKS = [
     (re.compile(r"(?<=\S)\s*(?:\\approx|≈).*$|\\approx|≈", re.DOTALL), ""),  # rounded after the value itself
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"(\\[lg]eq)slant(?![A-Za-z])"), r"\1"),
-    (re.compile(r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{([^{}]*)\}"), r"⟨\1⟩"),
+    (
+        re.compile(r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"),
+        r"⟨\1⟩",
+    ),
     (re.compile(rf"[{_RAISED}]+"), lambda m: "^{" + m[0].translate(_UNRAISED) + "}"),
     (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])"), "°"),
+    (re.compile(r"(?:°|⟨?\s*deg(?:ree)?s?)[\s⟨⟩]*(Celsius|Fahrenheit)\s*⟩?"), lambda m: "°" + m[1][0]),
+    (re.compile(r"\\varnothing(?![A-Za-z])|∅"), r"\\emptyset"),
     (re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"(?<=[0-9}\)])\s*,?\s*⟨?\s*(?<![A-Za-z])(?:and|or)\s*⟩?\s*(?=[-0-9\\(]|[a-z]\s*=)"), ", "),
     (re.compile(r"\s*;\s*"), ", "),
@@ -50,7 +55,8 @@ _FRACTION = re.compile(
 _NAMES = """m meter metre|cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre|g gram|kg kilogram
 |mg milligram|s sec second|min minute|h hr hour|L l liter litre|mL ml milliliter millilitre|inch in|ft foot feet|mi mile
 |lb pound|day|year|week|month|＄ dollar USD|€ euro EUR|£ GBP|cent|% \\% percent percentage pct|° degree deg|rad radian
-|mph|N newton|J joule|W watt|V volt|A ampere amp|K kelvin|Hz hertz|Pa pascal|mol|unit|°C|°F"""
+|mph|N newton|J joule|W watt|V volt|A ampere amp|C coulomb|T tesla|H henry|F farad|K kelvin|Hz hertz|Pa pascal
+|mol|Ω ohm|unit|°C|°F"""
 _UNITS = {name: line.split()[0] for line in _NAMES.replace("\n", "").split("|") for name in line.split()}
 # without \text{}, a single letter is a variable
 _PLAIN_UNIT = "|".join(
@@ -75,17 +81,20 @@ _PER = r"(?:\s*\^\s*\{?-?[0-9]\}?)?"
 # the number base of 204_5; words without \text{}, and the letter of a unit after a space, follow a plain number
 _BASE = re.compile(r"([0-9]+)\s*_\s*\{?\s*⟨?\s*([0-9]{1,2}|[a-z]+)\s*⟩?\s*\}?")
 _PLAIN_TAIL = re.compile(
-    rf"(.*[0-9])(\s+[mgshLNJWVAK]{_PER}|\s+[^\W\d_]{{3,}}(?:\s+[^\W\d_]+)*|\s*[^\W\d_a-zA-Zα-ωΑ-Ω]+)",
+    rf"(.*[0-9])(\s+[mgshLNJWVACTHFK]{_PER}(?:\s*/\s*[A-Za-z]+{_PER})?|\s+[^\W\d_]{{3,}}(?:\s+[^\W\d_]+)*|\s*[^\W\d_a-zA-Zα-ωΑ-Ω]+)",
     re.DOTALL,
+)
+_MICRO = r"(?:\\mu\s*|[µμ]\s*)"
+_FACTOR = (
+    rf"(?:(?:{_MICRO}|⟨k⟩)?(?:⟨[^⟩]*⟩|Ω|(?<=[\s⟩])\\Omega(?![A-Za-z]))|(?<=\s){_MICRO}[A-Za-z](?![A-Za-z])"
+    rf"|(?<![A-Za-z\\])(?:{_PLAIN_UNIT})){_PER}"
 )
 _TAIL = re.compile(
-    rf"(.*[0-9])(\s+[mgshLNJWVAK]{_PER}|\s*[^\W\d_]{{2,}}(?:\s+[^\W\d_]+)*|\s*[^\W\d_a-zA-Zα-ωΑ-Ω]+)",
+    rf"(.*?[0-9}})\].a-zA-Z])(\s*°\s*(?:[CF]|⟨[CF]⟩)|\s*{_FACTOR}(?:\s*(?:\\cdot|\*|/)?\s*{_FACTOR}|\s*/\s*[a-z]+{_PER})*)",
     re.DOTALL,
 )
-_TAIL = re.compile(
-    rf"(.*[0-9}})\].a-zA-Z])\s*(⟨[^⟩]*⟩{_PER}|°\s*(?:[CF]|⟨[CF]⟩)|(?<![A-Za-z\\])(?:{_PLAIN_UNIT}){_PER}(?:\s*/\s*[a-z]+{_PER})?)",
-    re.DOTALL,
-)
+# Celsius is no degree of an angle
+_UNIT_SIGN = re.compile(r"([/()]|°\s*[CF]\b|[^\W\d_]+|[^\s\w^.,-])(?:\^\s*(-?[0-9]))?")
 _HEAD = re.compile(r"([+-]?)\s*([＄€£])\s*(.+)", re.DOTALL)
 _ONE_NAME = r"(?:\\?[A-Za-z]+|⟨[^⟩]*⟩)(?:_(?:\{\w+\}|\w))?(?:\([a-z](?:,\s*[a-z])*\))?"
 _NAME = re.compile(
@@ -207,17 +216,37 @@ def split_unit(text: str) -> tuple[str, str]:
         tail = None
     if not tail or not re.search(r"[0-9]|\\[A-Za-z]", tail[1]):
         return text.replace("°", ""), ""
-    unit = re.sub(r"[\s{}⟨⟩]+", " ", tail[2]).strip().replace(" ^", "^").replace("^ ", "^")
+    unit = re.sub(_MICRO, "µ", re.sub(r"\\cdot|\*", " ", tail[2]))
+    unit = re.sub(r"\s+", " ", re.sub(r"[{}⟨⟩]", "", unit)).strip()
+    unit = re.sub(r"\s*\^\s*", "^", unit).replace(r"\Omega", "Ω").replace(r"\%", "%")
     if _NO_UNIT.search(unit) or any(word not in _UNITS for word in _LETTER_OR_FUNCTION.findall(unit)):
         return text, ""
-    unit = re.sub(r"\b(?:square|sq) (\S+)", r"\1^2", re.sub(r"\bcubic (\S+)", r"\1^3", unit))
-    unit = re.sub(r"\bper\b", "/", unit)
-    # Celsius is no degree of an angle
-    return tail[1].replace("°", ""), re.sub(r"°\s*([CF])\b|\\?%|[^\W\d_]+|°", _unit, unit).replace(" ", "")
+    return tail[1].replace("°", ""), _one_unit(unit)
 
 
-def _unit(found: re.Match[str]) -> str:
-    name = "".join(found[0].split())
+def _one_unit(text: str) -> str:
+    r"""One way to write a unit: `m s^-1`, `m/s` and `meters per second` are m·s^-1."""
+    text = re.sub(r"\b(?:square|sq) (\S+)", r"\1^2", re.sub(r"\bcubic (\S+)", r"\1^3", text))
+    powers: dict[str, int] = {}
+    signs, sign = [1], 1  # of the brackets that are open, and of what comes next
+    for found in _UNIT_SIGN.finditer(re.sub(r"\bper\b", "/", text)):
+        sign_or_name = found[1]
+        if sign_or_name == "/":
+            sign = -1
+        elif sign_or_name == "(":
+            signs.append(signs[-1] * sign)
+            sign = 1
+        elif sign_or_name == ")":
+            signs = signs[:-1] or [1]
+        else:
+            name = _unit(sign_or_name)
+            powers[name] = powers.get(name, 0) + signs[-1] * sign * int(found[2] or 1)
+            sign = 1
+    return "·".join(name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()))
+
+
+def _unit(name: str) -> str:
+    name = "".join(name.split())
     return (
         _UNITS.get(name)
         or _UNITS.get(name.lower().removesuffix("s"))

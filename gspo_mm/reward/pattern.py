@@ -89,7 +89,7 @@ def delimited(text: str, pattern: str) -> set[str]:
         found = list(compiled.finditer(text, timeout=LIMIT)) if compiled.groups else []
     except TimeoutError:
         raise _slow(pattern, text) from None
-    return {m[1].strip() for m in found if (m[1] or "").strip() not in ("", m[0].strip())}
+    return {m[1].strip() for m in found if m[1] is not None and m[1].strip() != m[0].strip()}
 
 
 def _found(pattern: str, text: str) -> list[str]:

@@ -58,7 +58,7 @@ def test_steps_equal_those_of_torchs_adamw_on_transformers_model(model: Any, fol
         sum(losses).backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
         for group in adamw.param_groups:
-            group["lr"] = learning_rate(step, ours.config.optimizer, 6)
+            group["lr"] = learning_rate(step + 1, ours.config.optimizer, 6)
         adamw.step()
         assert stats.loss == pytest.approx(sum(losses).item(), rel=1e-5)
         assert stats.grad_norm == pytest.approx(norm.item(), rel=1e-4)
@@ -267,12 +267,12 @@ def test_bfloat16_keeps_float32_copies_of_the_weights(model: Any, folder: Path) 
 
 def test_the_learning_rate_warms_up_then_falls_along_a_cosine_to_its_floor() -> None:
     config = OptimizerConfig(lr=1.0, warmup_steps=4, min_lr_ratio=0.2)
-    rates = [learning_rate(step, config, 20) for step in range(25)]
+    rates = [learning_rate(step + 1, config, 20) for step in range(25)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
     assert all(a > b for a, b in pairwise(rates[4:20]))
     assert rates[19:] == pytest.approx([0.2] * 6)
-    assert learning_rate(7, OptimizerConfig(lr=3e-6), 20) == 3e-6
+    assert learning_rate(8, OptimizerConfig(lr=3e-6), 20) == 3e-6
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3, 7])
@@ -284,21 +284,23 @@ def test_the_last_step_is_at_the_promised_rate_and_the_warm_up_reaches_lr(
 ) -> None:
     config = OptimizerConfig(lr=0.7, warmup_steps=warmup, min_lr_ratio=0.0)
     rates = [
-        [learning_rate(step + k / updates, config, steps) for k in range(updates)] for step in range(steps)
+        [learning_rate(step + (k + 1) / updates, config, steps) for k in range(updates)]
+        for step in range(steps)
     ]
     if warmup < steps:
         assert rates[-1] == [0.0] * updates
     if 0 < warmup <= steps:
-        assert rates[warmup - 1] == [0.7] * updates
+        assert rates[warmup - 1][-1] == pytest.approx(0.7, rel=1e-12)
     if warmup < steps - 1:
-        assert rates[warmup][0] == 0.7
-    for step in range(1, min(warmup, steps)):
-        assert rates[step][0] == pytest.approx(0.7 * (step + 1) / warmup, rel=1e-12)
+        assert rates[warmup] == [0.7] * updates
+    rising = [rate for step in rates[:warmup] for rate in step]
+    line = [0.7 * (number + 1) / (warmup * updates) for number in range(len(rising))]
+    assert rising == pytest.approx(line, rel=1e-12), "as many equal rises as there are updates"
 
 
 def test_a_run_of_one_step_is_trained_with_the_whole_rate() -> None:
     config = OptimizerConfig(lr=0.7, min_lr_ratio=0.0)
-    assert [learning_rate(place, config, 1) for place in (0, 0.5)] == [0.7, 0.7]
+    assert [learning_rate(done, config, 1) for done in (0.5, 1)] == [0.7, 0.7]
 
 
 @pytest.mark.parametrize(("recompute", "runs"), [("none", 1), ("full", 2)])

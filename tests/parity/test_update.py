@@ -192,13 +192,13 @@ def test_rollouts_without_log_probs_are_trained_on_unless_they_are_to_be_correct
     assert not any(name.startswith("mismatch/") for name in metrics)
 
 
-def closed_form(place: float, *, steps: int) -> float:
+def closed_form(done: float, *, steps: int) -> float:
     """Of lr 1e-3, min_lr_ratio 0, two warm-up steps."""
-    if place < 2:
-        return 1e-3 * min(1.0, (place + 1) / 2)
-    if place >= steps - 1:
+    if done <= 3:
+        return 1e-3 * min(1.0, done / 2)
+    if done > steps - 1:
         return 0.0
-    return 1e-3 * math.cos(math.pi / 2 * (place - 2) / (steps - 3)) ** 2
+    return 1e-3 * math.cos(math.pi / 2 * (done - 3) / (steps - 3)) ** 2
 
 
 def test_the_learning_rate_counts_training_steps_however_many_updates_they_make(
@@ -222,8 +222,8 @@ def test_the_learning_rate_counts_training_steps_however_many_updates_they_make(
             if live[step]:
                 lr = update(policy, settings, groups[: live[step]], processor, step=step)["lr"]
                 updates = min(3, live[step])
-                places = [step + k / updates for k in range(updates)]
-                found.append((lr, fmean(closed_form(place, steps=total) for place in places)))
+                ends = [step + (k + 1) / updates for k in range(updates)]
+                found.append((lr, fmean(closed_form(done, steps=total) for done in ends)))
         return found
 
     first = Policy.from_hf(settings.model.path, settings.policy, seed=0, total_steps=6)

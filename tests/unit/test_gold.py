@@ -82,6 +82,25 @@ def one_part(kind: str, *, extract="<answer>(.*?)</answer>", args=None):
         ("5", "5 m", 1),
         ("5m", "5 m", 1),
         ("5m", "5 cm", 0),
+        (r"1.6\times10^{-19}", r"1.6\times10^{-19}\text{ C}", 1),
+        (r"1.6\times10^{-19}\text{ J}", r"1.6\times10^{-19}\text{ C}", 0),
+        (r"0.5\text{ tesla}", "0.5 T", 1),
+        (r"3\ \mathrm{m\,s^{-1}}", r"3\ \mathrm{m/s}", 1),
+        (r"3\ \mathrm{m\,s^{-2}}", r"3\ \mathrm{m/s}", 0),
+        ("9.8", "9.8 m/s^2", 1),
+        ("8.31", r"8.31\ \mathrm{J/(mol\cdot K)}", 1),
+        (r"8.31\text{ J K}^{-1}\text{ mol}^{-1}", r"8.31\ \mathrm{J/(mol\cdot K)}", 1),
+        (r"8.31\ \mathrm{J\,mol/K}", r"8.31\ \mathrm{J/(mol\cdot K)}", 0),
+        ("5", r"5\,\text{N}\cdot\text{m}", 1),
+        (r"10\text{ ohms}", r"10\ \Omega", 1),
+        (r"10\ \text{k}\Omega", r"10\ \Omega", 0),
+        ("5", r"5\ \mu\mathrm{F}", 1),
+        (r"5\text{ μF}", r"5\ \mu\mathrm{F}", 1),
+        (r"5\text{ F}", r"5\ \mu\mathrm{F}", 0),
+        (r"\sigma+\mu", r"\mu+\sigma", 1),
+        ("2", r"2\mu", 0),
+        (r"5\text{ degrees Celsius}", r"5^\circ\text{C}", 1),
+        (r"5\text{ degrees Fahrenheit}", r"5^\circ\text{C}", 0),
         # a letter right after a number is a variable
         ("5m", "5", 0),
         (r"3\text{x}", "3", 0),
@@ -172,6 +191,7 @@ def one_part(kind: str, *, extract="<answer>(.*?)</answer>", args=None):
         (r"e^{\frac{x}{3}}", r"e^{\frac{x}{2}}", 0),
         (r"2^{200\cdot200\cdot200\cdot200}", "4", 0),
         (r"2^{\frac{9^{9^{9}}}{2}}", "4", 0),
+        (r"\varnothing", r"\emptyset", 1),
         # inequalities
         ("(-793,10)", "-793<a<10", 1),
         (r"x\in(0,1]", r"0<x\le1", 1),
@@ -286,6 +306,30 @@ def test_a_member_of_a_box_or_a_set_is_not_the_answer():
     assert one_part("set_f1").score(
         prompt(["a", "b"]), completion("<answer>a</answer>")
     ).value == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "#### 7",
+        "She had 48/2 = <<48/2=24>>24 left.\n#### 24",
+        "The answer is 72.",
+        "She sold 72 in total, since half of 48 is 24.",
+        "one two three four five six seven eight nine ten eleven twelve",
+        "<answer></answer>",
+        r"\boxed{}",
+        "1+" * 100 + "1",
+        "",
+        " ",
+        None,
+        True,
+        [],
+        float("nan"),
+    ],
+)
+def test_what_is_no_final_answer_cannot_be_judged_as_mathematics(answer):
+    with pytest.raises(GspoError, match="part p of"):
+        one_part("math", extract="boxed").check_answer(prompt(answer))
 
 
 # --- before training
