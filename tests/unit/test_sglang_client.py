@@ -77,7 +77,8 @@ def server() -> Iterator[FakeServer]:
 @pytest.fixture
 def make_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeEngine]:
     """`open_engine`, closed at the end."""
-    monkeypatch.setattr(module, "wait_exponential_jitter", lambda **_: wait_none())
+    monkeypatch.setattr(module, "wait_exponential", lambda **_: wait_none())
+    monkeypatch.setattr(module, "wait_random", lambda *_: wait_none())
     monkeypatch.setattr(fleet, "_POLL", 0.02)
     engines: list[SGLangEngine] = []
 
