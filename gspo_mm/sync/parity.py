@@ -140,9 +140,9 @@ def _cause(samples: list[_Sample], gaps: Mapping[str, Gap], threshold: float, ti
     of_text = gaps["text"].mean if "text" in gaps else 0.0
     allowed = max(limit if failing else 2 * limit, _STANDS_OUT * of_text)
     unlike = [sample for sample in pictured if not sample.after_image <= allowed]
+    worst = sorted(unlike, key=lambda sample: sample.after_image, reverse=True)
+    named = "; ".join(sample.named() for sample in worst[:_NAMED])
     if unlike and "text" not in failing and len(unlike) <= max(1, len(pictured) // 2):
-        worst = sorted(unlike, key=lambda sample: sample.after_image, reverse=True)
-        named = "; ".join(sample.named() for sample in worst[:_NAMED])
         return (
             f"servers see other pictures than the policy in {len(unlike)} of {len(pictured)} samples: after their image "
             f"tokens differ by more than {bound} in the mean, while text and other pictures agree: {named}; save these "
@@ -156,6 +156,7 @@ def _cause(samples: list[_Sample], gaps: Mapping[str, Gap], threshold: float, ti
         what = (
             "text agrees, what follows an image does not, in most samples: the vision tower, its inputs or the positions "
             "differ; see that the servers have the policy's processor, and data.min_pixels and data.max_pixels with it"
+            + (f"; furthest apart: {named}" if named else "")
         )
     else:
         what = (

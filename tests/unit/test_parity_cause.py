@@ -78,6 +78,7 @@ def test_only_the_worst_of_many_pictures_are_named() -> None:
 def test_differences_after_every_picture_accuse_the_vision_path() -> None:
     cause = said(twins(*usual(12, after=0.4, response=0.4))) or ""
     assert "text agrees, what follows an image does not" in cause
+    assert "; furthest apart: usual 0 (PNG RGB, 40x24) by 0.4; usual 1" in cause
     assert "extra_args" not in cause
 
 
