@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gspo_mm.batch import pack
+from gspo_mm.batch import answered, pack
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
@@ -32,7 +32,7 @@ from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.stages import Stages, build_stages
-from gspo_mm.types import DataError, EncodedPrompt, MicroBatch, Sequence, Share
+from gspo_mm.types import DataError, EncodedPrompt, MicroBatch, Share, TrainSequence
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def resume(run: RunDir, stages: Stages) -> int:
 def train_step(stages: Stages, config: Config, phases: Phases, step: int) -> dict[str, float]:
     """One batch of samples, dealt over the ranks, one optimizer step; `step` were done before."""
     ranks = stages.ranks
-    updates: list[list[Sequence]] = []
+    updates: list[list[TrainSequence]] = []
     with ranks.together(), phases("data"):
         if ranks.main:
             prompts = stages.source.take(config.sft.batch_size)
@@ -147,18 +147,13 @@ def train_step(stages: Stages, config: Config, phases: Phases, step: int) -> dic
         return supervised_step(stages.policy, share, batches, step)
 
 
-def supervised(prompt: EncodedPrompt, processor: Processor) -> Sequence:
+def supervised(prompt: EncodedPrompt, processor: Processor) -> TrainSequence:
     """Prompt followed by its reference response; raises DataError when the sample has none."""
     if prompt.prompt.response is None:
         raise DataError(
             f"{prompt.prompt.key} has no `response`; supervised training needs one in every sample"
         )
-    return Sequence(
-        name=prompt.prompt.key,
-        prompt=prompt.prompt,
-        token_ids=prompt.token_ids + tuple(processor.encode_response(prompt.prompt.response)),
-        prompt_length=len(prompt.token_ids),
-    )
+    return answered(prompt, processor.encode_response(prompt.prompt.response))
 
 
 def supervised_step(policy: Policy, share: Share, batches: list[MicroBatch], step: int) -> dict[str, float]:

@@ -45,7 +45,7 @@ from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.stages import Stages, build_stages, check_servers
 from gspo_mm.sync.parity import table
 from gspo_mm.sync.watch import GapWatch
-from gspo_mm.types import GspoError, RolloutGroup, Sequence
+from gspo_mm.types import GspoError, RolloutGroup, TrainSequence
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Loop:
             return
         self.under_way = True
         result = group_advantages((), config.advantage)
-        updates: list[list[Sequence]] = []
+        updates: list[list[TrainSequence]] = []
         with self.ranks.together():
             if self.ranks.main:
                 with phases("reward"):
@@ -387,7 +387,7 @@ class Loop:
         return self.ranks.from_main(summary)
 
 
-def sequences_of_updates(result: AdvantageResult, updates: int) -> list[list[Sequence]]:
+def sequences_of_updates(result: AdvantageResult, updates: int) -> list[list[TrainSequence]]:
     """The sequences of each optimizer step: the live groups, in order, spread over the updates."""
     return [sequences_of(part) for part in split_evenly(result.live, updates)] if result.live else []
 
@@ -413,7 +413,9 @@ def rollout_metrics(groups: list[RolloutGroup], result: AdvantageResult) -> dict
         "groups/dead": result.dead,
         "groups/failed": result.failed,
         "reward/failed": failed_fraction(groups),
-        "tokens": sum(lengths) + sum(len(g.prompt_ids) * len(g.completions) for g in groups),
+        "tokens": sum(lengths)
+        + sum(len(o.token_ids) for c in completions for o in c.observations)
+        + sum(len(g.prompt_ids) * len(g.completions) for g in groups),
     }
 
 

@@ -6,9 +6,10 @@ edits what it was given. Arrays say their shape, dtype and unit.
 Dimension legend, used here and as name suffixes everywhere:
 
     P  tokens of one prompt, image tokens expanded      S  sequences (completions) in a batch
-    T  tokens of one completion                         N  packed tokens of a micro-batch (prompt + response)
-    G  completions of one group                         R  packed *trained* response tokens of a micro-batch
-    I  images                                           V  vocabulary        D  hidden size
+    T  sampled tokens of one turn or completion         N  packed tokens of a micro-batch (read and trained)
+    G  completions of one group                         R  packed *trained* tokens of a micro-batch
+    L  tokens of one sequence                           V  vocabulary        D  hidden size
+    I  images
 """
 
 from __future__ import annotations
@@ -97,16 +98,72 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One sampled answer to a prompt."""
+class Observation:
+    """What came back to the model after a turn: it is read, and never trained on."""
 
-    token_ids: tuple[int, ...]  # [T] the stop token included when `finish` is stop
-    logprobs: tuple[
-        float, ...
-    ]  # [T] nats, from the engine that sampled them, at the sampling temperature, before top-k/p
+    token_ids: tuple[int, ...]  # image tokens expanded
+    images: tuple[EncodedImage, ...] = ()  # in the order of their tokens
+    text: str = ""  # for people
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What the policy sampled in one go."""
+
+    token_ids: tuple[int, ...]  # [T] the stop token included where it ended the turn
+    # [T] nats, from the engine that sampled them, at the sampling temperature, before top-k/p
+    logprobs: tuple[float, ...]
     versions: tuple[int, ...]  # [T] weight version that sampled each token
-    finish: Finish
     text: str  # decoded, special tokens left out
+    observation: Observation | None = None  # what came back after it, if anything
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled answer to a prompt: a turn, or several with observations between them.
+
+    `token_ids`, `logprobs` and `versions` are those of all that was sampled; observations are in none of them.
+    """
+
+    turns: tuple[Turn, ...]
+    finish: Finish  # of the last turn
+
+    @classmethod
+    def of_one_turn(
+        cls,
+        *,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[float, ...],
+        versions: tuple[int, ...],
+        finish: Finish,
+        text: str,
+    ) -> Completion:
+        turn = Turn(token_ids=token_ids, logprobs=logprobs, versions=versions, text=text)
+        return cls(turns=(turn,), finish=finish)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """[T]"""
+        return tuple(token for turn in self.turns for token in turn.token_ids)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """[T] nats"""
+        return tuple(logprob for turn in self.turns for logprob in turn.logprobs)
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """[T]"""
+        return tuple(version for turn in self.turns for version in turn.versions)
+
+    @property
+    def text(self) -> str:
+        """What was sampled, turn by turn."""
+        return "\n".join(turn.text for turn in self.turns)
+
+    @property
+    def observations(self) -> tuple[Observation, ...]:
+        return tuple(turn.observation for turn in self.turns if turn.observation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,15 +201,22 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequence:
+class TrainSequence:
     """One sequence to train on: what `batch/` packs."""
 
     name: str  # "group 12 completion 3 (digits-000001.tar/000042)", for error messages
-    prompt: Prompt
-    token_ids: tuple[int, ...]  # prompt then response
-    prompt_length: int  # tokens of `token_ids` that are prompt; the rest is the trained response
+    token_ids: tuple[int, ...]  # [L] what is read, such as the prompt, and what was sampled, as they followed
+    trained: tuple[
+        bool, ...
+    ]  # [L] whether the policy sampled the token; all else conditions, and is in no loss
+    images: tuple[EncodedImage, ...]  # [I] in the order of their tokens, all of which are read
     advantage: float = 0.0
-    rollout_logprobs: tuple[float, ...] | None = None  # [T] nats
+    rollout_logprobs: tuple[float, ...] | None = None  # [trained tokens] nats
+
+    @property
+    def num_trained(self) -> int:
+        """|y_i|"""
+        return sum(self.trained)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +227,13 @@ class MicroBatch:
     tokens, so packed response tensors [R] follow `token_ids[response_mask]`.
     """
 
-    names: tuple[str, ...]  # [S] see Sequence.name
+    names: tuple[str, ...]  # [S] see TrainSequence.name
     token_ids: torch.Tensor  # [N] int64
     cu_seqlens: torch.Tensor  # [S+1] int32, offsets of sequences in N
     positions: torch.Tensor  # [3, N] int64, multi-axis rotary positions (time, height, width)
-    response_mask: torch.Tensor  # [N] bool, tokens that are trained on
+    response_mask: (
+        torch.Tensor
+    )  # [N] bool, tokens that are trained on, in one run or in several of a sequence
     response_cu_seqlens: torch.Tensor  # [S+1] int32, offsets of sequences in R
     advantages: torch.Tensor  # [S] float32
     rollout_logprobs: torch.Tensor | None  # [R] float32 nats
@@ -195,6 +261,8 @@ class MicroBatch:
 class Share:
     """One data-parallel rank's part of one optimizer step, with the denominators of the whole step."""
 
-    micro_batches: tuple[tuple[Sequence, ...], ...]  # equally many on every rank; some may hold no sequence
+    micro_batches: tuple[
+        tuple[TrainSequence, ...], ...
+    ]  # equally many on every rank; some may hold no sequence
     num_sequences: int  # on all ranks together
     num_tokens: int  # trained response tokens on all ranks together

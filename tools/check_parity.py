@@ -139,7 +139,10 @@ def _patches_of_images(batch: MicroBatch) -> list[torch.Tensor]:
 
 
 def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
-    """One micro-batch of ragged sequences: image 0 alone, all images, image 0 twice, then two of text only."""
+    """One micro-batch of ragged sequences: image 0 alone, all images, image 0 twice, then two of text only.
+
+    In the second, text between images is trained as well: answers in turns, whose observations are images.
+    """
     import torch
 
     from gspo_mm.types import MicroBatch
@@ -169,9 +172,10 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
 
     shown: list[list[int]] = [[0], list(range(images)), [0, 0]] if images else []
     ids: list[list[int]] = []
-    response_lengths: list[int] = []
-    for of_sequence in [*shown, [], []]:
+    masks: list[list[bool]] = []
+    for number, of_sequence in enumerate([*shown, [], []]):
         prompt = text(2, 9)
+        mask = [False] * len(prompt)
         for image in of_sequence:
             count = int(grids[image].prod()) // merge**2
             prompt += [
@@ -179,22 +183,23 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
                 *[config.image_token_id] * count,
                 config.vision_end_token_id,
             ]
+            mask += [False] * (count + 2)
             prompt += text(0, 4)
+            mask += [number == 1] * (len(prompt) - len(mask))
         response = text(1, 14)
         ids.append(prompt + response)
-        response_lengths.append(len(response))
+        masks.append(mask + [True] * len(response))
     positions = [
         _positions(model, sequence, grids[of_sequence] if of_sequence else None)
         for sequence, of_sequence in zip(ids, [*shown, [], []], strict=True)
     ]
-    mask = [i >= len(s) - n for s, n in zip(ids, response_lengths, strict=True) for i in range(len(s))]
     return MicroBatch(
         names=tuple(f"random {i}" for i in range(len(ids))),
         token_ids=torch.tensor([t for s in ids for t in s]),
         cu_seqlens=torch.tensor(list(accumulate(map(len, ids), initial=0)), dtype=torch.int32),
         positions=torch.cat(positions, dim=1),
-        response_mask=torch.tensor(mask),
-        response_cu_seqlens=torch.tensor(list(accumulate(response_lengths, initial=0)), dtype=torch.int32),
+        response_mask=torch.tensor([trained for mask in masks for trained in mask]),
+        response_cu_seqlens=torch.tensor(list(accumulate(map(sum, masks), initial=0)), dtype=torch.int32),
         advantages=torch.zeros(len(ids)),
         rollout_logprobs=None,
         pixel_values=pixels if images else None,

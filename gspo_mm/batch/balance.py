@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from gspo_mm.batch.cost import FlopModel
-from gspo_mm.types import EncodedImage, Sequence
+from gspo_mm.types import EncodedImage, TrainSequence
 
 type NumPatches = Callable[[EncodedImage], int]  # patches of an image before merging
-type Dealt = list[list[list[Sequence]]]  # [data-parallel rank][micro-batch][sequence]
+type Dealt = list[list[list[TrainSequence]]]  # [data-parallel rank][micro-batch][sequence]
 
 # Costs within this fraction of their mean are left as they are. Ranks get more of it: what evens out whole ranks
 # makes their slots a little less even, and ranks that share experts meet in every slot.
@@ -53,12 +53,14 @@ class Balance:
     padding: float  # fraction of the tokens that only round sequences up to `multiple_of`
 
 
-def fill(sequences: Iterable[Sequence], max_tokens: int, *, multiple_of: int = 1) -> list[list[Sequence]]:
+def fill(
+    sequences: Iterable[TrainSequence], max_tokens: int, *, multiple_of: int = 1
+) -> list[list[TrainSequence]]:
     """Micro-batches of at most `max_tokens` in order; a sequence longer than that gets one of its own.
 
     Each sequence counts rounded up to `multiple_of` tokens.
     """
-    bins: list[list[Sequence]] = []
+    bins: list[list[TrainSequence]] = []
     room = 0
     for sequence in sequences:
         tokens = _aligned(len(sequence.token_ids), multiple_of)
@@ -71,7 +73,7 @@ def fill(sequences: Iterable[Sequence], max_tokens: int, *, multiple_of: int = 1
 
 
 def deal(
-    sequences: list[Sequence],
+    sequences: list[TrainSequence],
     *,
     ranks: int,
     max_tokens: int,
@@ -119,11 +121,11 @@ def flops_of(dealt: Dealt, *, cost: FlopModel, num_patches: NumPatches) -> int:
     return sum(_cost_of(members, cost, num_patches, 1) for row in dealt for members in row)
 
 
-def _cost_of(members: list[Sequence], cost: FlopModel, num_patches: NumPatches, multiple_of: int) -> int:
-    images = {image.key: image for s in members for image in s.prompt.images}
+def _cost_of(members: list[TrainSequence], cost: FlopModel, num_patches: NumPatches, multiple_of: int) -> int:
+    images = {image.key: image for s in members for image in s.images}
     return cost.count(
         (_aligned(len(s.token_ids), multiple_of) for s in members),
-        sum(len(s.token_ids) - s.prompt_length for s in members),
+        sum(s.num_trained for s in members),
         map(num_patches, images.values()),
     )
 
@@ -213,20 +215,24 @@ class _Bins:
 
 
 def _items(
-    sequences: list[Sequence], cost: FlopModel, num_patches: NumPatches, max_tokens: int, multiple_of: int
+    sequences: list[TrainSequence],
+    cost: FlopModel,
+    num_patches: NumPatches,
+    max_tokens: int,
+    multiple_of: int,
 ) -> list[_Item]:
     images: dict[str, tuple[int, int]] = {}  # by content hash
     items = []
     for sequence in sequences:
-        for image in sequence.prompt.images:
+        for image in sequence.images:
             if image.key not in images:
                 images[image.key] = (len(images), cost.image(num_patches(image)))
         tokens = _aligned(len(sequence.token_ids), multiple_of)
         items.append(
             _Item(
                 tokens=min(tokens, max_tokens),
-                cost=cost.sequence(tokens, len(sequence.token_ids) - sequence.prompt_length),
-                images=tuple(dict.fromkeys(images[image.key] for image in sequence.prompt.images)),
+                cost=cost.sequence(tokens, sequence.num_trained),
+                images=tuple(dict.fromkeys(images[image.key] for image in sequence.images)),
             )
         )
     return items

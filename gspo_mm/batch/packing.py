@@ -7,12 +7,15 @@ a micro-batch is decided in balance.py.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 
-from gspo_mm.types import EncodedImage, MicroBatch, RolloutGroup, Sequence
+from gspo_mm.types import EncodedImage, EncodedPrompt, MicroBatch, RolloutGroup, TrainSequence, Turn
+
+_SAMPLED = -1  # no token's id
 
 
 class Pixels(Protocol):
@@ -27,18 +30,15 @@ class Pixels(Protocol):
         ...
 
     def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
-        """Rotary positions [3, L] int64 of one sequence."""
+        """Rotary positions [3, L] int64 of one sequence, in which an id below 0 is a text token."""
         ...
 
 
-def sequences_of(groups: Iterable[RolloutGroup]) -> list[Sequence]:
-    """One Sequence per trainable completion; those whose reward failed or that are empty are left out."""
+def sequences_of(groups: Iterable[RolloutGroup]) -> list[TrainSequence]:
+    """One sequence per trainable completion; those whose reward failed or that are empty are left out."""
     return [
-        Sequence(
-            name=sequence_name(group, i),
-            prompt=group.prompt,
-            token_ids=group.prompt_ids + completion.token_ids,
-            prompt_length=len(group.prompt_ids),
+        replace(
+            _flat(sequence_name(group, i), group.prompt_ids, group.prompt.images, completion.turns),
             advantage=group.advantages[i],
             rollout_logprobs=completion.logprobs,
         )
@@ -48,11 +48,33 @@ def sequences_of(groups: Iterable[RolloutGroup]) -> list[Sequence]:
     ]
 
 
+def answered(prompt: EncodedPrompt, response: Iterable[int], *, name: str | None = None) -> TrainSequence:
+    """A prompt with a response that nobody sampled, or whose log-probs do not count, as if it had been sampled."""
+    turn = Turn(token_ids=tuple(response), logprobs=(), versions=(), text="")
+    return _flat(name or prompt.prompt.key, prompt.token_ids, prompt.prompt.images, (turn,))
+
+
+def _flat(
+    name: str, prompt_ids: tuple[int, ...], images: tuple[EncodedImage, ...], turns: tuple[Turn, ...]
+) -> TrainSequence:
+    """What was read and what was sampled, one after the other; nothing that follows the last sampled token."""
+    token_ids, trained = list(prompt_ids), [False] * len(prompt_ids)
+    seen = list(images)
+    for number, turn in enumerate(turns):
+        token_ids += turn.token_ids
+        trained += [True] * len(turn.token_ids)
+        if turn.observation and any(later.token_ids for later in turns[number + 1 :]):
+            token_ids += turn.observation.token_ids
+            trained += [False] * len(turn.observation.token_ids)
+            seen += turn.observation.images
+    return TrainSequence(name=name, token_ids=tuple(token_ids), trained=tuple(trained), images=tuple(seen))
+
+
 def sequence_name(group: RolloutGroup, number: int) -> str:
     return f"group {group.id} completion {number} ({group.prompt.key})"
 
 
-def pack(sequences: list[Sequence], processor: Pixels) -> MicroBatch:
+def pack(sequences: list[TrainSequence], processor: Pixels) -> MicroBatch:
     """One micro-batch; of no sequences an empty one, with which a rank takes part in what the others compute."""
     images: dict[str, int] = {}  # content hash -> index among the distinct images
     pixels: list[torch.Tensor] = []
@@ -61,21 +83,21 @@ def pack(sequences: list[Sequence], processor: Pixels) -> MicroBatch:
     positions: list[torch.Tensor] = []
     masks: list[torch.Tensor] = []
     for sequence in sequences:
-        assert 0 < sequence.prompt_length < len(sequence.token_ids), sequence.name
-        for image in sequence.prompt.images:
+        assert any(sequence.trained[1:]), sequence.name
+        assert not sequence.trained[0], sequence.name
+        for image in sequence.images:
             if image.key not in images:
                 images[image.key] = len(images)
                 patches, grid = processor.pixels(image)
                 pixels.append(patches)
                 grids.append(grid)
             image_index.append(images[image.key])
-        own = [grids[images[image.key]] for image in sequence.prompt.images]
-        prompt = torch.tensor(sequence.token_ids[: sequence.prompt_length])
-        response_length = len(sequence.token_ids) - sequence.prompt_length
-        positions.append(
-            extend_positions(processor.positions(prompt, torch.cat(own) if own else None), response_length)
-        )
-        masks.append(torch.arange(len(sequence.token_ids)) >= sequence.prompt_length)
+        own = [grids[images[image.key]] for image in sequence.images]
+        mask = torch.tensor(sequence.trained)
+        # a sampled token is text whatever its id, an image token that a model samples by mistake included
+        read = torch.tensor(sequence.token_ids).masked_fill(mask, _SAMPLED)
+        positions.append(processor.positions(read, torch.cat(own) if own else None))
+        masks.append(mask)
     has_logprobs = all(s.rollout_logprobs is not None for s in sequences)
     return MicroBatch(
         names=tuple(s.name for s in sequences),
@@ -83,7 +105,7 @@ def pack(sequences: list[Sequence], processor: Pixels) -> MicroBatch:
         cu_seqlens=_offsets(len(s.token_ids) for s in sequences),
         positions=torch.cat([torch.empty(3, 0, dtype=torch.int64), *positions], dim=1),
         response_mask=torch.cat([torch.empty(0, dtype=torch.bool), *masks]),
-        response_cu_seqlens=_offsets(len(s.token_ids) - s.prompt_length for s in sequences),
+        response_cu_seqlens=_offsets(s.num_trained for s in sequences),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
         rollout_logprobs=torch.tensor(
             [x for s in sequences for x in s.rollout_logprobs or ()], dtype=torch.float32
@@ -95,15 +117,6 @@ def pack(sequences: list[Sequence], processor: Pixels) -> MicroBatch:
         image_keys=tuple(images),
         image_index=torch.tensor(image_index, dtype=torch.int64),
     )
-
-
-def extend_positions(prompt_positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Continue rotary positions [3, P] by `length` sampled tokens: all three axes count on from the largest.
-
-    Sampled tokens are text whatever their id, an image token that a model samples by mistake included.
-    """
-    start = int(prompt_positions.max()) + 1
-    return torch.cat([prompt_positions, torch.arange(start, start + length).expand(3, -1)], dim=1)
 
 
 def _offsets(lengths: Iterable[int]) -> torch.Tensor:

@@ -8,12 +8,11 @@ from statistics import fmean
 
 from gspo_mm.batch.balance import NumPatches, deal, flops_of, measure
 from gspo_mm.batch.cost import FlopModel
-from gspo_mm.types import Sequence as TrainedSequence
-from gspo_mm.types import Share
+from gspo_mm.types import Share, TrainSequence
 
 
 def deal_updates(
-    updates: Sequence[Sequence[TrainedSequence]],
+    updates: Sequence[Sequence[TrainSequence]],
     *,
     ranks: int,
     max_tokens: int,
@@ -51,7 +50,7 @@ def deal_updates(
                 Share(
                     micro_batches=tuple(map(tuple, micro_batches)),
                     num_sequences=len(sequences),
-                    num_tokens=sum(len(s.token_ids) - s.prompt_length for s in sequences),
+                    num_tokens=sum(s.num_trained for s in sequences),
                 )
             )
     if not balances:

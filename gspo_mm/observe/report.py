@@ -19,7 +19,7 @@ from gspo_mm.data.pictures import data_url
 from gspo_mm.observe.charts import CHARTS, Chart
 from gspo_mm.observe.metrics import finite, read_metrics
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
-from gspo_mm.types import EncodedImage, GspoError, RolloutGroup
+from gspo_mm.types import EncodedImage, GspoError, RolloutGroup, Turn
 
 MAX_SAVES = 8  # saved steps shown, spread over the run
 MAX_GROUPS = 6  # groups of a step shown
@@ -194,7 +194,7 @@ def _group(group: RolloutGroup) -> dict[str, Any]:
         "left_out": max(0, len(group.completions) - MAX_COMPLETIONS),
         "completions": [
             {
-                "text": completion.text,
+                "turns": [_turn(turn) for turn in completion.turns],
                 "finish": str(completion.finish),
                 "value": "failed" if score is None or math.isnan(score.value) else f"{score.value:.2f}",
                 "right": bool(score and score.accuracy),
@@ -208,6 +208,12 @@ def _group(group: RolloutGroup) -> dict[str, Any]:
             for score in [group.scores[i] if group.scores else None]
         ],
     }
+
+
+def _turn(turn: Turn) -> dict[str, Any]:
+    seen = turn.observation
+    came_back = seen and {"text": seen.text, "images": [_picture(image) for image in seen.images]}
+    return {"text": turn.text, "observation": came_back}
 
 
 def _text(message: Any) -> str:

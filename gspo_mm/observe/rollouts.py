@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gspo_mm.rollout.saved import decode_answers, encode_answers
+from gspo_mm.rollout.saved import decode_answers, encode_answers, image_by_key
 from gspo_mm.types import EncodedImage, Prompt, RolloutGroup
 
 
@@ -21,7 +21,7 @@ def save_rollouts(run_dir: Path, step: int, groups: list[RolloutGroup]) -> Path:
     """Write the groups of a step; the file appears when it is whole."""
     folder = run_dir / "rollouts"
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for image in {i.key: i for g in groups for i in g.prompt.images}.values():
+    for image in {image.key: image for group in groups for image in images_of(group)}.values():
         path = folder / "images" / image.key  # a SHA-256 in hexadecimal: no name from outside
         if not path.exists():
             temporary = path.with_name(f".tmp-{image.key}")
@@ -53,22 +53,25 @@ def list_steps(run_dir: Path) -> list[int]:
 
 
 def _encode(group: RolloutGroup) -> dict[str, Any]:
-    images = [{"key": i.key, "width": i.width, "height": i.height} for i in group.prompt.images]
+    images = [image_by_key(image) for image in group.prompt.images]
     prompt = {f.name: getattr(group.prompt, f.name) for f in dataclasses.fields(Prompt)} | {"images": images}
     return {
         "id": group.id,
         "prompt": prompt,
         "prompt_ids": group.prompt_ids,
-        **encode_answers(group),
+        **encode_answers(group, image_by_key),
         "advantages": group.advantages,
     }
 
 
 def decode_group(line: dict[str, Any], read_image: Callable[[str], bytes]) -> RolloutGroup:
     """One saved line, with images as they are read by their keys."""
+
+    def take(saved: dict[str, Any]) -> EncodedImage:
+        return EncodedImage(data=read_image(saved["key"]), **saved)
+
     prompt = line["prompt"]
-    encoded = tuple(EncodedImage(data=read_image(i["key"]), **i) for i in prompt["images"])
-    prompt |= {"images": encoded, "messages": tuple(prompt["messages"])}
+    prompt |= {"images": tuple(map(take, prompt["images"])), "messages": tuple(prompt["messages"])}
     group = RolloutGroup(
         id=line["id"],
         prompt=Prompt(**prompt),
@@ -76,4 +79,10 @@ def decode_group(line: dict[str, Any], read_image: Callable[[str], bytes]) -> Ro
         completions=(),
         advantages=tuple(line["advantages"]),
     )
-    return decode_answers(group, line)
+    return decode_answers(group, line, take)
+
+
+def images_of(group: RolloutGroup) -> list[EncodedImage]:
+    """Those of the question and those that came back, as often as they were shown."""
+    seen = [image for c in group.completions for o in c.observations for image in o.images]
+    return [*group.prompt.images, *seen]

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from PIL import Image
 
-from gspo_mm.batch import Pixels, pack
+from gspo_mm.batch import Pixels, answered, pack
 from gspo_mm.data.pictures import png_of
-from gspo_mm.types import BlindModelError, EncodedImage, EncodedPrompt, MicroBatch, Prompt, Sequence
+from gspo_mm.types import BlindModelError, EncodedImage, EncodedPrompt, MicroBatch, TrainSequence
 
 if TYPE_CHECKING:
     from gspo_mm.policy.engine import Policy
@@ -38,7 +38,7 @@ def check_sight(policy: Policy, processor: AnswerProcessor, prompts: Iterable[En
     seen = [_answered(p, processor) for p in prompts if p.prompt.images]
     if not seen:
         return 0.0
-    blank = [dataclasses.replace(s, prompt=_blanked(s)) for s in seen]
+    blank = [dataclasses.replace(s, images=tuple(map(blank_image, s.images))) for s in seen]
     difference_R = _logprobs(policy, [pack([s], processor) for s in seen]) - _logprobs(
         policy, [pack([s], processor) for s in blank]
     )
@@ -56,19 +56,10 @@ def blank_image(image: EncodedImage) -> EncodedImage:
     return EncodedImage(data=data, key=EncodedImage.key_of(data), width=image.width, height=image.height)
 
 
-def _answered(encoded: EncodedPrompt, processor: AnswerProcessor) -> Sequence:
+def _answered(encoded: EncodedPrompt, processor: AnswerProcessor) -> TrainSequence:
     prompt = encoded.prompt
     answer = prompt.response if prompt.response is not None else str(prompt.answer)
-    return Sequence(
-        name=prompt.key,
-        prompt=prompt,
-        token_ids=encoded.token_ids + tuple(processor.encode_response(answer)),
-        prompt_length=len(encoded.token_ids),
-    )
-
-
-def _blanked(sequence: Sequence) -> Prompt:
-    return dataclasses.replace(sequence.prompt, images=tuple(map(blank_image, sequence.prompt.images)))
+    return answered(encoded, processor.encode_response(answer))
 
 
 def _logprobs(policy: Policy, batches: list[MicroBatch]) -> torch.Tensor:

@@ -15,15 +15,14 @@ from gspo_mm.loss.metrics import Metrics, reduce_metrics, summarize
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
 from gspo_mm.runtime.phases import Phases
-from gspo_mm.types import MicroBatch, Share
-from gspo_mm.types import Sequence as TrainedSequence
+from gspo_mm.types import MicroBatch, Share, TrainSequence
 
 _NAMES, _GAPS = "sequences", "sequence_gaps"  # lists beside the metrics of micro-batches
 
 
 def share_out(
     policy: Policy,
-    updates: Sequence[Sequence[TrainedSequence]] | None,
+    updates: Sequence[Sequence[TrainSequence]] | None,
     *,
     processor: Pixels,
     config: PolicyConfig,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,13 +37,16 @@ class Sample(BaseModel):
 
     def completion(self) -> Completion:
         tokens = self.tokens or 0
-        return Completion(
+        return Completion.of_one_turn(
             token_ids=(0,) * tokens,
             logprobs=(0.0,) * tokens,
             versions=(0,) * tokens,
             finish=Finish.STOP,
-            text=self.response,
+            text=self.said(),
         )
+
+    def said(self) -> str:
+        return self.response
 
 
 class Case(Sample):
@@ -55,8 +58,8 @@ class Case(Sample):
     repeat: Annotated[int, Field(ge=1)] = 1  # the response is this text, so many times: for very long ones
     about: str = ""  # what it shows
 
-    def completion(self) -> Completion:
-        return replace(super().completion(), text=self.response * self.repeat)
+    def said(self) -> str:
+        return self.response * self.repeat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from pebble import CONSTS, ProcessExpired, ProcessPool
 
 from gspo_mm.reward.spec import Judged, RewardFunction, RewardSpec
 from gspo_mm.runtime.guard import FOR_THE_TRAINER, die_with_parent
-from gspo_mm.types import Completion, GspoError, Prompt
+from gspo_mm.types import Completion, EncodedImage, GspoError, Prompt, Turn
 
 
 class WorkerPool:
@@ -55,8 +55,7 @@ class WorkerPool:
     ) -> list[Judged]:
         """One result per completion. Raises RewardFileError where no part covers the prompt's task."""
         number = self._functions.index(function)
-        if not function.reads_images:
-            prompt = replace(prompt, images=tuple(replace(image, data=b"") for image in prompt.images))
+        prompt, completions = seen_by_parts(prompt, completions, images=function.reads_images)
         try:
             return await self._start(number, prompt, completions)
         except BrokenProcessPool:
@@ -81,9 +80,8 @@ class WorkerPool:
         return Judged(values={}, error=error)
 
     async def _start(self, number: int, prompt: Prompt, completions: Sequence[Completion]) -> list[Judged]:
-        # log-probs and versions are nothing that a part may ask for
-        slim = [replace(c, logprobs=(), versions=()) for c in completions]
-        future: Future[Any] = self._pool.schedule(_judge, args=(number, prompt, slim), timeout=self._timeout)
+        asked = (number, prompt, completions)
+        future: Future[Any] = self._pool.schedule(_judge, args=asked, timeout=self._timeout)
         return await asyncio.wrap_future(future)
 
 
@@ -106,6 +104,23 @@ def _start_forking() -> None:
 def default_workers() -> int:
     """Half of the cores that this process may use, 8 at most: the other half trains or serves."""
     return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
+def seen_by_parts(
+    prompt: Prompt, completions: Sequence[Completion], *, images: bool
+) -> tuple[Prompt, list[Completion]]:
+    """What a part may ask for, and a worker is sent: no log-probs, no versions, and bytes of `images` only if wanted."""
+
+    def shown(all_of_them: tuple[EncodedImage, ...]) -> tuple[EncodedImage, ...]:
+        return all_of_them if images else tuple(replace(image, data=b"") for image in all_of_them)
+
+    def slim(turn: Turn) -> Turn:
+        seen = turn.observation
+        read = replace(seen, images=shown(seen.images)) if seen else None
+        return replace(turn, logprobs=(), versions=(), observation=read)
+
+    answers = [replace(c, turns=tuple(map(slim, c.turns))) for c in completions]
+    return replace(prompt, images=shown(prompt.images)), answers
 
 
 # What follows runs in a worker.

@@ -48,7 +48,7 @@ class AnswerError(GspoError, ValueError):
 
 
 # says nothing: what a part raises on it is about the data's answer
-_SILENT = Completion(token_ids=(), logprobs=(), versions=(), finish=Finish.STOP, text="")
+_SILENT = Completion(turns=(), finish=Finish.STOP)
 
 
 class _Section(BaseModel):

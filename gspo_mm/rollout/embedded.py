@@ -165,7 +165,7 @@ class EmbeddedEngine:
 
     def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
         stopped = tokens[-1] in self._processor.stop_token_ids
-        return Completion(
+        return Completion.of_one_turn(
             token_ids=tuple(tokens),
             logprobs=tuple(logprobs),
             versions=(self._version,) * len(tokens),

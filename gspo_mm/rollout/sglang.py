@@ -265,7 +265,7 @@ class SGLangEngine:
         check_prompt(reply, prompt)
         meta = reply["meta_info"]
         tokens, finish = tuple(reply["output_ids"]), reply["finish"]
-        return Completion(
+        return Completion.of_one_turn(
             token_ids=tokens,
             logprobs=tuple(meta["output_token_logprobs"]),
             versions=versions_of(meta, len(tokens)),

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import torch
 
-from gspo_mm.batch import Pixels, pack
+from gspo_mm.batch import Pixels, answered, pack
 from gspo_mm.data.odd import describe
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.sglang import SGLangEngine, check_prompt, request_of
-from gspo_mm.types import EncodedPrompt, GspoError, MicroBatch, Prompt, SamplingParams, Sequence
+from gspo_mm.types import EncodedPrompt, GspoError, MicroBatch, Prompt, SamplingParams, TrainSequence
 
 _RESPONSE_TOKENS = 16
 _STANDS_OUT = 4.0  # times the mean gap of text: what one picture's tokens differ by is then not rounding
@@ -77,7 +77,8 @@ class _Sample:
 class _Answered:
     """A prompt with a server's greedy answer."""
 
-    sequence: Sequence
+    prompt: Prompt
+    sequence: TrainSequence
     logprobs: tuple[float, ...]  # of all tokens but the first, nats, by the server
 
 
@@ -101,18 +102,18 @@ def check_parity(
             prompts = [*prompts, *(_without_images(prompt, processor) for prompt in prompts)]
             asked = [engine.run(_ask(engine, prompt, processor)) for prompt in prompts]
     asked = policy.ranks.from_main(asked)
-    places = [_places(answered, processor.image_token_id) for answered in asked]
+    places = [_places(each.sequence, processor.image_token_id) for each in asked]
     batches = [
-        _compared(pack([answered.sequence], processor), of_sequence)
-        for answered, of_sequence in zip(asked, places, strict=True)
+        _compared(pack([each.sequence], processor), of_sequence)
+        for each, of_sequence in zip(asked, places, strict=True)
     ]
     samples = []
-    for answered, of_sequence, own in zip(asked, places, policy.logprobs(batches), strict=True):
-        compared = [(p, lp) for p, lp in zip(of_sequence, answered.logprobs, strict=True) if p]
+    for each, of_sequence, own in zip(asked, places, policy.logprobs(batches), strict=True):
+        compared = [(p, lp) for p, lp in zip(of_sequence, each.logprobs, strict=True) if p]
         differences: dict[str, list[float]] = {place: [] for place in PLACES}
         for (place, server), of_policy in zip(compared, own.tolist(), strict=True):
             differences[place].append(abs(server - of_policy))
-        samples.append(_Sample(prompt=answered.sequence.prompt, differences=differences))
+        samples.append(_Sample(prompt=each.prompt, differences=differences))
     gaps = _gaps(samples)
     if cause := _cause(samples, gaps, threshold, times):
         raise ParityError(f"{cause}\n{table(gaps)}")
@@ -184,12 +185,8 @@ async def _ask(engine: SGLangEngine, prompt: EncodedPrompt, processor: PromptEnc
     meta: dict[str, Any] = reply["meta_info"]
     of_prompt = [entry[0] for entry in meta["input_token_logprobs"][1:]]
     return _Answered(
-        sequence=Sequence(
-            name=prompt.prompt.key,
-            prompt=prompt.prompt,
-            token_ids=prompt.token_ids + tuple(reply["output_ids"]),
-            prompt_length=len(prompt.token_ids),
-        ),
+        prompt=prompt.prompt,
+        sequence=answered(prompt, reply["output_ids"]),
         logprobs=(*of_prompt, *meta["output_token_logprobs"]),
     )
 
@@ -201,12 +198,12 @@ def _compared(batch: MicroBatch, places: list[str | None]) -> MicroBatch:
     return dataclasses.replace(batch, response_mask=mask_N, response_cu_seqlens=ends)
 
 
-def _places(answered: _Answered, image_token_id: int) -> list[str | None]:
+def _places(sequence: TrainSequence, image_token_id: int) -> list[str | None]:
     """Place of every token but the first; None for image tokens, which are not predicted."""
     places: list[str | None] = []
     seen = False
-    for number, token in enumerate(answered.sequence.token_ids[1:], start=1):
-        if number >= answered.sequence.prompt_length:
+    for number, token in enumerate(sequence.token_ids[1:], start=1):
+        if sequence.trained[number]:
             places.append("response")
         elif token == image_token_id:
             seen = True

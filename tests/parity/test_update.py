@@ -59,7 +59,7 @@ def groups(tiny_model: Path, digit_shards: Path, processor: Processor) -> tuple[
 
 def completion(rng: random.Random) -> Completion:
     tokens = tuple(rng.randrange(400) for _ in range(rng.randint(1, 9)))
-    return Completion(
+    return Completion.of_one_turn(
         token_ids=tokens,
         logprobs=(-6.0,) * len(tokens),
         versions=(0,) * len(tokens),

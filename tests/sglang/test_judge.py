@@ -58,7 +58,7 @@ def make(engine: SGLangEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def scores(rewards: Rewards, prompt: EncodedPrompt, *texts: str) -> list[Score]:
     answers = tuple(
-        Completion(token_ids=(1,), logprobs=(0.0,), versions=(0,), finish=Finish.STOP, text=text)
+        Completion.of_one_turn(token_ids=(1,), logprobs=(0.0,), versions=(0,), finish=Finish.STOP, text=text)
         for text in texts
     )
     group = RolloutGroup(id=0, prompt=prompt.prompt, prompt_ids=prompt.token_ids, completions=answers)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
-from gspo_mm.batch import pack
+from gspo_mm.batch import answered, pack
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.policy.canary import blank_image
@@ -24,7 +24,7 @@ from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.calls import Calls, begin_update
 from gspo_mm.sync.checksums import Checksums, server_name
 from gspo_mm.sync.push import ServerPush, build_push
-from gspo_mm.types import Completion, EncodedPrompt, GspoError, SamplingParams, Sequence
+from gspo_mm.types import Completion, EncodedPrompt, GspoError, SamplingParams
 from tests.sglang.conftest import MakeConfig
 from tests.waiting import PATIENCE, eventually
 
@@ -84,15 +84,7 @@ def greedy(engine: SGLangEngine, prompts: list[EncodedPrompt]) -> list[Completio
 def logprobs(
     policy: Policy, processor: Processor, prompts: list[EncodedPrompt], answers: list[Completion]
 ) -> list[torch.Tensor]:
-    sequences = [
-        Sequence(
-            name=prompt.prompt.key,
-            prompt=prompt.prompt,
-            token_ids=prompt.token_ids + answer.token_ids,
-            prompt_length=len(prompt.token_ids),
-        )
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    sequences = [answered(prompt, answer.token_ids) for prompt, answer in zip(prompts, answers, strict=True)]
     return policy.logprobs([pack([sequence], processor) for sequence in sequences])
 
 

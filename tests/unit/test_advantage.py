@@ -19,7 +19,9 @@ DDOF = {"unbiased": 1, "biased": 0}
 
 
 def group(rewards, *, id=0, failed=()):
-    completion = Completion(token_ids=(5,), logprobs=(-0.1,), versions=(0,), finish=Finish.STOP, text="x")
+    completion = Completion.of_one_turn(
+        token_ids=(5,), logprobs=(-0.1,), versions=(0,), finish=Finish.STOP, text="x"
+    )
     scores = tuple(
         Score(value=math.nan, parts={}, error="part p: boom") if i in failed else Score(value=r, parts={})
         for i, r in enumerate(rewards)

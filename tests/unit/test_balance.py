@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gspo_mm.batch.balance import Dealt, _Bin, _cut, _Item, _rows, _slowest, deal, fill, measure
 from gspo_mm.batch.cost import FlopModel
-from gspo_mm.types import EncodedImage, Prompt, Sequence
+from gspo_mm.types import EncodedImage, TrainSequence
 
 # an update of Qwen3-VL-30B-A3B
 COST = FlopModel(
@@ -40,23 +40,22 @@ def num_patches(it: EncodedImage) -> int:
 
 def group(
     name: str, prompt_length: int, responses: Iterable[int], images: tuple[EncodedImage, ...] = ()
-) -> list[Sequence]:
-    prompt = Prompt(key=name, messages=(), images=images, answer=1, task="t")
+) -> list[TrainSequence]:
     return [
-        Sequence(
+        TrainSequence(
             name=f"{name}.{i}",
-            prompt=prompt,
             token_ids=(1,) * (prompt_length + r),
-            prompt_length=prompt_length,
+            trained=(False,) * prompt_length + (True,) * r,
+            images=images,
         )
         for i, r in enumerate(responses)
     ]
 
 
-def long_tailed(seed: int, *, groups: int = 64, size: int = 8) -> list[Sequence]:
+def long_tailed(seed: int, *, groups: int = 64, size: int = 8) -> list[TrainSequence]:
     """Log-normal answers of 50 to 4,000 tokens, 0 to 3 images of 64 to 1,024 tokens per prompt."""
     rng = random.Random(seed)
-    found: list[Sequence] = []
+    found: list[TrainSequence] = []
     for number in range(groups):
         shown = tuple(image(f"{number}-{i}", rng.randint(64, 1024)) for i in range(rng.randint(0, 3)))
         prompt_length = rng.randint(20, 200) + sum(it.width // 4 for it in shown)
@@ -65,16 +64,16 @@ def long_tailed(seed: int, *, groups: int = 64, size: int = 8) -> list[Sequence]
     return found
 
 
-def cost_of(members: list[Sequence], multiple_of: int) -> int:
+def cost_of(members: list[TrainSequence], multiple_of: int) -> int:
     """By the definition: every sequence, every distinct image once."""
-    seen: dict[str, EncodedImage] = {it.key: it for s in members for it in s.prompt.images}
+    seen: dict[str, EncodedImage] = {it.key: it for s in members for it in s.images}
     total = sum(COST.image(num_patches(it)) for it in seen.values())
     for s in members:
-        total += COST.sequence(aligned(s, multiple_of), len(s.token_ids) - s.prompt_length)
+        total += COST.sequence(aligned(s, multiple_of), s.num_trained)
     return total
 
 
-def aligned(sequence: Sequence, multiple_of: int) -> int:
+def aligned(sequence: TrainSequence, multiple_of: int) -> int:
     return len(sequence.token_ids) + -len(sequence.token_ids) % multiple_of
 
 
@@ -83,10 +82,10 @@ def names(dealt: Dealt) -> list[list[list[str]]]:
 
 
 def images_paid(dealt: Dealt) -> int:
-    return sum(len({it.key for s in members for it in s.prompt.images}) for row in dealt for members in row)
+    return sum(len({it.key for s in members for it in s.images}) for row in dealt for members in row)
 
 
-def dealt_to(ranks: int, sequences: list[Sequence], max_tokens: int = 16384, **options: int) -> Dealt:
+def dealt_to(ranks: int, sequences: list[TrainSequence], max_tokens: int = 16384, **options: int) -> Dealt:
     return deal(sequences, ranks=ranks, max_tokens=max_tokens, cost=COST, num_patches=num_patches, **options)
 
 
@@ -132,7 +131,7 @@ def test_the_order_of_the_input_does_not_matter_to_the_quality(seed: int, ranks:
 def test_groups_stay_together_where_the_budget_lets_them(ranks: int) -> None:
     sequences = long_tailed(0)
     dealt = dealt_to(ranks, sequences, max_tokens=32768)
-    distinct = len({it.key for s in sequences for it in s.prompt.images})
+    distinct = len({it.key for s in sequences for it in s.images})
     assert images_paid(dealt) <= 1.05 * distinct
     assert measure(dealt, cost=COST, num_patches=num_patches).imbalance <= 0.02
 
@@ -255,9 +254,9 @@ def test_ranks_are_even_even_if_slots_cannot_be() -> None:
 
 
 @st.composite
-def jobs(draw: st.DrawFn) -> tuple[list[Sequence], dict[str, int]]:
+def jobs(draw: st.DrawFn) -> tuple[list[TrainSequence], dict[str, int]]:
     pool = [image(f"i{n}", draw(st.integers(1, 60))) for n in range(4)]
-    sequences: list[Sequence] = []
+    sequences: list[TrainSequence] = []
     for number in range(draw(st.integers(0, 12))):
         shown = tuple(draw(st.lists(st.sampled_from(pool), max_size=3)))
         answers = draw(st.lists(st.integers(1, 120), min_size=1, max_size=6))
@@ -274,7 +273,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[Sequence], dict[str, int]]:
 @settings(max_examples=300, deadline=None)
 @given(jobs())
 def test_every_sequence_once_within_the_budget_and_equally_many_micro_batches(
-    job: tuple[list[Sequence], dict[str, int]],
+    job: tuple[list[TrainSequence], dict[str, int]],
 ) -> None:
     sequences, options = job
     dealt = deal(sequences, cost=COST, num_patches=num_patches, **options)
@@ -296,7 +295,7 @@ def test_every_sequence_once_within_the_budget_and_equally_many_micro_batches(
 @settings(max_examples=100, deadline=None)
 @given(jobs())
 def test_no_rank_is_worse_than_the_mean_by_more_than_one_sequence_with_its_images(
-    job: tuple[list[Sequence], dict[str, int]],
+    job: tuple[list[TrainSequence], dict[str, int]],
 ) -> None:
     sequences, options = job
     multiple_of = options["multiple_of"]

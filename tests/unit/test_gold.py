@@ -23,7 +23,9 @@ from tests.tars import image_bytes, record, write_tar
 
 
 def completion(text: str) -> Completion:
-    return Completion(token_ids=(1,), logprobs=(-0.5,), versions=(0,), finish=Finish.STOP, text=text)
+    return Completion.of_one_turn(
+        token_ids=(1,), logprobs=(-0.5,), versions=(0,), finish=Finish.STOP, text=text
+    )
 
 
 def prompt(answer, *, task="t", key="shard.tar/000001", meta=None) -> Prompt:

@@ -72,7 +72,7 @@ def scores(rewards: Rewards, *texts: str, answer: Any = "red", images: int = 0) 
     question = ({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which colour?"}]},)
     prompt = Prompt(key="shard/1", messages=question, images=(PICTURE,) * images, answer=answer, task="t")
     answers = tuple(
-        Completion(token_ids=(1,), logprobs=(0.0,), versions=(0,), finish=Finish.STOP, text=text)
+        Completion.of_one_turn(token_ids=(1,), logprobs=(0.0,), versions=(0,), finish=Finish.STOP, text=text)
         for text in texts
     )
     group = RolloutGroup(id=0, prompt=prompt, prompt_ids=(1,), completions=answers)

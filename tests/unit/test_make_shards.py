@@ -119,7 +119,9 @@ def test_reference_responses_earn_the_full_reward(train: list[dict[str, Any]]) -
     for record in train:
         prompt = Prompt(key="k", messages=(), images=(), answer=record["answer"], task=record["task"])
         text = record["response"]
-        completion = Completion(token_ids=(1,), logprobs=(0.0,), versions=(0,), finish=Finish.STOP, text=text)
+        completion = Completion.of_one_turn(
+            token_ids=(1,), logprobs=(0.0,), versions=(0,), finish=Finish.STOP, text=text
+        )
         score = reward.score(prompt, completion)
         assert (score.value, score.accuracy, score.error) == (1.0, 1.0, None)
 

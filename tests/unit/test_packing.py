@@ -3,8 +3,7 @@
 import torch
 
 from gspo_mm.batch import pack, sequences_of
-from gspo_mm.batch.packing import extend_positions
-from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score, Sequence
+from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score, TrainSequence
 
 
 class FakePixels:
@@ -35,12 +34,12 @@ def prompt(*images: EncodedImage) -> Prompt:
 
 def sequence(
     tokens: list[int], prompt_length: int, *images: EncodedImage, advantage: float = 0.0
-) -> Sequence:
-    return Sequence(
+) -> TrainSequence:
+    return TrainSequence(
         name=str(tokens[0]),
-        prompt=prompt(*images),
         token_ids=tuple(tokens),
-        prompt_length=prompt_length,
+        trained=tuple(i >= prompt_length for i in range(len(tokens))),
+        images=images,
         advantage=advantage,
         rollout_logprobs=tuple(-float(t) for t in tokens[prompt_length:]),
     )
@@ -78,11 +77,6 @@ def test_equal_images_are_packed_once_and_indexed_in_token_order() -> None:
     assert batch.positions[0].tolist() == [100, 101, 200, 201, 0, 1, 100, 101]
 
 
-def test_a_response_counts_on_from_the_largest_prompt_position() -> None:
-    positions = extend_positions(torch.tensor([[0, 1, 1], [0, 1, 1], [0, 1, 4]]), 2)
-    assert positions.tolist() == [[0, 1, 1, 5, 6], [0, 1, 1, 5, 6], [0, 1, 4, 5, 6]]
-
-
 def test_no_sequences_make_an_empty_micro_batch() -> None:
     batch = pack([], FakePixels())
     assert batch.num_sequences == batch.num_tokens == batch.num_response_tokens == 0
@@ -94,7 +88,7 @@ def test_no_sequences_make_an_empty_micro_batch() -> None:
 def test_completions_without_a_score_or_without_tokens_are_not_trained_on() -> None:
     def completion(*tokens: int) -> Completion:
         count = len(tokens)
-        return Completion(
+        return Completion.of_one_turn(
             token_ids=tokens, logprobs=(-1.0,) * count, versions=(0,) * count, finish=Finish.STOP, text=""
         )
 
@@ -112,6 +106,6 @@ def test_completions_without_a_score_or_without_tokens_are_not_trained_on() -> N
     )
     (only,) = sequences_of([group])
     assert only.token_ids == (1, 2, 3)
-    assert only.prompt_length == 2
+    assert only.trained == (False, False, True)
     assert only.advantage == 0.5
     assert only.name == "group 7 completion 0 (k)"

@@ -32,7 +32,7 @@ def prompt(answer, task="digit", key="digits-000000/000007"):
 
 
 def completion(text, finish=Finish.STOP):
-    return Completion(token_ids=(1,), logprobs=(-0.5,), versions=(0,), finish=finish, text=text)
+    return Completion.of_one_turn(token_ids=(1,), logprobs=(-0.5,), versions=(0,), finish=finish, text=text)
 
 
 def score(text, answer, task="digit", reward=None):

@@ -35,7 +35,7 @@ def group(*texts: str, number: int = 0, task: str = "t") -> RolloutGroup:
     image = EncodedImage(data=b"picture", key="k", width=3, height=2)
     prompt = Prompt(key=f"shard/{number}", messages=(), images=(image,), answer="", task=task)
     answers = tuple(
-        Completion(token_ids=(1,), logprobs=(-0.5,), versions=(0,), finish=Finish.STOP, text=text)
+        Completion.of_one_turn(token_ids=(1,), logprobs=(-0.5,), versions=(0,), finish=Finish.STOP, text=text)
         for text in texts
     )
     return RolloutGroup(id=number, prompt=prompt, prompt_ids=(1,), completions=answers)

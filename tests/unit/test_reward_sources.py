@@ -20,7 +20,9 @@ def reward_file(path: Path, pattern: str) -> str:
 
 def group(number: int, source: str, text: str) -> RolloutGroup:
     prompt = Prompt(key=str(number), messages=(), images=(), answer="", task="t", source=source)
-    answer = Completion(token_ids=(1,), logprobs=(-0.5,), versions=(0,), finish=Finish.STOP, text=text)
+    answer = Completion.of_one_turn(
+        token_ids=(1,), logprobs=(-0.5,), versions=(0,), finish=Finish.STOP, text=text
+    )
     return RolloutGroup(id=number, prompt=prompt, prompt_ids=(1,), completions=(answer,))
 
 

@@ -30,7 +30,7 @@ def group(number: int) -> RolloutGroup:
         ),
         prompt_ids=(1, 2, 3),
         completions=tuple(
-            Completion(
+            Completion.of_one_turn(
                 token_ids=(5, i),
                 logprobs=(-0.1 / 3, -1e-17),
                 versions=(0, 1),

@@ -203,7 +203,9 @@ def numbers(groups: list[RolloutGroup]) -> list[int]:
 def completion(first: int, last: int) -> Completion:
     versions = tuple(range(first, last + 1))
     zeros = (0,) * len(versions)
-    return Completion(token_ids=zeros, logprobs=zeros, versions=versions, finish=Finish.STOP, text="")
+    return Completion.of_one_turn(
+        token_ids=zeros, logprobs=zeros, versions=versions, finish=Finish.STOP, text=""
+    )
 
 
 def rollout(**settings: Any) -> RolloutConfig:

@@ -1,17 +1,21 @@
 """Shares hold every sequence of their update once, with the denominators of the whole step."""
 
 from gspo_mm.batch import FlopModel, deal_updates, split_evenly
-from gspo_mm.types import Prompt, Sequence
+from gspo_mm.types import TrainSequence
 
 FLOPS = FlopModel(
     token=10, router=1, pair=1, row=5, patch_embedding=1, patch=1, patch_pair=1, merged=1, patches_per_token=4
 )
 
 
-def sequences(count: int, first: int = 0) -> list[Sequence]:
-    prompt = Prompt(key="k", messages=(), images=(), answer="", task="t")
+def sequences(count: int, first: int = 0) -> list[TrainSequence]:
     return [
-        Sequence(name=f"s{first + i}", prompt=prompt, token_ids=tuple(range(3 + i % 5)), prompt_length=2)
+        TrainSequence(
+            name=f"s{first + i}",
+            token_ids=tuple(range(3 + i % 5)),
+            trained=(False, False) + (True,) * (1 + i % 5),
+            images=(),
+        )
         for i in range(count)
     ]
 

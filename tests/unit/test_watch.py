@@ -35,7 +35,7 @@ def group(
         prompt=Prompt(key=f"a.tar/{number}", messages=(), images=images, answer=None, task="t"),
         prompt_ids=(1, 2),
         completions=tuple(
-            Completion(
+            Completion.of_one_turn(
                 token_ids=(7,) * n, logprobs=(0.0,) * n, versions=(version,) * n, finish=Finish.STOP, text=""
             )
             for n in lengths

@@ -64,7 +64,9 @@ def make_groups(completions: int, group_size: int) -> Iterator[RolloutGroup]:
             prompt=Prompt(key=str(number), messages=(), images=(), answer=answer, task="geometry"),
             prompt_ids=(1,),
             completions=tuple(
-                Completion(token_ids=(1,), logprobs=(0.0,), versions=(0,), finish=Finish.STOP, text=text)
+                Completion.of_one_turn(
+                    token_ids=(1,), logprobs=(0.0,), versions=(0,), finish=Finish.STOP, text=text
+                )
                 for text in texts
             ),
         )
