@@ -32,7 +32,6 @@ class AdvantageResult:
     failed: (
         int  # groups dropped because too few of their completions have a reward: fewer than two, or not all
     )
-    masked: int  # completions without a reward, over all groups
 
 
 def group_advantages(
@@ -46,7 +45,7 @@ def group_advantages(
     group that was not scored.
     """
     live: list[RolloutGroup] = []
-    dead = failed = masked = 0
+    dead = failed = 0
     for group in groups:
         if len(group.scores) != len(group.completions):
             raise ValueError(
@@ -54,7 +53,6 @@ def group_advantages(
                 "score it first"
             )
         rewards = {i: score.value for i, score in enumerate(group.scores) if score.error is None}
-        masked += len(group.scores) - len(rewards)
         for i, reward in rewards.items():
             if not math.isfinite(reward):
                 raise NonFiniteError(
@@ -69,7 +67,7 @@ def group_advantages(
             normalised = dict(zip(rewards, normalise(list(rewards.values()), config.std), strict=True))
             advantages = tuple(normalised.get(i, 0.0) for i in range(len(group.scores)))
             live.append(replace(group, advantages=advantages))
-    return AdvantageResult(live=tuple(live), dead=dead, failed=failed, masked=masked)
+    return AdvantageResult(live=tuple(live), dead=dead, failed=failed)
 
 
 def normalise(rewards: list[float], std: str) -> list[float]:

@@ -91,7 +91,6 @@ class EncodedPrompt:
     """A prompt after the one processor call whose token ids serve rollout and training alike."""
 
     prompt: Prompt
-    text: str  # chat template output, one image token per image: for engines that expand by themselves
     token_ids: tuple[int, ...]  # [P] image tokens expanded
     pixel_values: torch.Tensor | None  # [sum of t*h*w, patch dim] float32, all images in order
     image_grid_thw: torch.Tensor | None  # [I, 3] int64, patches

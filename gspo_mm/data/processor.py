@@ -85,7 +85,7 @@ class Processor:
             ):
                 self._remember(image.key, own, grid[None])
         return EncodedPrompt(
-            prompt=prompt, text=text, token_ids=token_ids, pixel_values=pixels, image_grid_thw=grids
+            prompt=prompt, token_ids=token_ids, pixel_values=pixels, image_grid_thw=grids
         )
 
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import asyncio
 import base64
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -105,9 +105,9 @@ class SGLangEngine:
     def version(self) -> int:
         return self.fleet.version
 
-    def run(self, work: Any, *, interrupted: Callable[[], bool] = lambda: False) -> Any:
+    def run(self, work: Any) -> Any:
         """Run a coroutine on the engine's loop and wait for it."""
-        return self._background.run(work, interrupted=interrupted)
+        return self._background.run(work)
 
     def generate(
         self, prompts: list[EncodedPrompt], *, group_size: int, sampling: SamplingParams, seed: int

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
 from typing import Any
-
-_POLL = 0.2  # seconds between looks at `interrupted`
-
-
-class StoppedWaitingError(Exception):
-    """What was waited for was given up because `interrupted` said so."""
 
 
 class Background:
@@ -28,17 +21,11 @@ class Background:
         """Begin; the future is that of the calling side."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def run[T](self, work: Coroutine[Any, Any, T], *, interrupted: Callable[[], bool] = lambda: False) -> T:
-        """Wait for the result. Raises what the coroutine raises, or StoppedWaitingError (the coroutine is cancelled)."""
+    def run[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for the result. Raises what the coroutine raises; an interrupt of the waiting cancels the coroutine."""
         future = self.start(work)
         try:
-            while not interrupted():
-                try:
-                    return future.result(timeout=_POLL)
-                except NotYet:
-                    if future.done():  # the coroutine's own
-                        raise
-            raise StoppedWaitingError
+            return future.result()
         finally:
             future.cancel()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -128,6 +127,3 @@ class Ranks:
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)
-
-    def describe(self) -> str:
-        return f"rank {self.rank} of {self.size} on {socket.gethostname()}"

@@ -68,7 +68,7 @@ def test_groups_of_unequal_size_are_normalised_on_their_own():
 
 def test_a_failed_reward_is_left_out_of_the_statistics_and_counted():
     result = group_advantages([group([0.0, 7.0, 1.0, 0.5], failed={1})], AdvantageConfig())
-    assert (result.dead, result.failed, result.masked) == (0, 0, 1)
+    assert (result.dead, result.failed) == (0, 0)
     (live,) = result.live
     assert live.advantages[1] == 0.0
     assert tuple(live.advantages[i] for i in (0, 2, 3)) == advantages([0.0, 1.0, 0.5])
@@ -81,7 +81,7 @@ def test_a_failed_reward_does_not_make_a_dead_group_alive():
 
 def test_a_group_with_one_reward_left_is_dropped_as_failed():
     result = group_advantages([group([1.0, 0.0, 0.5], failed={1, 2}), group([1.0])], AdvantageConfig())
-    assert (result.live, result.dead, result.failed, result.masked) == ((), 0, 2, 2)
+    assert (result.live, result.dead, result.failed) == ((), 0, 2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

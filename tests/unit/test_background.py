@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from gspo_mm.runtime import background as module
-from gspo_mm.runtime.background import Background, StoppedWaitingError
+from gspo_mm.runtime.background import Background
 from tests.waiting import PATIENCE
 
 
 @pytest.fixture
-def background(monkeypatch: pytest.MonkeyPatch) -> Iterator[Background]:
-    monkeypatch.setattr(module, "_POLL", 0.01)
+def background() -> Iterator[Background]:
     background = Background("test")
     yield background
     background.close()
@@ -60,7 +62,6 @@ def test_work_goes_on_while_the_caller_does_something_else(background: Backgroun
     assert future.result(PATIENCE) == 7
 
 
-# a coroutine's own TimeoutError is told apart from the caller's look at the clock
 @pytest.mark.parametrize("error", [ValueError("x"), TimeoutError("its own")])
 def test_faults_reach_the_caller(background: Background, error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)):
@@ -75,23 +76,18 @@ def test_a_result_that_takes_longer_than_a_look_is_waited_for(background: Backgr
     assert background.run(slow()) == 7
 
 
-def test_who_is_interrupted_waits_no_longer_and_the_work_is_cancelled(background: Background) -> None:
-    work = Endless()
-    with pytest.raises(StoppedWaitingError):
-        background.run(work(), interrupted=work.begun.is_set)
-    assert work.cancelled.wait(PATIENCE)
-
-
 def test_an_interrupt_from_the_keyboard_cancels_the_work(background: Background) -> None:
     work = Endless()
+    waiting = threading.get_ident()
 
-    def interrupted() -> bool:
-        if work.begun.is_set():
-            raise KeyboardInterrupt
-        return False
+    def interrupt() -> None:
+        while not work.begun.is_set() or sys._current_frames()[waiting].f_code.co_name != "wait":
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
 
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        background.run(work(), interrupted=interrupted)
+        background.run(work())
     assert work.cancelled.wait(PATIENCE)
 
 

@@ -46,7 +46,7 @@ def image(seed: int) -> EncodedImage:
 def encoded(*images: EncodedImage, response: str | None = "7") -> EncodedPrompt:
     prompt = Prompt(key="s/1", messages=(), images=images, answer=7, task="digit", response=response)
     ids = (1, 2, *[IMAGE_TOKEN] * 4 * len(images), 3)
-    return EncodedPrompt(prompt=prompt, text="", token_ids=ids, pixel_values=None, image_grid_thw=None)
+    return EncodedPrompt(prompt=prompt, token_ids=ids, pixel_values=None, image_grid_thw=None)
 
 
 @pytest.fixture

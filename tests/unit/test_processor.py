@@ -70,7 +70,6 @@ def test_ids_are_those_of_the_hugging_face_processor(
             {"type": "text", "text": c} if isinstance(c, str) else {"type": "image"} for c in content]}],
         add_generation_prompt=True,
     )  # fmt: skip
-    assert it.text == expected
     inputs = theirs(text=[expected], images=images or None, return_tensors="pt")
     assert it.token_ids == tuple(inputs["input_ids"][0].tolist())
     assert it.pixel_values is None if not images else torch.equal(it.pixel_values, inputs["pixel_values"])

@@ -61,7 +61,6 @@ class Numbers:
         return [
             EncodedPrompt(
                 prompt=Prompt(key=str(n), messages=(), images=(), answer=n, task=""),
-                text="",
                 token_ids=(n,),
                 pixel_values=None,
                 image_grid_thw=None,

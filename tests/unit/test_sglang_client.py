@@ -48,7 +48,6 @@ def prompt(
 ) -> EncodedPrompt:
     return EncodedPrompt(
         prompt=Prompt(key="digits/7", messages=(), images=images, answer="1", task="digit"),
-        text="",
         token_ids=token_ids,
         pixel_values=None,
         image_grid_thw=grids,

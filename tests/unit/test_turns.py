@@ -150,7 +150,7 @@ def test_the_loss_is_the_formula_over_trained_tokens(
 
 
 def test_lengths_and_staleness_count_what_was_sampled(group: RolloutGroup) -> None:
-    result = AdvantageResult(live=(group,), dead=0, failed=0, masked=0)
+    result = AdvantageResult(live=(group,), dead=0, failed=0)
     metrics = rollout_metrics([group], result)
     assert (metrics["length/mean"], metrics["length/max"]) == (4.0, 5)
     came_back = len(group.completions[0].observations[0].token_ids)
