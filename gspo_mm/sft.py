@@ -140,7 +140,7 @@ def train_step(stages: Stages, config: Config, phases: Phases, step: int) -> dic
             prompts = stages.source.take(config.sft.batch_size)
             updates = [[supervised(prompt, stages.processor) for prompt in prompts]]
     with phases("share"):
-        (share,), _ = share_out(stages.policy, updates, processor=stages.processor, config=config.policy)
+        (share,), *_ = share_out(stages.policy, updates, processor=stages.processor, config=config.policy)
     with phases("pack"), ranks.together():
         batches = [pack(list(members), stages.processor) for members in share.micro_batches]
     with phases("update"):

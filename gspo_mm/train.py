@@ -45,7 +45,7 @@ from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.stages import Stages, build_stages, check_servers
 from gspo_mm.sync.parity import table
 from gspo_mm.sync.watch import GapWatch
-from gspo_mm.types import GspoError, RolloutGroup, TrainSequence
+from gspo_mm.types import GspoError, RolloutGroup, TrainSequence, Work
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Loop:
                 self.dead_steps.update(len(result.live))
                 updates = sequences_of_updates(result, config.train.updates_per_batch)
         with phases("share"):
-            shares, balance = share_out(
+            shares, balance, work = share_out(
                 stages.policy, updates, processor=stages.processor, config=config.policy
             )
         stages.weights.make_room()
@@ -159,7 +159,7 @@ class Loop:
         with self.run.written_together(f"step {self.step}"):
             if self.ranks.main:
                 sampled = rollout_metrics(groups, result) | self.staleness(groups)
-                self.record({**sampled, **update, **evaluation, **memory})
+                self.record({**sampled, **update, **evaluation, **memory}, work, sampled_tokens(groups))
                 self.save_rollouts(groups, result)
         if fault:
             raise fault
@@ -279,22 +279,19 @@ class Loop:
         if isinstance(self.stages.engine, SGLangEngine):
             self.stages.engine.busy.take()
 
-    def record(self, metrics: dict[str, float]) -> None:
-        """Write the step's line of metrics.jsonl and show it."""
+    def record(self, metrics: dict[str, float], work: Work, tokens: int) -> None:
+        """Write the step's line of metrics.jsonl and show it; `tokens` were sampled or read in it."""
         source, engine = self.stages.source, self.stages.engine
         times = self.phases.take()
         if isinstance(engine, SGLangEngine):
             metrics["busy/trainer"] = 1 - times.get("time/rollout", 0.0) / times["time/step"]
             metrics["busy/servers"] = engine.busy.take()
-        tokens = metrics.pop("tokens")
-        work = {name: metrics.pop(name) for name in list(metrics) if name.startswith(("flops/", "tokens/"))}
         metrics = {
             **metrics,
             **times,
             **throughput(
-                {name.removeprefix("flops/"): x for name, x in work.items() if name.startswith("flops/")},
+                work,
                 times,
-                tokens=work.get("tokens/update", 0.0),
                 devices=self.ranks.size,
                 peak=peak_flops(fp8=self.config.policy.fp8.recipe is not None),
             ),
@@ -393,7 +390,7 @@ def sequences_of_updates(result: AdvantageResult, updates: int) -> list[list[Tra
 
 
 def rollout_metrics(groups: list[RolloutGroup], result: AdvantageResult) -> dict[str, float]:
-    """What the sampled answers of a step look like; "tokens" counts prompt and response tokens."""
+    """What the sampled answers of a step look like."""
     completions = [c for g in groups for c in g.completions]
     scores = [s for g in groups for s in g.scores if s.error is None]
     lengths = [len(c.token_ids) for c in completions]
@@ -413,10 +410,16 @@ def rollout_metrics(groups: list[RolloutGroup], result: AdvantageResult) -> dict
         "groups/dead": result.dead,
         "groups/failed": result.failed,
         "reward/failed": failed_fraction(groups),
-        "tokens": sum(lengths)
-        + sum(len(o.token_ids) for c in completions for o in c.observations)
-        + sum(len(g.prompt_ids) * len(g.completions) for g in groups),
     }
+
+
+def sampled_tokens(groups: list[RolloutGroup]) -> int:
+    """Tokens of all answers, with their prompts and what came back."""
+    return sum(
+        len(group.prompt_ids) + len(c.token_ids) + sum(len(o.token_ids) for o in c.observations)
+        for group in groups
+        for c in group.completions
+    )
 
 
 def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -257,6 +257,15 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Work:
+    """What all ranks together have to compute for a step."""
+
+    tokens: int = 0  # of the sequences that are trained on, prompts included
+    forward: int = 0  # FLOPs of one pass over them, as for old log-probs
+    update: int = 0  # FLOPs of forward and backward passes, recomputation not counted
+
+
+@dataclass(frozen=True, kw_only=True)
 class Share:
     """One data-parallel rank's part of one optimizer step, with the denominators of the whole step."""
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from gspo_mm.batch.balance import NumPatches, deal, flops_of, measure
 from gspo_mm.batch.cost import FlopModel
-from gspo_mm.types import Share, TrainSequence
+from gspo_mm.types import Share, TrainSequence, Work
 
 
 def deal_updates(
@@ -21,14 +21,13 @@ def deal_updates(
     num_patches: NumPatches,
     multiple_of: int = 1,
     micro_batches_multiple_of: int = 1,
-) -> tuple[list[list[Share]], dict[str, float]]:
-    """([rank][update] shares, metrics) of the sequences of each optimizer step; see `deal` for the sizes.
+) -> tuple[list[list[Share]], dict[str, float], Work]:
+    """([rank][update] shares, measures of balance, work) of each optimizer step's sequences; see `deal` for the sizes.
 
-    `flops` is that of a forward pass, `frozen` the parts that are not trained. Beside measures of balance the metrics
-    hold what all ranks have to do: "flops/update", "flops/old_logprobs" (one forward pass) and "tokens/update".
+    `flops` is that of a forward pass, `frozen` the parts that are not trained.
     """
     cost = flops.training(frozen)
-    work = {"flops/update": 0.0, "flops/old_logprobs": 0.0, "tokens/update": 0.0}
+    tokens = forward = update = 0
     shares: list[list[Share]] = [[] for _ in range(ranks)]
     balances = []
     for sequences in updates:
@@ -42,9 +41,9 @@ def deal_updates(
             micro_batches_multiple_of=micro_batches_multiple_of,
         )
         balances.append(measure(dealt, cost=cost, num_patches=num_patches, multiple_of=multiple_of))
-        work["flops/update"] += flops_of(dealt, cost=cost, num_patches=num_patches)
-        work["flops/old_logprobs"] += flops_of(dealt, cost=flops, num_patches=num_patches)
-        work["tokens/update"] += sum(len(s.token_ids) for s in sequences)
+        update += flops_of(dealt, cost=cost, num_patches=num_patches)
+        forward += flops_of(dealt, cost=flops, num_patches=num_patches)
+        tokens += sum(len(s.token_ids) for s in sequences)
         for of_rank, micro_batches in zip(shares, dealt, strict=True):
             of_rank.append(
                 Share(
@@ -53,15 +52,16 @@ def deal_updates(
                     num_tokens=sum(s.num_trained for s in sequences),
                 )
             )
+    work = Work(tokens=tokens, forward=forward, update=update)
     if not balances:
-        return shares, {}
-    return shares, {
+        return shares, {}, work
+    metrics = {
         "batch/imbalance": fmean(b.imbalance for b in balances),
         "batch/slot_imbalance": fmean(b.slot_imbalance for b in balances),
         "batch/padding": fmean(b.padding for b in balances),
-        **work,
         "batch/micro_batches": float(sum(len(share.micro_batches) for share in shares[0])),
     }
+    return shares, metrics, work
 
 
 def split_evenly[T](items: Sequence[T], parts: int) -> list[Sequence[T]]:

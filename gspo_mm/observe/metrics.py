@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -97,12 +98,17 @@ METRICS = {
 }
 
 
+class UnexplainedMetricWarning(UserWarning):
+    """A metric that has no entry in METRICS. Tests treat it as an error; a run goes on."""
+
+
 class MetricsWriter:
     """Appends a run's metrics. Use as a context manager."""
 
     def __init__(self, run_dir: Path, config: ObserveConfig, run_config: Mapping[str, Any]) -> None:
         """Raises GspoError when W&B is asked for and not installed."""
         self._path = run_dir / FILE
+        self._unexplained: set[str] = set()
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.tensorboard:
@@ -122,10 +128,13 @@ class MetricsWriter:
             self._wandb.finish()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Record a step. Raises ValueError for a name that METRICS does not explain."""
+        """Record a step. A name that METRICS does not explain is written all the same, with a warning."""
         for name in values:
-            if not is_documented(name):
-                raise ValueError(f"metric {name} is not explained in observe/metrics.py: add it to METRICS")
+            if not is_documented(name) and name not in self._unexplained:
+                self._unexplained.add(name)
+                warnings.warn(
+                    f"metric {name} is not explained in METRICS", UnexplainedMetricWarning, stacklevel=2
+                )
         line = {"step": step, "time": round(time.time(), 3), **values}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")

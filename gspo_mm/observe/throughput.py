@@ -12,6 +12,8 @@ from collections.abc import Mapping
 
 import torch
 
+from gspo_mm.types import Work
+
 # dense peak, FLOP/s in BF16 (FP8 is twice that), by a part of the device's name; NVIDIA's data sheets
 _PEAK = {
     "A100": 312e12,
@@ -35,23 +37,15 @@ def peak_flops(*, fp8: bool = False) -> float | None:
 
 
 def throughput(
-    flops: Mapping[str, float],
-    times: Mapping[str, float],
-    *,
-    tokens: float,
-    devices: int,
-    peak: float | None,
+    work: Work, times: Mapping[str, float], *, devices: int, peak: float | None
 ) -> dict[str, float]:
-    """Metrics of the phases in `flops` (FLOPs by phase) that `times` ("time/<phase>": seconds) says were run.
-
-    `tokens` are those trained on, prompts included; `peak`: see `peak_flops`.
-    """
+    """Metrics of the policy's passes that `times` ("time/<phase>": seconds) says were run; `peak`: see `peak_flops`."""
     metrics: dict[str, float] = {}
-    for phase, amount in flops.items():
+    for phase, amount in {"update": work.update, "old_logprobs": work.forward}.items():
         seconds = times.get(f"time/{phase}", 0.0)
         if seconds <= 0 or amount <= 0:
             continue
-        metrics[f"tokens_per_second/{phase}"] = tokens / seconds
+        metrics[f"tokens_per_second/{phase}"] = work.tokens / seconds
         metrics[f"tflops_per_device/{phase}"] = amount / seconds / devices / 1e12
         if peak:
             metrics[f"mfu/{phase}"] = amount / seconds / devices / peak

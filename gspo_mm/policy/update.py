@@ -15,7 +15,7 @@ from gspo_mm.loss.metrics import Metrics, reduce_metrics, summarize
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
 from gspo_mm.runtime.phases import Phases
-from gspo_mm.types import MicroBatch, Share, TrainSequence
+from gspo_mm.types import MicroBatch, Share, TrainSequence, Work
 
 _NAMES, _GAPS = "sequences", "sequence_gaps"  # lists beside the metrics of micro-batches
 
@@ -26,8 +26,8 @@ def share_out(
     *,
     processor: Pixels,
     config: PolicyConfig,
-) -> tuple[list[Share], dict[str, float]]:
-    """This rank's shares of each update's sequences, and how well they are balanced. A collective.
+) -> tuple[list[Share], dict[str, float], Work]:
+    """This rank's shares of each update's sequences, how well they are balanced, and what all ranks do. A collective.
 
     Rank 0 gives `updates`, and deals them over the data-parallel ranks by cost; what others give is ignored.
     """
@@ -35,7 +35,7 @@ def share_out(
     if policy.ranks.main:
         assert updates is not None
         plan = policy.plan
-        of_dp_rank, metrics = deal_updates(
+        of_dp_rank, metrics, work = deal_updates(
             updates,
             ranks=plan.dp,
             max_tokens=config.micro_batch_tokens,
@@ -45,7 +45,7 @@ def share_out(
             multiple_of=plan.sequence_multiple,
             micro_batches_multiple_of=plan.pp if plan.vpp > 1 else 1,
         )
-        dealt = [(of_dp_rank[dp_rank], metrics) for dp_rank in policy.dp_rank_of]
+        dealt = [(of_dp_rank[dp_rank], metrics, work) for dp_rank in policy.dp_rank_of]
     return policy.ranks.scatter(dealt)
 
 

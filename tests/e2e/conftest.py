@@ -32,6 +32,7 @@ def gspo_mm(
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
         timeout=300,
     )
+    assert "UnexplainedMetricWarning" not in result.stderr
     if check and result.returncode:
         raise AssertionError(f"{arguments} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result

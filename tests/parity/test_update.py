@@ -87,7 +87,7 @@ def update(
     step: int = 0,
 ) -> dict[str, float]:
     updates = [sequences_of(part) for part in split_evenly(groups, config.train.updates_per_batch)]
-    shares, _ = share_out(policy, updates, processor=processor, config=config.policy)
+    shares, *_ = share_out(policy, updates, processor=processor, config=config.policy)
     return update_policy(
         policy, shares, processor=processor, reference=reference, config=config, phases=Phases(), step=step
     )
@@ -182,7 +182,7 @@ def test_rollouts_without_log_probs_are_trained_on_unless_they_are_to_be_correct
     )
     policy = Policy.from_hf(plain.model.path, plain.policy, seed=0, total_steps=100)
     bare = [[replace(s, rollout_logprobs=None) for s in sequences_of(groups)]]
-    shares, _ = share_out(policy, bare, processor=processor, config=plain.policy)
+    shares, *_ = share_out(policy, bare, processor=processor, config=plain.policy)
     given = {"processor": processor, "reference": None, "phases": Phases()}
     before = weights(policy).clone()
     with pytest.raises(GspoError, match=r"loss\.correction\.kind=mask needs the log-probs"):

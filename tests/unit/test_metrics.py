@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gspo_mm.config import ObserveConfig
-from gspo_mm.observe.metrics import MetricsWriter, is_documented, read_metrics
+from gspo_mm.observe.metrics import MetricsWriter, UnexplainedMetricWarning, is_documented, read_metrics
 
 PLAIN = ObserveConfig(tensorboard=False)
 
@@ -25,9 +25,15 @@ def test_a_line_per_step_comes_back_in_order(tmp_path: Path) -> None:
     assert second["time"] >= first["time"] > 0
 
 
-def test_a_name_without_an_explanation_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="reward/median is not explained"):
+def test_a_name_without_an_explanation_is_an_error_in_tests_and_a_warning_in_a_run(tmp_path: Path) -> None:
+    """A run has trained the step when it comes to write the line."""
+    with pytest.raises(UnexplainedMetricWarning, match="reward/median is not explained"):
         writer(tmp_path).write(1, {"reward/median": 1.0})
+    metrics = writer(tmp_path)
+    with pytest.warns(UnexplainedMetricWarning, match="reward/median is not explained"):
+        metrics.write(1, {"reward/median": 1.0})
+    metrics.write(2, {"reward/median": 1.0})
+    assert [line["reward/median"] for line in read_metrics(tmp_path)] == [1.0, 1.0]
     assert is_documented("eval/accuracy/where")
     assert not is_documented("time")
     assert not is_documented("loss/x")

@@ -1,7 +1,7 @@
 """Shares hold every sequence of their update once, with the denominators of the whole step."""
 
 from gspo_mm.batch import FlopModel, deal_updates, split_evenly
-from gspo_mm.types import TrainSequence
+from gspo_mm.types import TrainSequence, Work
 
 FLOPS = FlopModel(
     token=10, router=1, pair=1, row=5, patch_embedding=1, patch=1, patch_pair=1, merged=1, patches_per_token=4
@@ -22,7 +22,7 @@ def sequences(count: int, first: int = 0) -> list[TrainSequence]:
 
 def test_each_update_is_dealt_on_its_own_with_its_own_denominators() -> None:
     updates = [sequences(12), sequences(8, first=100)]
-    shares, metrics = deal_updates(
+    shares, metrics, work = deal_updates(
         updates, ranks=2, max_tokens=16, flops=FLOPS, frozen=(), num_patches=lambda _: 4
     )
     for number, update in enumerate(updates):
@@ -32,18 +32,18 @@ def test_each_update_is_dealt_on_its_own_with_its_own_denominators() -> None:
             assert of_rank[number].num_sequences == len(update)
             assert of_rank[number].num_tokens == sum(len(s.token_ids) - 2 for s in update)
         assert len({len(of_rank[number].micro_batches) for of_rank in shares}) == 1
-    assert metrics["tokens/update"] == sum(len(s.token_ids) for update in updates for s in update)
+    assert work.tokens == sum(len(s.token_ids) for update in updates for s in update)
     assert metrics["batch/micro_batches"] == sum(len(share.micro_batches) for share in shares[0])
 
 
 def test_work_is_counted_forward_and_with_backward() -> None:
     (update,) = [sequences(3)]
-    shares, metrics = deal_updates(
+    shares, _, work = deal_updates(
         [update], ranks=1, max_tokens=100, flops=FLOPS, frozen=(), num_patches=lambda _: 4
     )
     forward = sum(FLOPS.sequence(len(s.token_ids), len(s.token_ids) - 2) for s in update)
-    assert metrics["flops/old_logprobs"] == forward
-    assert metrics["flops/update"] == 3 * forward
+    assert work.forward == forward
+    assert work.update == 3 * forward
     assert len(shares) == 1
 
 
@@ -51,6 +51,7 @@ def test_no_update_gives_no_shares() -> None:
     assert deal_updates([], ranks=2, max_tokens=4, flops=FLOPS, frozen=(), num_patches=lambda _: 4) == (
         [[], []],
         {},
+        Work(),
     )
 
 

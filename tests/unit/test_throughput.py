@@ -3,13 +3,13 @@
 import pytest
 
 from gspo_mm.observe.throughput import peak_flops, peak_memory, throughput
+from gspo_mm.types import Work
 
 
 def test_phases_are_told_apart_and_divided_by_devices() -> None:
     found = throughput(
-        {"update": 6e12, "old_logprobs": 2e12, "unused": 1e12},
+        Work(tokens=1000, forward=int(2e12), update=int(6e12)),
         {"time/update": 2.0, "time/old_logprobs": 1.0},
-        tokens=1000,
         devices=3,
         peak=10e12,
     )
@@ -24,7 +24,7 @@ def test_phases_are_told_apart_and_divided_by_devices() -> None:
 
 
 def test_an_unknown_peak_gives_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = throughput({"update": 1e12}, {"time/update": 1.0}, tokens=1, devices=1, peak=None)
+    found = throughput(Work(tokens=1, update=int(1e12)), {"time/update": 1.0}, devices=1, peak=None)
     assert "mfu/update" not in found
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 PCIe")
@@ -36,7 +36,8 @@ def test_an_unknown_peak_gives_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_skipped_pass_has_no_speed() -> None:
-    assert throughput({"old_logprobs": 1e12}, {"time/old_logprobs": 0.0}, tokens=1, devices=1, peak=1.0) == {}
+    skipped = Work(tokens=1, forward=int(1e12))
+    assert throughput(skipped, {"time/old_logprobs": 0.0}, devices=1, peak=1.0) == {}
 
 
 def test_memory_is_that_of_this_process() -> None:

@@ -22,7 +22,7 @@ from gspo_mm.observe.rollouts import load_rollouts, save_rollouts
 from gspo_mm.reward.pool import seen_by_parts
 from gspo_mm.rollout.saved import decode_answers, encode_answers
 from gspo_mm.rollout.scheduler import staleness_metrics
-from gspo_mm.train import rollout_metrics
+from gspo_mm.train import rollout_metrics, sampled_tokens
 from gspo_mm.types import Completion, EncodedImage, Finish, Observation, Prompt, RolloutGroup, Score, Turn
 from tests.tars import image_bytes
 
@@ -154,7 +154,7 @@ def test_lengths_and_staleness_count_what_was_sampled(group: RolloutGroup) -> No
     metrics = rollout_metrics([group], result)
     assert (metrics["length/mean"], metrics["length/max"]) == (4.0, 5)
     came_back = len(group.completions[0].observations[0].token_ids)
-    assert metrics["tokens"] == 2 * len(group.prompt_ids) + came_back + 8
+    assert sampled_tokens([group]) == 2 * len(group.prompt_ids) + came_back + 8
     assert staleness_metrics([group], 5)["rollout/staleness_max"] == 2
     assert group_advantages([group], AdvantageConfig()).live[0].advantages[0] > 0
 

@@ -122,7 +122,7 @@ class OurStep:
         ]
         result = group_advantages(scored, self.config.advantage)
         assert result.dead == 0, "a dead group would make our step cheaper than TRL's"
-        shares, _ = share_out(
+        shares, *_ = share_out(
             stages.policy,
             [sequences_of(result.live)],
             processor=stages.processor,
