@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, Self
 
 from gspo_mm.config import ObserveConfig
@@ -199,6 +200,29 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except ValueError:  # a loss of power leaves zeros
             logger.warning("line %d of %s cannot be read and is passed over", number, path)
     return found
+
+
+def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run in a few numbers, from its metrics; `reward_first` and `_last` are means over 5 steps."""
+    steps = [line for line in lines if line["step"] > 0]
+    accuracies = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
+    rewards = [line["reward/mean"] for line in steps]
+    seconds = [line["time/step"] for line in steps]
+    ratio_errors = [line["first_update_ratio_error"] for line in steps if "first_update_ratio_error" in line]
+    gaps = [line["logprob_gap_max"] for line in steps if "logprob_gap_max" in line]
+    return {
+        "accuracy_before": accuracies[0] if accuracies else None,
+        "accuracy_after": accuracies[-1] if accuracies else None,
+        "reward_first": fmean(rewards[:5]) if rewards else None,
+        "reward_last": fmean(rewards[-5:]) if rewards else None,
+        "steps": len(steps),
+        "seconds": sum(line["time/step"] for line in lines),
+        "seconds_per_step_median": median(seconds) if seconds else None,
+        "max_ratio_error_first_update": max(ratio_errors, default=None),
+        "max_abs_logprob_gap": max(gaps, default=None),
+        "skipped_samples": steps[-1]["data/skipped"] if steps else 0,
+        "dead_groups": sum(line["groups/dead"] for line in steps),
+    }
 
 
 def is_documented(name: str) -> bool:

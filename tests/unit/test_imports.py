@@ -21,6 +21,7 @@ ORDER = [
     ["checkpoint"],
     ["observe"],
     ["evaluate", "stages", "preflight"],
+    ["harness"],
     ["sft", "train"],
     ["cli"],
 ]

@@ -1,0 +1,254 @@
+"""What every kind of training does around its steps: open the run, resume, obey signals, write lines, save, finish.
+
+`train.py` and `sft.py` say what one step is. A step is *done* when its updates are made: what a checkpoint holds beside
+the policy is what stood then, so that a fault in the step after it loses nothing (`save_whole`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+from gspo_mm.checkpoint.distributed import load_policy, save_policy
+from gspo_mm.checkpoint.manager import RunDir
+from gspo_mm.config import Config
+from gspo_mm.config.resume import Command
+from gspo_mm.evaluate import describe_accuracy, evaluate
+from gspo_mm.families.write import export_hf
+from gspo_mm.observe.health import Health, at_start
+from gspo_mm.observe.metrics import MetricsWriter, read_metrics
+from gspo_mm.observe.progress import Progress
+from gspo_mm.observe.report import write_report
+from gspo_mm.policy.canary import check_sight
+from gspo_mm.runtime.dist import Ranks
+from gspo_mm.runtime.log import setup_logging
+from gspo_mm.runtime.phases import Phases
+from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.stages import Stages, build_stages
+from gspo_mm.types import GspoError
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(kind: type[Training], config: Config, stop: StopRequest) -> dict[str, Any]:
+    """Run or resume a training of `kind`; returns what RUN/summary.json then holds.
+
+    Raises a GspoError with one sentence for anything a user can mend, and for a stop that was asked for.
+    """
+    ranks = Ranks()
+    run = RunDir.open(config, ranks, command=kind.command)
+    setup_logging(run.path, rank=ranks.rank)
+    run.log_notes()
+    for warning in kind.warnings(config):
+        logger.warning(warning)
+    steps = kind.steps_of(config)
+    stages = build_stages(config, ranks, total_steps=steps, resumed=run.state, stop=stop)
+    with stages.closing(), ExitStack() as stack:
+        training = kind(config, run, stages, stack)
+        stack.enter_context(run.settled(training.save_whole))
+        training.resume()
+        check_sight(stages.policy, stages.processor, stages.canary)
+        training.compare_servers()
+        stop.obey(ranks, f"at step {training.step}")
+        stack.enter_context(training.progress)
+        training.begin()
+        training.look_back()
+        while training.step < steps and not ranks.any(stop.requested):
+            training.train_step(stop)
+        if training.step < steps:
+            stop.obey(ranks, f"at step {training.step}")
+        run.settle()
+        training.end()
+        return training.finish()
+
+
+class Training:
+    """A run in progress: its stages, where it stands, and what becomes of its steps."""
+
+    command: ClassVar[Command]
+
+    def __init__(self, config: Config, run: RunDir, stages: Stages, stack: ExitStack) -> None:
+        self.config, self.run, self.stages, self.ranks = config, run, stages, stages.ranks
+        self.step = 0  # training steps done; also the weight version
+        self.steps = self.steps_of(config)
+        self.health = Health(eval_prompts=config.train.eval_prompts)
+        self.metrics: MetricsWriter | None = None
+        if self.ranks.main:
+            values = config.model_dump(mode="json")
+            self.metrics = stack.enter_context(MetricsWriter(run.path, config.observe, values))
+        self.progress = Progress(total=self.steps, title=config.run.name, shown=self.ranks.main)
+        self.phases = Phases(on_enter=self.progress.phase)
+        self._began = 0  # the step that the checkpoint was of
+        self._updates = 0  # made when the last step was done
+        self._state: dict[str, Any] = {}  # of that moment
+
+    # --- what a kind of training says
+
+    @staticmethod
+    def steps_of(config: Config) -> int:
+        raise NotImplementedError
+
+    @staticmethod
+    def exports(config: Config) -> bool:
+        """Whether the run ends with a Hugging Face folder."""
+        return True
+
+    @classmethod
+    def warnings(cls, config: Config) -> list[str]:
+        """What a user should look twice at before the run."""
+        return at_start(config, steps=cls.steps_of(config))
+
+    def train_step(self, stop: StopRequest) -> None:
+        """One batch; calls `step_is_done` when its updates are made."""
+        raise NotImplementedError
+
+    def summary(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        """The run in a few numbers, from its metrics."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the policy and the place in the data, when a step is done."""
+        return {}
+
+    def late_state(self) -> dict[str, Any]:
+        """The same, of the moment when the checkpoint is saved."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` and `late_state` gave."""
+
+    def compare_servers(self) -> None:
+        """Before the first step of this process: do servers compute what the policy does?"""
+
+    def begin(self) -> None:
+        """The last thing before the first step of this process."""
+
+    def end(self) -> None:
+        """The first thing after the last step of the run."""
+
+    # --- what becomes of a step
+
+    def look_back(self) -> None:
+        """Take in what was written before this process began."""
+        for line in read_metrics(self.run.path) if self.metrics else []:
+            self.health.look(line)
+
+    def step_is_done(self) -> None:
+        self.step += 1
+        self._note_state()
+
+    def line(self) -> dict[str, float]:
+        """What the line of every step has."""
+        source = self.stages.source
+        return {
+            "data/epoch": source.epoch,
+            "data/skipped": source.skipped,
+            "data/left_out": source.left_out,
+        }
+
+    def record(self, values: dict[str, float]) -> None:
+        """Write the step's line of metrics.jsonl and show it; on rank 0."""
+        assert self.metrics
+        self.metrics.write(self.step, values)
+        self.health.look(values)
+        self.progress.step(self.step, values)
+
+    def keep(self) -> None:
+        """Save a checkpoint when one is due, and after the last step."""
+        every = self.config.checkpoint.every
+        if (every and self.step % every == 0) or self.step == self.steps:
+            self.save()
+        else:
+            self.run.settle(wait=False)
+
+    @contextmanager
+    def kept_for_later(self, faults: list[GspoError]) -> Iterator[None]:
+        """A fault that all ranks share is put aside: the step is done, and its line and checkpoint come first."""
+        try:
+            yield
+        except GspoError as fault:
+            if not fault.on_all_ranks:
+                raise
+            faults.append(fault)
+
+    # --- checkpoints
+
+    def save(self) -> None:
+        state = {"command": self.command, **self._state, **self.late_state()}
+        self.run.save(self.step, partial(save_policy, self.stages.policy), state)
+
+    def save_whole(self) -> None:
+        """A checkpoint of all steps that are done, unless a step was cut off among its updates. A collective."""
+        made = self.stages.policy.optimizer.step_count - self._updates
+        if made:
+            logger.error(
+                "step %d was cut off after %d of its updates: nothing is saved of what was trained since the last checkpoint",
+                self.step + 1,
+                made,
+            )
+        elif self.step > self._began:
+            self.save()
+            logger.info("what was trained until step %d is saved", self.step)
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one: weights, optimizer, place in the data, counters."""
+        checkpoint = self.ranks.from_main(self.run.latest())
+        if checkpoint is not None:
+            state = self.run.load(checkpoint, partial(load_policy, self.stages.policy))
+            self._updates = self.stages.policy.optimizer.step_count
+            self.stages.source.load(state["source"])
+            self.load_state(state)
+            self.step = state["step"]
+            logger.info("resuming %s after step %d", self.run.path, self.step)
+        self._began = self.step
+        self._note_state()
+        if self.metrics:
+            self.metrics.rewind(self.step if checkpoint is not None else -1)
+        self.progress.start_at(self.step)
+
+    def _note_state(self) -> None:
+        self._updates = self.stages.policy.optimizer.step_count
+        self._state = {"source": self.stages.source.state(), **self.state()}
+
+    # --- held-out accuracy, and the end
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy accuracy on held-out prompts, on rank 0; nothing of it reaches training."""
+        stages = self.stages
+        metrics: dict[str, float] = {}
+        with self.ranks.together(), self.phases("eval"):
+            if stages.engine is not None and stages.held_out:
+                metrics, _ = evaluate(
+                    stages.engine,
+                    stages.held_out,
+                    stages.reward,
+                    max_new_tokens=stages.sampling.max_new_tokens,
+                )
+        if metrics:
+            logger.info("step %d: %s", self.step, describe_accuracy(metrics))
+        return metrics
+
+    def is_evaluated(self) -> bool:
+        """Whether the line of this step has an evaluation, from before the run was stopped. A collective."""
+        known = False
+        if self.ranks.main:
+            line = (read_metrics(self.run.path) or [{"step": 0}])[-1]
+            known = line["step"] != self.step or any(name.startswith("eval/") for name in line)
+        return self.ranks.any(known)
+
+    def finish(self) -> dict[str, Any]:
+        """Export the model, write the summary and draw the report; the summary is returned on every rank."""
+        if self.exports(self.config):
+            export_hf(self.stages.policy, self.run.path / "hf", self.config.model)
+        summary: dict[str, Any] = {}
+        with self.ranks.together():
+            if self.ranks.main:
+                warnings = [*at_start(self.config, steps=self.steps), *self.health.finish()]
+                summary = self.summary(read_metrics(self.run.path)) | {"warnings": warnings}
+                self.run.write_json("summary.json", summary)
+                if self.config.observe.report:
+                    write_report(self.run.path)
+        return self.ranks.from_main(summary)
