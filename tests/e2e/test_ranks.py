@@ -69,11 +69,11 @@ def test_a_fault_on_one_rank_is_told_once_and_ends_all(short_config: Path) -> No
 # the step is too short for the moment to be met by killing a server
 LOSES_SERVERS = """
 import os
-from gspo_mm import cli, train
+from gspo_mm import cli, harness
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.sync.push import InProcessPush
 
-push, evaluate = InProcessPush.push, train.evaluate
+push, evaluate = InProcessPush.push, harness.evaluate
 
 def lose_at(moment, version):
     if f"{moment} {version}" == os.environ["LOSE_AT"]:
@@ -89,7 +89,7 @@ def losing_evaluate(engine, *arguments, **options):
     lose_at("evaluation", engine.version)
     return evaluate(engine, *arguments, **options)
 
-InProcessPush.push, train.evaluate = losing_push, losing_evaluate
+InProcessPush.push, harness.evaluate = losing_push, losing_evaluate
 if __name__ == "__main__":
     cli.main()
 """
