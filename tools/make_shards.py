@@ -34,10 +34,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
-
-from gspo_mm.data.rows import Columns
-from gspo_mm.data.tables import Form, SourceError, open_source
-from gspo_mm.data.writing import Report, ShardWriter, write_rows
+from shard_rows.rows import Columns
+from shard_rows.tables import Form, SourceError, open_source
+from shard_rows.writing import Report, ShardWriter, write_rows
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 

@@ -7,11 +7,13 @@ class BadSample(Exception):  # noqa: N818  (a verdict on data, not a fault of th
     """This sample cannot be used. `reason` is one of a few words to count by, `detail` names the particulars."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        detail = detail.encode(errors="backslashreplace").decode()  # names in a tar need not be UTF-8, logs must
+        detail = detail.encode(
+            errors="backslashreplace"
+        ).decode()  # names in a tar need not be UTF-8, logs must
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
 
 
-class LeftOut(BadSample):  # noqa: N818
+class LeftOut(BadSample):
     """This sample is sound, but the config does not want it. Counted, and neither logged nor held against the data."""

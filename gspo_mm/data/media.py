@@ -47,7 +47,9 @@ def find_media(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str
     if hasattr(value, "tolist"):  # numpy's
         value = value.tolist()
     of_name = names_media(name)
-    if isinstance(value, bytes | bytearray) or (isinstance(value, Mapping) and value.get("bytes") is not None):
+    if isinstance(value, bytes | bytearray) or (
+        isinstance(value, Mapping) and value.get("bytes") is not None
+    ):
         if value:
             yield name, of_name or IMAGE
     elif isinstance(value, str):

@@ -119,7 +119,9 @@ def _find(place: str) -> list[str]:
     try:
         store, path = url_to_fs(place)
         return sorted(store.unstrip_protocol(str(found)) for found in store.glob(path))
-    except Exception as error:  # every store has errors of its own, and one for a driver that is not installed
+    except (
+        Exception
+    ) as error:  # every store has errors of its own, and one for a driver that is not installed
         raise DataError(
             f"{shown(place)} cannot be listed ({reason_of(error)}); check the URL and the access to it"
         ) from None

@@ -11,7 +11,9 @@ from typing import Any
 # waking the other thread costs as much as reading a small sample, so it is done for several at a time
 _BATCH = 32  # items that wake a waiting caller
 _LINGER = 0.005  # seconds after which it looks for fewer
-_PATIENCE = 2.0  # seconds that `close` waits for the thread, which may hang in a read that cannot be interrupted
+_PATIENCE = (
+    2.0  # seconds that `close` waits for the thread, which may hang in a read that cannot be interrupted
+)
 
 
 class _Shared:
@@ -77,9 +79,7 @@ def _close(shared: _Shared) -> None:
         shared.changed.notify_all()
 
 
-def _read(
-    items: Iterator[Any], size: Callable[[Any], int], max_bytes: int, shared: _Shared
-) -> None:
+def _read(items: Iterator[Any], size: Callable[[Any], int], max_bytes: int, shared: _Shared) -> None:
     fault: BaseException | None = None
     try:
         for item in items:

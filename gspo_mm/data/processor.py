@@ -64,7 +64,9 @@ class Processor:
         images = [decode_image(image.data) for image in prompt.images]
         for image, decoded in zip(prompt.images, images, strict=True):
             if decoded.size != (image.width, image.height):
-                raise BadSample("corrupt image", f"its header says {image.width}x{image.height}, it is {decoded.size}")
+                raise BadSample(
+                    "corrupt image", f"its header says {image.width}x{image.height}, it is {decoded.size}"
+                )
         try:
             inputs = self._processor(text=[text], images=images or None, return_tensors="pt")
         except ValueError as error:  # an aspect ratio that cannot be patched
@@ -84,9 +86,7 @@ class Processor:
                 prompt.images, pixels.split(grids.prod(-1).tolist()), grids, strict=True
             ):
                 self._remember(image.key, own, grid[None])
-        return EncodedPrompt(
-            prompt=prompt, token_ids=token_ids, pixel_values=pixels, image_grid_thw=grids
-        )
+        return EncodedPrompt(prompt=prompt, token_ids=token_ids, pixel_values=pixels, image_grid_thw=grids)
 
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded anew."""

@@ -78,7 +78,9 @@ def _record(raw: RawSample) -> dict[str, Any]:
         if inner is not None:  # webdataset's rule: a name ends at its first dot
             full, name = f"{raw['__key__']}.{inner}", f"{raw['__key__']}.{inner.removesuffix('.json')}"
             fix = f"rename {full} and its images, as in {name.replace('.', '-')}.json"
-            raise BadSample("dot in a name", f"what follows the first dot of {name} is taken for a suffix; {fix}")
+            raise BadSample(
+                "dot in a name", f"what follows the first dot of {name} is taken for a suffix; {fix}"
+            )
         raise BadSample("no json", f"members: {', '.join(members)}")
     try:
         record = json.loads(raw["json"])
@@ -107,10 +109,13 @@ def _messages(record: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     last = messages[-1]["role"]
     if last == "assistant":
         raise BadSample(
-            "answer in the prompt", "the last message is the assistant's; it belongs in response, for the warm start"
+            "answer in the prompt",
+            "the last message is the assistant's; it belongs in response, for the warm start",
         )
     if last == "system" or not any(message["role"] == "user" for message in messages):
-        raise BadSample("no question", "messages must hold the user's question, and must not end with a system message")
+        raise BadSample(
+            "no question", "messages must hold the user's question, and must not end with a system message"
+        )
     if not any(_has_content(message) for message in messages if message["role"] != "system"):
         raise BadSample("no question", "the messages are empty")
     return tuple(messages)
@@ -125,7 +130,10 @@ def _check_message(message: Any) -> None:
     for name, value in message.items():
         if name not in ("role", "content") and (medium := next(find_media(name, value), None)):
             place, kind = medium
-            raise BadSample("unused media", f"{place} of a message looks like {kind}; images stand in parts of its content")
+            raise BadSample(
+                "unused media",
+                f"{place} of a message looks like {kind}; images stand in parts of its content",
+            )
     for part in _parts(message):
         if part.get("type") == "text" and not isinstance(part.get("text"), str):
             raise BadSample("wrong json", "a text part needs its text")
@@ -134,9 +142,15 @@ def _check_message(message: Any) -> None:
         # chat templates take a part with such a key for an image, whatever its type says
         if part["type"] == "text" and (others := part.keys() - {"type", "text"}):
             raise BadSample("wrong json", f"a text part has {', '.join(sorted(others))} beside its text")
-    texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+    texts = (
+        [content]
+        if isinstance(content, str)
+        else [part["text"] for part in content if part["type"] == "text"]
+    )
     if any("<image>" in text for text in texts):
-        raise BadSample("image in text", 'a text says <image>, which stays text; write {"type": "image"} parts there')
+        raise BadSample(
+            "image in text", 'a text says <image>, which stays text; write {"type": "image"} parts there'
+        )
 
 
 def _has_content(message: dict[str, Any]) -> bool:
@@ -179,10 +193,17 @@ def _image_members(raw: RawSample, record: dict[str, Any]) -> list[str]:
         if (order := _named_members(raw["__key__"], found, listed)) is not None:
             return order
         members = ", ".join(found) or "none"
-        raise BadSample("image order", f"images in the json is {str(listed)[:200]}, but the members are {members}")
+        raise BadSample(
+            "image order", f"images in the json is {str(listed)[:200]}, but the members are {members}"
+        )
     if len(found) <= 1:
         return found
-    of_parts = [part.get("image") for message in record["messages"] for part in _parts(message) if part["type"] == "image"]
+    of_parts = [
+        part.get("image")
+        for message in record["messages"]
+        for part in _parts(message)
+        if part["type"] == "image"
+    ]
     if (order := _named_members(raw["__key__"], found, of_parts)) is not None:
         return order
     numbered = [re.fullmatch(r"(.*?)(\d+)\.\w+", suffix) for suffix in found]

@@ -30,7 +30,8 @@ class Cursor:
     epoch: int = 0
     read: int = 0
     counts: tuple[int, ...] = ()  # samples in each of the epoch's first shards, those read to their end
-    shards: tuple[Shard, ...] = ()  # of the epoch, before they are shuffled; () in checkpoints of older versions
+    # of the epoch, before they are shuffled; () in checkpoints of older versions
+    shards: tuple[Shard, ...] = ()
 
     def state(self) -> dict[str, Any]:
         """JSON; `Cursor.of` reads it back. Not `asdict`, which copies `counts` number by number at every prompt."""
@@ -125,7 +126,7 @@ class SampleStream:
         """Which shards of the epoch hold samples that are still to come."""
         _, order, _ = self._order()
         counts = self._counts
-        needed = {number for number in order[len(counts) :]}
+        needed = set(order[len(counts) :])
         if not needed & set(gone):  # else nothing more has to be looked at
             _, buffer = self._replay()
             needed |= {order[item.shard] for item in buffer if isinstance(item, _Place)}

@@ -16,10 +16,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gspo_mm.data.tables import SourceError, open_source
-from gspo_mm.data.writing import Refused, Splits
 from tests.conftest import TOOLS, run_tool
 from tests.unit.test_rows import picture
+from tools.shard_rows.tables import SourceError, open_source
+from tools.shard_rows.writing import Refused, Splits
 
 ROWS = 30
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.processor import decode_image
-from gspo_mm.data.rows import Columns, Row, sample_of
 from gspo_mm.data.samples import to_prompt
 from gspo_mm.types import Prompt
+from tools.shard_rows.rows import Columns, Row, sample_of
 
 
 def picture(color: int = 0, form: str = "PNG") -> bytes:

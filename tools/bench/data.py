@@ -65,8 +65,7 @@ def make_shards(folder: Path, samples: int, per_shard: int, size: int) -> list[s
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from digit_scenes import png_bytes
-
-    from gspo_mm.data.writing import ShardWriter
+    from shard_rows.writing import ShardWriter
 
     rng = np.random.default_rng(0)
     side = max(8, round((size / 3) ** 0.5))  # noise does not compress

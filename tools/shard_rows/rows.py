@@ -84,7 +84,9 @@ def sample_of(
     of_columns = len(images)
     messages = _messages(prompt, images, folder, on_unused)
     if 0 < of_columns < len(images):
-        raise BadSample("image order", "some images stand in the messages and others in a column; name either of them")
+        raise BadSample(
+            "image order", "some images stand in the messages and others in a column; name either of them"
+        )
     response = _response(row, columns, messages, used)
     if columns.system is not None:
         messages.insert(0, {"role": "system", "content": columns.system})
@@ -112,7 +114,11 @@ def plain(value: Any) -> Any:
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+    if (
+        value is None
+        or isinstance(value, str | bool | int)
+        or (isinstance(value, float) and math.isfinite(value))
+    ):
         return value
     raise BadSample("wrong value", f"{str(value)[:80]} is nothing that JSON can hold")
 
@@ -171,7 +177,9 @@ def _response(row: Row, columns: Columns, messages: list[dict[str, Any]], used: 
     if given is not None and not isinstance(given, str):
         raise BadSample("wrong response", f"{str(given)[:80]!r} is no text")
     if last is not None and given is not None and last != given:
-        raise BadSample("two responses", "the last message and a column hold different ones; --ignore the column")
+        raise BadSample(
+            "two responses", "the last message and a column hold different ones; --ignore the column"
+        )
     return given if last is None else last
 
 
@@ -261,7 +269,12 @@ def _messages(
             content = [_part(part, images, folder, on_unused) for part in content]
         read = {name: plain(message[name]) for name in _MESSAGE_KEYS if message.get(name) is not None}
         messages.append({"role": message.get("role"), "content": content, **read})
-        _report_unused(message, {"role", "content", *_MESSAGE_KEYS}, lambda name: on_unused(f"{name} of messages"), pictured=False)
+        _report_unused(
+            message,
+            {"role", "content", *_MESSAGE_KEYS},
+            lambda name: on_unused(f"{name} of messages"),
+            pictured=False,
+        )
     return messages
 
 

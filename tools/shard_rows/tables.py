@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from gspo_mm.data.rows import Row
-from gspo_mm.data.writing import Refused
 from gspo_mm.types import GspoError
+
+from .rows import Row
+from .writing import Refused
 
 Form = Literal["jsonl", "json", "csv", "parquet", "hf"]
 
@@ -41,10 +42,14 @@ def open_source(name: str, form: Form | None, split: str) -> Source:
         return _open_hf(name, split)
     files = sorted(Path(file) for file in glob.glob(name, recursive=True))  # noqa: PTH207  (a user's pattern)
     if not files:
-        raise SourceError(f"{name} is no file, folder or pattern that matches any; for a data set of the hub add --format hf")
+        raise SourceError(
+            f"{name} is no file, folder or pattern that matches any; for a data set of the hub add --format hf"
+        )
     found = form or files[0].suffix.removeprefix(".").replace("ndjson", "jsonl")
     if found not in get_args(Form):
-        raise SourceError(f"{files[0]} ends with none of .jsonl, .json, .csv, .parquet; say --format what it is")
+        raise SourceError(
+            f"{files[0]} ends with none of .jsonl, .json, .csv, .parquet; say --format what it is"
+        )
     read = _READERS[found]
     total = _parquet_rows(files) if found == "parquet" else None
     return Source(rows=(row for file in files for row in read(file)), folder=files[0].parent, total=total)
@@ -62,7 +67,9 @@ def _read_json(path: Path) -> Iterator[Row | Refused]:
     try:
         rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is no JSON: {error}; if it has an object per line, add --format jsonl") from None
+        raise SourceError(
+            f"{path} is no JSON: {error}; if it has an object per line, add --format jsonl"
+        ) from None
     if not isinstance(rows, list):
         raise SourceError(f"{path} holds no list of rows; if it has an object per line, add --format jsonl")
     for number, row in enumerate(rows):
@@ -87,7 +94,9 @@ def _read_csv(path: Path) -> Iterator[Row | Refused]:
         reader = csv.DictReader(file)
         names = reader.fieldnames or []
         if twice := [name for name in names if names.count(name) > 1]:
-            raise SourceError(f"{path} has the column {twice[0]} {names.count(twice[0])} times; rename all but one")
+            raise SourceError(
+                f"{path} has the column {twice[0]} {names.count(twice[0])} times; rename all but one"
+            )
         for row in reader:
             if None in row or None in row.values():
                 detail = f"{path.name}, line {reader.line_num}: {len(names)} fields are expected"
@@ -137,7 +146,9 @@ def _open_hf(name: str, split: str) -> Source:
             data: Any = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
                 if split not in data:
-                    raise SourceError(f"{name} has no split {split}; set --split to one of {', '.join(map(str, data))}")
+                    raise SourceError(
+                        f"{name} has no split {split}; set --split to one of {', '.join(map(str, data))}"
+                    )
                 data = data[split]
         else:
             data = datasets.load_dataset(name, split=split)

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from gspo_mm.data.faults import BadSample
-from gspo_mm.data.rows import Columns, Row, sample_of
 from gspo_mm.data.samples import IMAGE_SUFFIXES
+
+from .rows import Columns, Row, sample_of
 
 _AHEAD = 16  # rows under way per process
 _EXAMPLES = 20  # of refused rows of each reason, kept with their particulars
@@ -105,7 +106,9 @@ class Report:
     written: Counter[str] = field(default_factory=Counter)  # by split
     refused: Counter[str] = field(default_factory=Counter)  # by reason
     examples: list[dict[str, Any]] = field(default_factory=list)  # row, reason and detail
-    unused: Counter[str] = field(default_factory=Counter)  # rows in which a column holds something that is not used
+    unused: Counter[str] = field(
+        default_factory=Counter
+    )  # rows in which a column holds something that is not used
     largest_set: int = 0  # rows that must be in one split, since they share pictures with each other
     paths: list[Path] = field(default_factory=list)
 
