@@ -105,8 +105,8 @@ def preflight(
     its first step; here it is done alone, for a new model, machine, version of sglang, data set or reward file.
     """
     loaded = _load(config, overrides)
+    from gspo_mm.commands.preflight import preflight_prompts, preflight_servers
     from gspo_mm.runtime.log import setup_logging
-    from gspo_mm.stages import preflight_prompts, preflight_servers
     from gspo_mm.sync.parity import table
 
     rank = int(os.environ.get("RANK", "0"))
@@ -126,7 +126,7 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     loaded = _load(config, overrides)
     if not loaded.data.validation:
         raise GspoError("data.validation is empty: name the held-out shards to evaluate on")
-    from gspo_mm.evaluate import evaluate_folder
+    from gspo_mm.commands.evaluate import evaluate_folder
 
     typer.echo(json.dumps(evaluate_folder(loaded), indent=1))
 
@@ -153,7 +153,7 @@ def report(
 @reward_app.command("check")
 def reward_check(files: Annotated[list[Path], typer.Argument(help="reward files with cases:")]) -> None:
     """Run the cases that reward files carry, as tables; status 1 when a score differs from what its case says."""
-    from gspo_mm.observe.rescore import check_file, table_console
+    from gspo_mm.commands.rescore import check_file, table_console
 
     passed = [check_file(file, table_console()) for file in files]
     raise typer.Exit(0 if all(passed) else 1)
@@ -168,7 +168,7 @@ def reward_score(
     rows: Annotated[int, typer.Option(min=0, help="samples shown one by one")] = 20,
 ) -> None:
     """Score saved answers and show every part; status 1 when a part failed on some of them."""
-    from gspo_mm.observe.rescore import load_answers, rewards_of, score_answers, show_scores, table_console
+    from gspo_mm.commands.rescore import load_answers, rewards_of, score_answers, show_scores, table_console
 
     answers = list(load_answers(input))
     scores = score_answers(rewards_of(file), [(each.prompt, each.completion) for each in answers])
@@ -183,7 +183,7 @@ def doctor(
     ] = None,
 ) -> None:
     """Show versions, devices, which fused parts are active, and whether SGLang can be reached."""
-    from gspo_mm.observe.doctor import doctor as examine
+    from gspo_mm.commands.doctor import doctor as examine
 
     raise typer.Exit(examine(sglang_url))
 
@@ -231,7 +231,7 @@ def _tell_launcher(message: str) -> None:
 
 def _load(path: Path, overrides: list[str] | None, *, any_world: bool = False) -> Any:
     from gspo_mm.config import load_config
-    from gspo_mm.preflight import check_files
+    from gspo_mm.inputs import check_files
 
     config = load_config(path, overrides, any_world=any_world)
     check_files(config)

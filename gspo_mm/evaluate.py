@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import closing
 from statistics import fmean
 
-from gspo_mm.config import Config
-from gspo_mm.reward.sources import Rewards, describe_failures, failed_fraction, load_rewards
+from gspo_mm.reward.sources import Rewards, describe_failures, failed_fraction
 from gspo_mm.rollout.engine import RolloutEngine, sample_groups
 from gspo_mm.types import EncodedPrompt, RolloutGroup, SamplingParams
 
@@ -51,26 +49,3 @@ def describe_accuracy(metrics: Mapping[str, float]) -> str:
         "the reward of every answer failed" if metrics["eval/failed"] == 1 else "no part measures these tasks"
     )
     return f"held-out accuracy cannot be measured: {reason}"
-
-
-def evaluate_folder(config: Config) -> dict[str, float]:
-    """Evaluate the model in `config.model.path` on `config.data.validation`, without a policy."""
-    from gspo_mm.data.processor import Processor
-    from gspo_mm.rollout.registry import forget_ended, servers_folder
-    from gspo_mm.stages import build_engine, held_out_prompts, set_threads
-    from gspo_mm.sync.push import serve_folder
-
-    set_threads(config)
-    if config.rollout.engine == "sglang":
-        forget_ended(servers_folder(config.run.path))
-    processor = Processor(config.model.path, config.data)
-    rewards = load_rewards(config.reward, config.data.reward_files())
-    with closing(build_engine(config, processor)) as engine, closing(rewards):
-        serve_folder(engine, config)
-        metrics, _ = evaluate(
-            engine,
-            held_out_prompts(config, processor, rewards),
-            rewards,
-            max_new_tokens=config.rollout.sampling.max_new_tokens,
-        )
-    return metrics

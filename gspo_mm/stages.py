@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from gspo_mm.data.odd import odd_ones
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.families.served import check_served, served
+from gspo_mm.inputs import check_answers
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.precision import DTYPES
 from gspo_mm.policy.reference import Reference
-from gspo_mm.preflight import check_answers
 from gspo_mm.reward.sources import Rewards, load_rewards
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
@@ -222,34 +221,6 @@ def check_servers(config: Config, stages: Stages) -> Mapping[str, Gap]:
         prompts,
         threshold=config.rollout.sglang.max_logprob_gap,
     )
-
-
-def preflight_prompts(config: Config, *, everything: bool = False) -> str:
-    """Read the first training prompts and have their parts look at their answers; says what they are like.
-
-    With `everything` all samples of both splits are read. Raises DataError naming samples whose answers cannot be judged,
-    or RewardFileError for a task that no part covers.
-    """
-    rewards = load_rewards(config.reward, config.data.reward_files())
-    checked = check_answers(config, rewards, everything=everything)
-    processor = Processor(config.model.path, config.data)
-    source = PromptSource(config.data, processor, seed=config.run.seed, split="train", check=rewards.check)
-    with closing(source):
-        prompts = source.take(config.rollout.prompts_per_step)
-    tasks = Counter(each.prompt.task for each in prompts)
-    return (
-        f"{checked}\nthe first {len(prompts)} prompts can be used: "
-        f"{', '.join(f'{n} {task}' for task, n in tasks.most_common())}; "
-        f"{max(len(each.token_ids) for each in prompts)} tokens in the longest"
-    )
-
-
-def preflight_servers(config: Config) -> Mapping[str, Gap]:
-    """Start everything that a run needs, bring the weights to the servers and compare them with the policy."""
-    stages = build_stages(config, Ranks(), total_steps=1)
-    with stages.closing():
-        stages.weights.push(version=0)
-        return check_servers(config, stages)
 
 
 def quarantine(config: Config, split: str) -> Path:

@@ -146,7 +146,7 @@ sys.argv, rollout_nodes = sys.argv[:-1], int(sys.argv[-1])
 from gspo_mm.checkpoint.owner import check_free
 from gspo_mm.cli import run_reporting_faults
 from gspo_mm.config import load_config
-from gspo_mm.preflight import check_files
+from gspo_mm.inputs import check_files
 from gspo_mm.types import GspoError
 
 def check():

@@ -79,7 +79,7 @@ def test_a_damaged_model_file_is_named_before_torch_is_imported(
     script = (
         "import sys\n"
         "from gspo_mm.config import load_config\n"
-        "from gspo_mm.preflight import check_files\n"
+        "from gspo_mm.inputs import check_files\n"
         "try:\n"
         f"    check_files(load_config({str(short_config)!r}, [{f'model.path={folder}'!r}]))\n"
         "except ValueError as error:\n"

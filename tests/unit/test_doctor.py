@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gspo_mm.observe import doctor
-from gspo_mm.observe.doctor import Check, diagnose
+from gspo_mm.commands import doctor
+from gspo_mm.commands.doctor import Check, diagnose
 
 
 def named(checks: list[Check], name: str) -> Check:

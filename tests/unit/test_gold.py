@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from gspo_mm.commands.rescore import Answer, show_scores, table_console
 from gspo_mm.config import RewardConfig, parse_config
 from gspo_mm.evaluate import describe_accuracy, evaluate
-from gspo_mm.observe.rescore import Answer, show_scores, table_console
-from gspo_mm.preflight import check_answers
+from gspo_mm.inputs import check_answers
 from gspo_mm.reward.choice import ChoiceArgs, choice
 from gspo_mm.reward.math import MathArgs, math_
 from gspo_mm.reward.sources import check_failures, load_rewards

@@ -20,9 +20,11 @@ ORDER = [
     ["sync"],
     ["checkpoint"],
     ["observe"],
-    ["evaluate", "stages", "preflight"],
+    ["evaluate", "inputs"],
+    ["stages"],
     ["harness"],
     ["sft", "train"],
+    ["commands"],
     ["cli"],
 ]
 PLACE = {stage: place for place, stages in enumerate(ORDER) for stage in stages}

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from gspo_mm.commands.rescore import check_cases
 from gspo_mm.config import RewardConfig
-from gspo_mm.observe.rescore import check_cases
 from gspo_mm.reward import RewardFileError, load_reward
 from gspo_mm.reward.judge import JudgeArgs, read_verdict, request_body
 from gspo_mm.reward.sources import Rewards, load_rewards

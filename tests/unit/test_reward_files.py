@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from gspo_mm.cli import app
-from gspo_mm.observe.rescore import check_cases, load_answers, rewards_of
+from gspo_mm.commands.rescore import check_cases, load_answers, rewards_of
 from gspo_mm.observe.rollouts import save_rollouts
 from gspo_mm.reward import RewardFileError, load_reward
 from gspo_mm.reward.cases import Case, Sample

@@ -1,0 +1,1 @@
+"""What the commands do besides training; `cli.py` is their face."""
