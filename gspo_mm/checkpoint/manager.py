@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from gspo_mm.checkpoint.store import Store, read_state
 from gspo_mm.config import CheckpointConfig, Config, load_config, save_config
 from gspo_mm.config.resume import Command, changes
 from gspo_mm.reward.sources import fingerprints
-from gspo_mm.runtime.disk import refusal
+from gspo_mm.runtime.disk import refusal, written_whole
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import GspoError
 
@@ -105,9 +104,8 @@ class RunDir:
                 *self._store.sweep(),
                 *self._changed_rewards(),
             ]
-            temporary = self.path / ".tmp-config.yaml"
-            save_config(config, temporary)
-            temporary.replace(self.path / "config.yaml")
+            with written_whole(self.path / "config.yaml") as file:
+                save_config(config, file)
 
     def _changed_rewards(self) -> list[str]:
         """What to say of reward files that are not as they were when the checkpoint was made."""
@@ -211,13 +209,8 @@ class RunDir:
 
     def write_json(self, name: str, value: Any) -> None:
         """Atomically replace RUN/name."""
-        temporary = self.path / f".tmp-{name}"
-        with temporary.open("w") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path / name)
+        with written_whole(self.path / name, on_disk=True) as file:
+            file.write_text(json.dumps(value, indent=1) + "\n")
 
     def log_notes(self) -> None:
         """What `open` has to say, for when the log is set up."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_mm.data.faults import BadSample, LeftOut
+from gspo_mm.runtime.disk import written_whole
 from gspo_mm.types import DataError
 
 logger = logging.getLogger(__name__)
@@ -96,9 +97,8 @@ class SkipLog:
         if self._quarantine is None or not self._quarantine.exists():
             return
         kept = [line for line in self._quarantine.read_text().splitlines() if _found_by(line) <= self.read]
-        temporary = self._quarantine.with_name(f".tmp-{self._quarantine.name}")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(self._quarantine)
+        with written_whole(self._quarantine) as file:
+            file.write_text("".join(f"{line}\n" for line in kept))
         self._listed |= {json.loads(line)["sample"] for line in kept}
 
     def _list(self, key: str, fault: BadSample) -> None:

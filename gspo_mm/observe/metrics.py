@@ -20,6 +20,7 @@ from statistics import fmean, median
 from typing import Any, Self
 
 from gspo_mm.config import ObserveConfig
+from gspo_mm.runtime.disk import written_whole
 from gspo_mm.types import GspoError
 
 logger = logging.getLogger(__name__)
@@ -182,9 +183,8 @@ class MetricsWriter:
     def _keep(self, step: int) -> None:
         """Only the lines up to `step`."""
         kept = [line for line in read_metrics(self._path.parent) if line["step"] <= step]
-        temporary = self._path.with_name(f".tmp-{FILE}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self._path)
+        with written_whole(self._path) as file:
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

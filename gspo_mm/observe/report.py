@@ -19,6 +19,7 @@ from gspo_mm.data.pictures import data_url
 from gspo_mm.observe.charts import CHARTS, Chart
 from gspo_mm.observe.metrics import finite, read_metrics
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
+from gspo_mm.runtime.disk import written_whole
 from gspo_mm.types import EncodedImage, GspoError, RolloutGroup, Turn
 
 MAX_SAVES = 8  # saved steps shown, spread over the run
@@ -58,9 +59,9 @@ def write_report(run_dir: Path) -> Path:
         plotly_js=_plotly_js(),
     )
     path = run_dir / "report.html"
-    temporary = run_dir / ".tmp-report.html"
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(path)
+    with written_whole(path) as file:
+        file.write_text(page, encoding="utf-8")
+    return path
 
 
 def write_curves_png(run_dirs: Sequence[Path], out: Path) -> None:

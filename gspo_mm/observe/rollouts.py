@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_mm.rollout.saved import decode_answers, encode_answers, image_by_key
+from gspo_mm.runtime.disk import written_whole
 from gspo_mm.types import EncodedImage, Prompt, RolloutGroup
 
 
@@ -24,15 +25,12 @@ def save_rollouts(run_dir: Path, step: int, groups: list[RolloutGroup]) -> Path:
     for image in {image.key: image for group in groups for image in images_of(group)}.values():
         path = folder / "images" / image.key  # a SHA-256 in hexadecimal: no name from outside
         if not path.exists():
-            temporary = path.with_name(f".tmp-{image.key}")
-            temporary.write_bytes(image.data)
-            temporary.replace(path)
+            with written_whole(path) as file:
+                file.write_bytes(image.data)
     final = folder / f"step-{step:08d}.jsonl.gz"
-    temporary = final.with_name(f".tmp-{final.name}")
-    with gzip.open(temporary, "wt", encoding="utf-8") as file:
+    with written_whole(final) as temporary, gzip.open(temporary, "wt", encoding="utf-8") as file:
         for group in groups:
             file.write(json.dumps(_encode(group)) + "\n")
-    temporary.replace(final)
     return final
 
 

@@ -9,13 +9,13 @@ the owner's eyes: they hold the keys.
 from __future__ import annotations
 
 import json
-import os
 import socket
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from gspo_mm.runtime.disk import written_whole
 
 _HEARTBEAT = "trainer.beat"
 
@@ -87,10 +87,8 @@ def forget_ended(folder: Path) -> None:
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.touch(mode=0o600)
-    temporary.write_text(text)
-    temporary.replace(path)
+    with written_whole(path, private=True) as file:
+        file.write_text(text)
 
 
 def _listens(url: str) -> bool:

@@ -11,9 +11,9 @@ import ctypes
 import os
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 
+from gspo_mm.runtime.disk import written_whole
 from gspo_mm.types import GspoError
 
 SWITCH = "GSPO_MM_SGLANG_CPU"
@@ -66,12 +66,11 @@ def build_driver_stub(folder: Path) -> Path:
             "gcc), or use rollout.engine=embedded"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{_STUB}.{os.getpid()}.{threading.get_ident()}"
-    command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(temporary), f"-Wl,-soname,{_STUB}"]
-    done = subprocess.run(command, input=_STUB_SOURCE, capture_output=True, text=True)
-    if done.returncode:
-        raise GspoError(f"{compiler} could not build {target}: {done.stderr.strip()}")
-    temporary.replace(target)
+    with written_whole(target) as file:
+        command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(file), f"-Wl,-soname,{_STUB}"]
+        done = subprocess.run(command, input=_STUB_SOURCE, capture_output=True, text=True)
+        if done.returncode:
+            raise GspoError(f"{compiler} could not build {target}: {done.stderr.strip()}")
     return target
 
 

@@ -6,6 +6,9 @@ import errno
 import os
 import re
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PROBE = 2**22  # bytes
@@ -95,6 +98,24 @@ def _number(text: str) -> int | None:
     if told := re.search(r"\[Errno (\d+)\]", text):
         return int(told[1])
     return next((number for number in _FIXES if os.strerror(number).lower() in text.lower()), None)
+
+
+@contextmanager
+def written_whole(path: Path, *, private: bool = False, on_disk: bool = False) -> Iterator[Path]:
+    """A file to write in the block, which then takes the place of `path`: nobody sees a part of it.
+
+    `private`: only its owner may read it. `on_disk`: wait until it would outlive a loss of power.
+    """
+    temporary = path.with_name(f".tmp-{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        if private:
+            temporary.touch(mode=0o600)
+        yield temporary
+        if on_disk:
+            sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -40,7 +40,8 @@ def run(tmp_path: Path) -> Path:
 
 
 def long_completion() -> Completion:
-    return replace(group(1).completions[0], text="word " * 2000)
+    (turn,) = group(1).completions[0].turns
+    return replace(group(1).completions[0], turns=(replace(turn, text="word " * 2000),))
 
 
 def page_without_library(run: Path) -> str:
