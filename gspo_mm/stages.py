@@ -117,17 +117,7 @@ def build_stages(
         if ranks.main:
             check_answers(config, reward)
     processor = Processor(config.model.path, config.data)
-    source = PromptSource(
-        config.data,
-        processor,
-        seed=config.run.seed,
-        split="train",
-        quarantine=quarantine(config, "train") if ranks.main else None,
-        check=reward.check,
-    )
-    with ranks.together():
-        if ranks.main and resumed:
-            source.load((resumed.get("scheduler") or resumed)["source"])
+    source = training_prompts(config, processor, reward, ranks, resumed)
     policy = Policy.from_hf(
         config.model.path,
         config.policy,
@@ -139,6 +129,7 @@ def build_stages(
     held_out: list[EncodedPrompt] = []
     canary: list[EncodedPrompt] = []
     engine: RolloutEngine | None = None
+    scheduler: Scheduler | None = None
     with ranks.together():
         host = build_host(config, ranks)
     with ranks.together():
@@ -149,6 +140,8 @@ def build_stages(
             source.hold_out(held_out)
             canary = canary_prompts(config, processor, held_out)
             engine = None if config.rollout.replay else build_engine(config, processor, stop)
+        if isinstance(engine, SGLangEngine):
+            scheduler = build_scheduler(config, engine, source, reward)
     return Stages(
         ranks=ranks,
         processor=processor,
@@ -156,9 +149,7 @@ def build_stages(
         held_out=held_out,
         canary=ranks.from_main(canary),
         engine=engine,
-        scheduler=build_scheduler(config, engine, source, reward)
-        if isinstance(engine, SGLangEngine)
-        else None,
+        scheduler=scheduler,
         replay=open_replay(config.rollout.replay) if config.rollout.replay else None,
         reward=reward,
         policy=policy,
@@ -167,6 +158,23 @@ def build_stages(
         host=host,
         sampling=SamplingParams(**config.rollout.sampling.model_dump()),
     )
+
+
+def training_prompts(
+    config: Config, processor: Processor, reward: Rewards, ranks: Ranks, resumed: Mapping[str, Any] | None
+) -> PromptSource:
+    source = PromptSource(
+        config.data,
+        processor,
+        seed=config.run.seed,
+        split="train",
+        quarantine=quarantine(config, "train") if ranks.main else None,
+        check=reward.check,
+    )
+    with ranks.together():
+        if ranks.main and resumed:
+            source.load((resumed.get("scheduler") or resumed)["source"])
+    return source
 
 
 def build_engine(config: Config, processor: Processor, stop: StopRequest | None = None) -> RolloutEngine:

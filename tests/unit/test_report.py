@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
         metrics.write(
             6, {"eval/accuracy": 0.75, "eval/accuracy/sum": 0.625, "loss": float("nan"), "time/step": 1.0}
         )
-    hostile = replace(group(1).completions[0], text=HOSTILE)
+    hostile = saying(HOSTILE)
     prompt = replace(group(1).prompt, key=HOSTILE, task=HOSTILE, answer=HOSTILE)
     save_rollouts(tmp_path, 3, [replace(group(1), prompt=prompt, completions=(hostile, long_completion()))])
     (tmp_path / "summary.json").write_text(
@@ -39,9 +39,13 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def long_completion() -> Completion:
+def saying(text: str) -> Completion:
     (turn,) = group(1).completions[0].turns
-    return replace(group(1).completions[0], turns=(replace(turn, text="word " * 2000),))
+    return replace(group(1).completions[0], turns=(replace(turn, text=text),))
+
+
+def long_completion() -> Completion:
+    return saying("word " * 2000)
 
 
 def page_without_library(run: Path) -> str:
