@@ -82,8 +82,8 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
     loaded = _load(config, overrides, any_world=True)
     if loaded.rollout.engine != "sglang":
         raise GspoError(f"rollout.engine={loaded.rollout.engine} needs no servers; set rollout.engine=sglang")
-    from gspo_mm.families.served import check_served, served
     from gspo_mm.rollout.serve import serve as run
+    from gspo_mm.rollout.served import check_served, served
     from gspo_mm.runtime.log import setup_logging
 
     setup_logging()

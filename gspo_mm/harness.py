@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
+from gspo_mm.checkpoint.export import export_hf
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
 from gspo_mm.config.resume import Command
 from gspo_mm.evaluate import describe_accuracy, evaluate
-from gspo_mm.families.write import export_hf
 from gspo_mm.observe.health import Health, at_start
 from gspo_mm.observe.metrics import MetricsWriter, read_metrics
 from gspo_mm.observe.progress import Progress

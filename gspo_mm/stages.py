@@ -19,7 +19,6 @@ from gspo_mm.data.faults import BadSample
 from gspo_mm.data.odd import odd_ones
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
-from gspo_mm.families.served import check_served, served
 from gspo_mm.inputs import check_answers
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
 from gspo_mm.policy.engine import Policy
@@ -31,6 +30,7 @@ from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.registry import forget_ended, servers_folder
 from gspo_mm.rollout.replay import Replay
 from gspo_mm.rollout.scheduler import Scheduler
+from gspo_mm.rollout.served import check_served, served
 from gspo_mm.rollout.servers import ServerHost, host_beside_trainer, workers_beside_trainer
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks, ranks_here

@@ -26,7 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from gspo_mm.batch.cost import FlopModel
+from gspo_mm.families.cost import FlopModel
 from gspo_mm.types import EncodedImage, TrainSequence
 
 type NumPatches = Callable[[EncodedImage], int]  # patches of an image before merging

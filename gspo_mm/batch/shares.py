@@ -7,7 +7,7 @@ from itertools import pairwise
 from statistics import fmean
 
 from gspo_mm.batch.balance import NumPatches, deal, flops_of, measure
-from gspo_mm.batch.cost import FlopModel
+from gspo_mm.families.cost import FlopModel
 from gspo_mm.types import Share, TrainSequence, Work
 
 

@@ -10,9 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from gspo_mm.config.base import ALTERNATIVES, ConfigError
+from gspo_mm.config.paths import from_here
 from gspo_mm.config.schema import Config
 from gspo_mm.config.unquoted import Misread, faults, misread
-from gspo_mm.runtime.paths import from_here
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, *, any_world: bool = False) -> Config:

@@ -19,7 +19,7 @@ from typing import IO
 
 import braceexpand
 
-from gspo_mm.runtime.paths import from_here
+from gspo_mm.config.paths import from_here
 from gspo_mm.types import DataError
 
 _PIPE = "pipe:"

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from gspo_mm.batch.cost import FlopModel
-    from gspo_mm.policy.parallel import ModelDims
+from gspo_mm.families.cost import FlopModel
 
 type Axis = Literal["tp", "etp"]
 
@@ -180,6 +178,18 @@ class ServedDim:
     size: int
     ways: int  # over how many GPUs it is cut
     relief: str = ""  # what makes them fewer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDims:
+    """What a plan must fit: counts of the language decoder, and how deep DeepStack reaches into it."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_groups: int
+    num_experts: int  # 0: dense
+    expert_ffn: int = 0  # inner size of one expert
+    deepstack_levels: int = 0  # decoder layers, from the first, that receive image features
 
 
 class Family(Protocol):

@@ -14,10 +14,18 @@ from typing import Any
 
 import torch
 
-from gspo_mm.batch.cost import FlopModel
-from gspo_mm.families.base import Copy, Entry, MergeGateUp, MergeQkv, ServedDim, StackExperts, VocabPad
+from gspo_mm.families.base import (
+    Copy,
+    Entry,
+    MergeGateUp,
+    MergeQkv,
+    ModelDims,
+    ServedDim,
+    StackExperts,
+    VocabPad,
+)
+from gspo_mm.families.cost import FlopModel
 from gspo_mm.hf.headers import HfFolderError
-from gspo_mm.policy.parallel import ModelDims
 from gspo_mm.types import GspoError
 
 _HF_TEXT = "model.language_model"

@@ -10,33 +10,20 @@ import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 
-from gspo_mm.config import ModelConfig
 from gspo_mm.families.folder import HfFolder, expert_kind, read_hf
 from gspo_mm.families.table import family_of
 from gspo_mm.hf.headers import INDEX, SINGLE, HfFolderError
 from gspo_mm.runtime.disk import refusal, sync
-
-if TYPE_CHECKING:
-    from gspo_mm.policy.engine import Policy
 
 logger = logging.getLogger(__name__)
 
 TEMPLATE = "tensors.json"
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
-
-
-def export_hf(policy: Policy, path: Path, model: ModelConfig) -> None:
-    """Write the policy as a Hugging Face folder like the one it started from. A collective; rank 0 writes."""
-    policy.ranks.stream_to_main(
-        policy.export(),
-        lambda tensors: write_hf(path, model.path, tensors, experts_layout=model.experts_layout),
-    )
 
 
 def write_hf(

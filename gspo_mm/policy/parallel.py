@@ -13,24 +13,14 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from gspo_mm.config import ParallelConfig, check_world, data_parallel_size
+from gspo_mm.families import family_of
+from gspo_mm.families.base import ModelDims
 from gspo_mm.runtime.dist import start_process_group, world_size
 from gspo_mm.types import GspoError
 
 
 class PlanError(GspoError, ValueError):
     """A parallel layout that the model or the started ranks do not fit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelDims:
-    """What a plan must fit: counts of the language decoder, and how deep DeepStack reaches into it."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_groups: int
-    num_experts: int  # 0: dense
-    expert_ffn: int = 0  # inner size of one expert
-    deepstack_levels: int = 0  # decoder layers, from the first, that receive image features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +172,6 @@ class Groups:
 
 def check_layout(path: str, config: ParallelConfig, world: int) -> None:
     """Raise ValueError when the model folder `path` cannot be spread as `config` says; before any rank starts."""
-    from gspo_mm.families import family_of
-
     family = family_of(path)
     ParallelPlan.from_config(config, world).check_model(family.dims(family.load_config(path)))
 

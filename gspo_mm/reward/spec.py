@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
+from gspo_mm.config.paths import from_here
 from gspo_mm.config.unquoted import faults, misread
 from gspo_mm.reward.cases import Case
 from gspo_mm.reward.combine import COMBINE, closed_gate
@@ -35,7 +36,6 @@ from gspo_mm.reward.part import CONTEXT, Args, PartType, Service, as_json, bare_
 from gspo_mm.reward.parts import PARTS
 from gspo_mm.reward.pattern import BOXED, compile_pattern, extract_answer
 from gspo_mm.reward.user import user_part
-from gspo_mm.runtime.paths import from_here
 from gspo_mm.types import Completion, Finish, GspoError, Prompt, Score
 
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as functional
 
 from gspo_mm.families import Entry
-from gspo_mm.families.served import tensor_names
 from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.served import tensor_names
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.types import GspoError

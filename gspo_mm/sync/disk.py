@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from gspo_mm.config import Config
-from gspo_mm.families.served import served_template
 from gspo_mm.families.write import write_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.served import served_template
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.buckets import MIB
 from gspo_mm.sync.checksums import Checksums

@@ -23,11 +23,11 @@ import torch
 
 from gspo_mm.config import Config
 from gspo_mm.families import family_of, read_hf
-from gspo_mm.families.served import served_template
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.served import served_template
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.checksums import Checksums, check_complete

@@ -19,8 +19,8 @@ import torch.nn.functional as functional
 from gspo_mm.config import Config
 from gspo_mm.families import Family, family_of
 from gspo_mm.families.base import StackExperts
-from gspo_mm.families.served import BLOCK, SCALE, quantized_names, weight_map
 from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.served import BLOCK, SCALE, quantized_names, weight_map
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
 

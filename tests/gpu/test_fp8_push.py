@@ -15,8 +15,8 @@ import torch
 from gspo_mm.config import Config, parse_config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
-from gspo_mm.families.served import served
 from gspo_mm.policy.engine import Policy
+from gspo_mm.rollout.served import served
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.parity import check_parity
 from gspo_mm.sync.push import ServerPush, build_push

@@ -15,9 +15,9 @@ import torch
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.families import family_of, read_hf
-from gspo_mm.families.served import served
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout import servers
+from gspo_mm.rollout.served import served
 from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.checksums import checksum

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gspo_mm.batch.balance import Dealt, _Bin, _cut, _Item, _rows, _slowest, deal, fill, measure
-from gspo_mm.batch.cost import FlopModel
+from gspo_mm.families.cost import FlopModel
 from gspo_mm.types import EncodedImage, TrainSequence
 
 # an update of Qwen3-VL-30B-A3B

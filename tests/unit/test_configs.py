@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from gspo_mm.config import load_config
-from gspo_mm.policy.parallel import ModelDims, ParallelPlan
+from gspo_mm.families.base import ModelDims
+from gspo_mm.policy.parallel import ParallelPlan
 from gspo_mm.reward.spec import load_reward
 
 FOLDER = Path(__file__).parents[2] / "configs"

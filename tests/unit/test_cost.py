@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gspo_mm.batch.cost import FlopModel
+from gspo_mm.families.cost import FlopModel
 from gspo_mm.families.qwen3_vl import Qwen3VL
 from tests.tiny_vl import tiny_vl
 from tools.check_parity import random_batch

@@ -11,7 +11,9 @@ import torch
 
 from gspo_mm.config import ConfigError
 from gspo_mm.families import family_of, read_hf
-from gspo_mm.families.served import (
+from gspo_mm.families.write import write_hf
+from gspo_mm.rollout.registry import Registration
+from gspo_mm.rollout.served import (
     SCALE,
     BlockSizeError,
     check_blocks,
@@ -22,8 +24,6 @@ from gspo_mm.families.served import (
     tensor_names,
     weight_map,
 )
-from gspo_mm.families.write import write_hf
-from gspo_mm.rollout.registry import Registration
 from gspo_mm.rollout.servers import server_options
 from gspo_mm.sync.quantize import FP8
 from gspo_mm.types import GspoError

@@ -3,7 +3,8 @@
 import pytest
 
 from gspo_mm.config import ParallelConfig
-from gspo_mm.policy.parallel import ModelDims, ParallelPlan
+from gspo_mm.families.base import ModelDims
+from gspo_mm.policy.parallel import ParallelPlan
 
 DIMS = ModelDims(
     num_layers=12, num_heads=8, num_kv_groups=2, num_experts=8, expert_ffn=24, deepstack_levels=3

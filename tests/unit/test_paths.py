@@ -6,10 +6,10 @@ import pytest
 
 from gspo_mm.commands.rescore import load_answers
 from gspo_mm.config import load_config, parse_config
+from gspo_mm.config.paths import from_here
 from gspo_mm.data.places import expand_shards
 from gspo_mm.inputs import check_files
 from gspo_mm.reward.spec import load_reward
-from gspo_mm.runtime.paths import from_here
 from gspo_mm.types import GspoError
 
 

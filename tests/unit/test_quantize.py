@@ -12,7 +12,7 @@ import torch
 
 from gspo_mm.config import Config, parse_config
 from gspo_mm.families import family_of, read_hf
-from gspo_mm.families.served import (
+from gspo_mm.rollout.served import (
     BLOCK,
     SCALE,
     quantized_names,
