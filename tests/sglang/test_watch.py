@@ -78,4 +78,4 @@ def test_answers_of_older_weights_are_asked_again_and_do_not_stop_the_run(
     summary = train(watched, StopRequest())
     assert summary["steps"] == 4
     assert summary["max_abs_logprob_gap"] > 1e-2, "the policy has moved between sampling and training"
-    assert "asking again, " in capfd.readouterr().err
+    assert "asking again what differs most" in capfd.readouterr().err
