@@ -364,7 +364,7 @@ def test_a_part_that_fails_gives_no_reward_and_never_zero(monkeypatch):
     assert failed.parts == {"fine": 0.0}
     group = RolloutGroup(id=4, prompt=prompt("x"), prompt_ids=(1,), completions=completions, scores=scores)
     result = group_advantages([group], AdvantageConfig())
-    assert result.masked == 1
+    assert (result.dead, result.failed) == (0, 0)
     assert result.live[0].advantages[1] == 0.0
     assert group_advantages([group], AdvantageConfig(), drop_failed=True).failed == 1
 
