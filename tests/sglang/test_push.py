@@ -170,7 +170,7 @@ def test_an_answer_under_way_goes_on_with_the_new_weights(
     off, ties = compare(policy, processor, some[3], answer)
     told = f"switch {switch}, off at {off.nonzero().flatten().tolist()}, near ties of experts at {ties}"
     if on_update == "retract":
-        assert not off[switch:].any(), told
+        assert not off[switch : _comparable(ties)].any(), told
     else:
         assert off[switch:].any(), f"it goes on from keys and values of the old weights; {told}"
     with torch.no_grad():
@@ -178,8 +178,20 @@ def test_an_answer_under_way_goes_on_with_the_new_weights(
             policy.weights[name].copy_(tensor)
     policy.forget_features()
     off, ties = compare(policy, processor, some[3], answer)
-    assert not off[:switch].any(), f"switch {switch}, off at {off}, near ties of experts at {ties}"
+    told = f"switch {switch}, off at {off}, near ties of experts at {ties}"
+    end = _comparable(ties)
+    assert not off[: switch if end is None else min(switch, end)].any(), told
     push.close()
+
+
+# Router logits of this model in float32 are up to 1.1e-6 from those in float64, so two programs' are up to twice that
+# apart; weights that were perturbed several times are larger.
+_TIE = 5e-6
+
+
+def _comparable(ties: list[int]) -> int | None:
+    """Up to where the answer's tokens can be compared; None: to its end."""
+    return max(0, min(ties)) if ties else None
 
 
 def compare(
@@ -195,7 +207,7 @@ def compare(
     def look(router: TopKRouter, inputs: tuple[torch.Tensor, ...], _: object) -> None:
         hidden = inputs[0].flatten(0, -2)
         best = torch.nn.functional.linear(hidden, router.weight).topk(router.topk + 1).values
-        near.append(best[:, -2] - best[:, -1] < 1e-6)
+        near.append(best[:, -2] - best[:, -1] < _TIE)
 
     routers = [m for chunk in policy.chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
     with ExitStack() as stack:
