@@ -91,8 +91,7 @@ class Training:
     def steps_of(config: Config) -> int:
         raise NotImplementedError
 
-    @staticmethod
-    def exports(config: Config) -> bool:
+    def exports(self) -> bool:
         """Whether the run ends with a Hugging Face folder."""
         return True
 
@@ -140,18 +139,16 @@ class Training:
         self.step += 1
         self._note_state()
 
-    def line(self) -> dict[str, float]:
-        """What the line of every step has."""
+    def record(self, values: dict[str, float]) -> None:
+        """Write the step's line of metrics.jsonl, with where the data stands, and show it; on rank 0."""
+        assert self.metrics
         source = self.stages.source
-        return {
+        values = {
+            **values,
             "data/epoch": source.epoch,
             "data/skipped": source.skipped,
             "data/left_out": source.left_out,
         }
-
-    def record(self, values: dict[str, float]) -> None:
-        """Write the step's line of metrics.jsonl and show it; on rank 0."""
-        assert self.metrics
         self.metrics.write(self.step, values)
         self.health.look(values)
         self.progress.step(self.step, values)
@@ -241,7 +238,7 @@ class Training:
 
     def finish(self) -> dict[str, Any]:
         """Export the model, write the summary and draw the report; the summary is returned on every rank."""
-        if self.exports(self.config):
+        if self.exports():
             export_hf(self.stages.policy, self.run.path / "hf", self.config.model)
         summary: dict[str, Any] = {}
         with self.ranks.together():

@@ -51,7 +51,7 @@ class Supervised(Training):
         with self.phases("update"):
             values = supervised_step(stages.policy, share, batches, self.step)
         self.step_is_done()
-        values |= self.line() | self.phases.take()
+        values |= self.phases.take()
         with self.run.written_together(f"step {self.step}"):
             if self.ranks.main:
                 self.record(values)
@@ -64,7 +64,7 @@ class Supervised(Training):
         with self.phases("sync"):
             self.stages.weights.push(version=self.step)
         metrics = self.evaluate()
-        if self.metrics:
+        if metrics and self.metrics:
             self.metrics.amend(self.step, metrics)
 
     def summary(self, lines: list[dict[str, Any]]) -> dict[str, Any]:

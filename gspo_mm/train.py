@@ -11,6 +11,7 @@ summary and a report (harness.py). This is the only module that sees all stages.
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +19,7 @@ from gspo_mm.advantage import AdvantageResult, DeadStepGuard, group_advantages
 from gspo_mm.batch import sequences_of, split_evenly
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
-from gspo_mm.harness import Training, logger, run_training
+from gspo_mm.harness import Training, run_training
 from gspo_mm.loss.gspo import check_clip_can_act
 from gspo_mm.observe.answers import rollout_metrics, sampled_tokens
 from gspo_mm.observe.metrics import summarize
@@ -35,6 +36,8 @@ from gspo_mm.stages import Stages, check_servers
 from gspo_mm.sync.parity import table
 from gspo_mm.sync.watch import GapWatch
 from gspo_mm.types import GspoError, RolloutGroup, Share, TrainSequence, Work
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: Config, stop: StopRequest) -> dict[str, Any]:
@@ -207,7 +210,6 @@ class Gspo(Training):
                 **times,
                 **throughput(work, times, devices=self.ranks.size, peak=peak),
                 "tokens_per_second": sampled_tokens(groups) / times["time/step"],
-                **self.line(),
                 "weight_version": self.step,
             }
         )
@@ -226,9 +228,8 @@ class Gspo(Training):
     def steps_of(config: Config) -> int:
         return config.train.steps
 
-    @staticmethod
-    def exports(config: Config) -> bool:
-        return config.checkpoint.export_hf
+    def exports(self) -> bool:
+        return self.config.checkpoint.export_hf
 
     @classmethod
     def warnings(cls, config: Config) -> list[str]:

@@ -48,10 +48,10 @@ def sequences_of(groups: Iterable[RolloutGroup]) -> list[TrainSequence]:
     ]
 
 
-def answered(prompt: EncodedPrompt, response: Iterable[int], *, name: str | None = None) -> TrainSequence:
+def answered(prompt: EncodedPrompt, response: Iterable[int]) -> TrainSequence:
     """A prompt with a response that nobody sampled, or whose log-probs do not count, as if it had been sampled."""
     turn = Turn(token_ids=tuple(response), logprobs=(), versions=(), text="")
-    return _flat(name or prompt.prompt.key, prompt.token_ids, prompt.prompt.images, (turn,))
+    return _flat(prompt.prompt.key, prompt.token_ids, prompt.prompt.images, (turn,))
 
 
 def _flat(
