@@ -4,7 +4,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,10 +25,10 @@ def run_tool(name: str, *arguments: str | Path | int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def warnings_of_its_own() -> Iterator[None]:
-    """A command that ran in this process logs Python's warnings; another's would then go where the first one's went."""
-    yield
+def a_log_of_its_own() -> None:
+    """A command that ran in this process before had Python's warnings logged, and more than warnings."""
     logging.captureWarnings(False)
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from queue import SimpleQueue
 from types import FrameType
 from typing import Protocol, Self
 
@@ -42,10 +43,14 @@ class StopRequest:
         self._consequence = consequence  # what follows, for the log
         self._name = ""
         self._before: dict[int, object] = {}
+        self._received: SimpleQueue[str] = (
+            SimpleQueue()
+        )  # its put() may be called from a handler, at any moment
 
     def listen(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
+            threading.Thread(target=self._tell, name="signals", daemon=True).start()
         return self
 
     def __enter__(self) -> Self:
@@ -54,13 +59,20 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        if self._before:
+            self._received.put("")
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._name = signal.Signals(number).name
-        logger.warning("%s received: %s", self._name, self._consequence)
+        self._received.put(self._name)
         self.requested = True
+
+    def _tell(self) -> None:
+        """Not in the handler: the signal may have come while a line was being written, and the log is no place twice."""
+        while name := self._received.get():
+            logger.warning("%s received: %s", name, self._consequence)
 
     def obey(self, ranks: Ranks, when: str) -> None:
         """Raise StoppedError on all ranks when one of them was asked to stop. A collective."""

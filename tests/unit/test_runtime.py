@@ -1,9 +1,11 @@
 """Seeds, phase times, logging and signals."""
 
+import io
 import logging
 import os
 import signal
 import warnings
+from collections.abc import Buffer
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Busy, Phases
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed
+from tests.waiting import eventually
 
 
 def test_every_purpose_and_step_has_a_seed_of_its_own() -> None:
@@ -67,6 +70,38 @@ def test_a_signal_becomes_a_request_and_handlers_come_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Interrupted(io.RawIOBase):
+    """A log file; a signal comes while its first line is written."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Buffer, /) -> int:
+        if not self.text:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        line = bytes(data)
+        self.text += line.decode()
+        return len(line)
+
+
+def test_a_signal_in_the_middle_of_a_log_line_is_told_after_it(capsys: pytest.CaptureFixture[str]) -> None:
+    file, root = Interrupted(), logging.getLogger()
+    handler = logging.StreamHandler(io.TextIOWrapper(io.BufferedWriter(file)))
+    root.addHandler(handler)
+    try:
+        with StopRequest() as stop:
+            root.warning("a line")
+            eventually(lambda: "received" in file.text)
+    finally:
+        root.removeHandler(handler)
+    assert stop.requested
+    assert file.text == "a line\nSIGUSR1 received: stopping, with a checkpoint\n"
+    assert "error" not in capsys.readouterr().err
 
 
 def test_a_second_interrupt_stops_at_once() -> None:
