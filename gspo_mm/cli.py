@@ -82,9 +82,9 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
     loaded = _load(config, overrides, any_world=True)
     if loaded.rollout.engine != "sglang":
         raise GspoError(f"rollout.engine={loaded.rollout.engine} needs no servers; set rollout.engine=sglang")
-    from gspo_mm.rollout.serve import serve as run
-    from gspo_mm.rollout.served import check_served, served
     from gspo_mm.runtime.log import setup_logging
+    from gspo_mm.serving.serve import serve as run
+    from gspo_mm.serving.served import check_served, served
 
     setup_logging()
     check_served(loaded)
@@ -113,7 +113,7 @@ def preflight(
     setup_logging(rank=rank)
     if rank == 0:
         typer.echo(preflight_prompts(loaded, everything=everything))
-    if loaded.rollout.engine != "sglang":
+    if not loaded.rollout.serves:
         return
     gaps = preflight_servers(loaded)
     if rank == 0:

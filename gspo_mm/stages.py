@@ -22,22 +22,17 @@ from gspo_mm.data.source import PromptSource
 from gspo_mm.inputs import check_answers
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
 from gspo_mm.policy.engine import Policy
-from gspo_mm.policy.precision import DTYPES
 from gspo_mm.policy.reference import Reference
 from gspo_mm.reward.sources import Rewards, load_rewards
-from gspo_mm.rollout.embedded import EmbeddedEngine
-from gspo_mm.rollout.engine import RolloutEngine
-from gspo_mm.rollout.registry import forget_ended, servers_folder
+from gspo_mm.rollout.engine import Opening, RolloutEngine, ServingEngine, opening_of
 from gspo_mm.rollout.replay import Replay
 from gspo_mm.rollout.scheduler import Scheduler
-from gspo_mm.rollout.served import check_served, served
-from gspo_mm.rollout.servers import ServerHost, host_beside_trainer, workers_beside_trainer
-from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.dist import Ranks, ranks_here
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.threads import share_of_cores
+from gspo_mm.serving.launch import workers_beside_trainer
 from gspo_mm.sync.parity import Gap, check_parity
-from gspo_mm.sync.push import WeightPush, build_push
+from gspo_mm.sync.push import WeightPush, push_of
 from gspo_mm.types import EncodedPrompt, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -58,6 +53,7 @@ class Stages:
     source: PromptSource
     held_out: list[EncodedPrompt]
     canary: list[EncodedPrompt]  # prompts with images, to check that the model sees
+    opening: Opening | None  # of the engine; None when the run is replayed
     engine: RolloutEngine | None
     scheduler: Scheduler | None  # beside servers: groups run while the trainer trains
     replay: Replay | None
@@ -65,8 +61,12 @@ class Stages:
     policy: Policy
     weights: WeightPush
     reference: Reference | None
-    host: ServerHost | None  # servers of a machine that rank 0 is not on
     sampling: SamplingParams
+
+    @property
+    def servers(self) -> ServingEngine | None:
+        """The engine, where it answers beside the training."""
+        return self.engine if isinstance(self.engine, ServingEngine) else None
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -86,8 +86,8 @@ class Stages:
         self.weights.close()
         if self.engine:
             self.engine.close(reason)
-        if self.host:
-            self.host.stop(reason)
+        if self.opening:
+            self.opening.close(reason)
 
 
 def build_stages(
@@ -106,11 +106,9 @@ def build_stages(
     stop = stop or StopRequest()
     stop.obey(ranks, "before the model was loaded")
     logger.info("loading %s", config.model.path)
-    check_served(config)
     set_threads(config)
-    if ranks.main and config.rollout.engine == "sglang":
-        # at once: a server elsewhere may stop for good while the model is loaded here, and that has to be told
-        forget_ended(servers_folder(config.run.path))
+    with ranks.together():
+        opening = None if config.rollout.replay else opening_of(config, stop, main=ranks.main)
     torch.manual_seed(config.run.seed)
     reward = load_rewards(config.reward, config.data.reward_files())
     with ranks.together():
@@ -128,34 +126,28 @@ def build_stages(
     stop.obey(ranks, "when the model was loaded")
     held_out: list[EncodedPrompt] = []
     canary: list[EncodedPrompt] = []
-    engine: RolloutEngine | None = None
-    scheduler: Scheduler | None = None
     with ranks.together():
-        host = build_host(config, ranks)
-    with ranks.together():
-        if host:
-            host.start()
         if ranks.main:
             held_out = held_out_prompts(config, processor, reward, quarantine(config, "validation"))
             source.hold_out(held_out)
             canary = canary_prompts(config, processor, held_out)
-            engine = None if config.rollout.replay else build_engine(config, processor, stop)
-        if isinstance(engine, SGLangEngine):
-            scheduler = build_scheduler(config, engine, source, reward)
+        engine = opening.open(processor) if opening else None
     return Stages(
         ranks=ranks,
         processor=processor,
         source=source,
         held_out=held_out,
         canary=ranks.from_main(canary),
+        opening=opening,
         engine=engine,
-        scheduler=scheduler,
+        scheduler=build_scheduler(config, engine, source, reward)
+        if isinstance(engine, ServingEngine)
+        else None,
         replay=open_replay(config.rollout.replay) if config.rollout.replay else None,
         reward=reward,
         policy=policy,
-        weights=build_push(config, policy, engine),
+        weights=push_of(config)(config, policy, engine),
         reference=Reference(policy) if config.loss.kl_coef else None,
-        host=host,
         sampling=SamplingParams(**config.rollout.sampling.model_dump()),
     )
 
@@ -177,34 +169,9 @@ def training_prompts(
     return source
 
 
-def build_engine(config: Config, processor: Processor, stop: StopRequest | None = None) -> RolloutEngine:
-    if config.rollout.engine == "sglang":
-        from transformers import AutoConfig
-
-        check_served(config)
-        text: Any = AutoConfig.from_pretrained(config.model.path).get_text_config()
-        return SGLangEngine(served(config), processor, vocab_size=text.vocab_size, stop=stop)
-    return EmbeddedEngine(
-        config.model.path, processor, dtype=DTYPES[config.policy.dtype], max_batch=config.rollout.max_batch
-    )
-
-
-def build_host(config: Config, ranks: Ranks) -> ServerHost | None:
-    """With rollout.sglang.start=beside, on the first rank of each machine but rank 0's, whose engine starts its own."""
-    rollout = config.rollout
-    if (
-        rollout.engine != "sglang"
-        or rollout.replay
-        or rollout.sglang.urls
-        or rollout.sglang.start != "beside"
-    ):
-        return None
-    if ranks.main or os.environ.get("LOCAL_RANK", "0") != "0":
-        return None
-    return host_beside_trainer(served(config), servers_folder(config.run.path))
-
-
-def build_scheduler(config: Config, engine: SGLangEngine, source: PromptSource, reward: Rewards) -> Scheduler:
+def build_scheduler(
+    config: Config, engine: ServingEngine, source: PromptSource, reward: Rewards
+) -> Scheduler:
     return Scheduler(
         config.rollout,
         source,
@@ -217,14 +184,13 @@ def build_scheduler(config: Config, engine: SGLangEngine, source: PromptSource, 
 
 def check_servers(config: Config, stages: Stages) -> Mapping[str, Gap]:
     """The parity preflight on the canary prompts and on training prompts with odd pictures: `check_parity`."""
-    assert stages.engine is None or isinstance(stages.engine, SGLangEngine)
     prompts = stages.canary
     with stages.ranks.together():
-        if stages.engine:
+        if stages.servers:
             prompts = [*prompts, *odd_prompts(config, stages.processor)]
     return check_parity(
         stages.policy,
-        stages.engine,
+        stages.servers,
         stages.processor,
         prompts,
         threshold=config.rollout.sglang.max_logprob_gap,

@@ -29,7 +29,6 @@ from gspo_mm.policy.update import share_out, update_policy
 from gspo_mm.reward.sources import check_failures
 from gspo_mm.rollout.engine import sample_groups
 from gspo_mm.rollout.scheduler import Pause, staleness_metrics
-from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.stages import Stages, check_servers
@@ -54,9 +53,10 @@ class Gspo(Training):
         super().__init__(config, run, stages, stack)
         self.next_group = 0
         self.dead_steps = DeadStepGuard(config.advantage.max_dead_steps)
-        has_servers = config.rollout.engine == "sglang" and not config.rollout.replay
         self.gap_watch = (
-            GapWatch(config, stages.policy, stages.engine, stages.processor) if has_servers else None
+            GapWatch(config, stages.policy, stages.servers, stages.processor)
+            if config.rollout.serves
+            else None
         )
         self.under_way = False  # whether a batch was taken since the last step was done
 
@@ -190,19 +190,17 @@ class Gspo(Training):
 
     def staleness(self, groups: list[RolloutGroup]) -> dict[str, float]:
         """How old the tokens were when they were trained on, and what else scheduler and servers did."""
-        scheduler, engine = self.stages.scheduler, self.stages.engine
-        if scheduler is None:
+        scheduler, servers = self.stages.scheduler, self.stages.servers
+        if scheduler is None or servers is None:
             return {}
-        assert isinstance(engine, SGLangEngine)
-        return staleness_metrics(groups, self.step - 1) | scheduler.take_counts() | engine.take_counts()
+        return staleness_metrics(groups, self.step - 1) | scheduler.take_counts() | servers.take_counts()
 
     def write_line(self, metrics: dict[str, float], work: Work, groups: list[RolloutGroup]) -> None:
         """The step's line of metrics.jsonl."""
-        engine = self.stages.engine
         times = self.phases.take()
-        if isinstance(engine, SGLangEngine):
+        if self.stages.servers:
             metrics["busy/trainer"] = 1 - times.get("time/rollout", 0.0) / times["time/step"]
-            metrics["busy/servers"] = engine.busy.take()
+            metrics["busy/servers"] = self.stages.servers.take_busy()
         peak = peak_flops(fp8=self.config.policy.fp8.recipe is not None)
         self.record(
             {
@@ -249,8 +247,8 @@ class Gspo(Training):
         times = self.phases.take()
         if metrics and self.metrics:
             self.metrics.amend(self.step, {**metrics, **times})
-        if isinstance(self.stages.engine, SGLangEngine):
-            self.stages.engine.busy.take()
+        if self.stages.servers:
+            self.stages.servers.take_busy()
 
     def step_is_done(self) -> None:
         super().step_is_done()

@@ -8,20 +8,22 @@ from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.evaluate import evaluate
 from gspo_mm.reward.sources import load_rewards
-from gspo_mm.rollout.registry import forget_ended, servers_folder
-from gspo_mm.stages import build_engine, held_out_prompts, set_threads
-from gspo_mm.sync.push import serve_folder
+from gspo_mm.rollout.engine import opening_of
+from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.stages import held_out_prompts, set_threads
+from gspo_mm.sync.push import push_of
 
 
 def evaluate_folder(config: Config) -> dict[str, float]:
     """Evaluate the model in `config.model.path` on `config.data.validation`, without a policy."""
     set_threads(config)
-    if config.rollout.engine == "sglang":
-        forget_ended(servers_folder(config.run.path))
+    opening = opening_of(config, StopRequest(), main=True)
     processor = Processor(config.model.path, config.data)
     rewards = load_rewards(config.reward, config.data.reward_files())
-    with closing(build_engine(config, processor)) as engine, closing(rewards):
-        serve_folder(engine, config)
+    engine = opening.open(processor)
+    assert engine
+    with closing(engine), closing(rewards):
+        push_of(config).serve_folder(config, engine)
         metrics, _ = evaluate(
             engine,
             held_out_prompts(config, processor, rewards),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gspo_mm.config.base import NonNegative, Positive, Section
+from gspo_mm.config.engines import ENGINES
 from gspo_mm.config.server_options import refuse_options
 
 
@@ -125,8 +126,14 @@ class SGLangConfig(Section):
         return self
 
 
+def _known_engine(name: str) -> str:
+    if name not in ENGINES:
+        raise ValueError(f"rollout.engine={name} is none of {', '.join(ENGINES)}; use one of them")
+    return name
+
+
 class RolloutConfig(Section):
-    engine: Literal["embedded", "sglang"] = Field(
+    engine: Annotated[str, AfterValidator(_known_engine)] = Field(
         default="embedded", description="embedded: transformers, in this process; sglang: servers"
     )
     prompts_per_step: Positive = Field(default=16, description="groups sampled for one step")
@@ -161,6 +168,11 @@ class RolloutConfig(Section):
     )
 
     @property
+    def serves(self) -> bool:
+        """Whether servers answer beside the training."""
+        return ENGINES[self.engine].serves and self.replay is None
+
+    @property
     def keeps_cache(self) -> bool:
         """Whether servers go on from keys and values of the old weights when new ones come."""
         return self.on_update == "in_place"
@@ -185,12 +197,12 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _engine_can(self) -> RolloutConfig:
-        if self.engine == "embedded":
-            if self.sglang.fp8:
-                raise ValueError(
-                    "rollout.sglang.fp8=true with rollout.engine=embedded: only servers hold weights in FP8; set "
-                    "rollout.engine=sglang, or rollout.sglang.fp8=false"
-                )
+        if self.sglang.fp8 and self.engine != "sglang":
+            raise ValueError(
+                f"rollout.sglang.fp8=true with rollout.engine={self.engine}: only servers hold weights in FP8; set "
+                "rollout.engine=sglang, or rollout.sglang.fp8=false"
+            )
+        if not ENGINES[self.engine].serves:
             for name, off in (("max_staleness", 0), ("oversample", 1.0), ("drop_dead_groups", False)):
                 if getattr(self, name) != off:
                     raise ValueError(

@@ -26,7 +26,7 @@ from typing import Any
 from pebble import CONSTS, ProcessExpired, ProcessPool
 
 from gspo_mm.reward.spec import Judged, RewardFunction, RewardSpec
-from gspo_mm.runtime.guard import FOR_THE_TRAINER, die_with_parent
+from gspo_mm.runtime.parent import FOR_THE_TRAINER, die_with_parent
 from gspo_mm.types import Completion, EncodedImage, GspoError, Prompt, Turn
 
 

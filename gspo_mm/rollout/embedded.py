@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
+from gspo_mm.config import Config
+from gspo_mm.data.processor import Processor
+from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.types import Completion, EncodedPrompt, Finish, SamplingParams
 
 # legend: Q prompts of a chunk, B = Q*G rows being decoded, P padded prompt length, V vocabulary
@@ -27,6 +30,23 @@ class TokenSide(Protocol):
     def decode(self, token_ids: Iterable[int]) -> str: ...
 
 
+class EmbeddedOpening:
+    """Opening of the embedded engine: nothing is to be done ahead."""
+
+    def __init__(self, config: Config, stop: StopRequest, *, main: bool) -> None:
+        self._config, self._main = config, main
+
+    def open(self, processor: Processor) -> EmbeddedEngine | None:
+        if not self._main:
+            return None
+        dtype = getattr(torch, self._config.policy.dtype)
+        max_batch = self._config.rollout.max_batch
+        return EmbeddedEngine(self._config.model.path, processor, dtype=dtype, max_batch=max_batch)
+
+    def close(self, reason: str) -> None:
+        """Nothing: the engine's memory goes with it."""
+
+
 class EmbeddedEngine:
     """RolloutEngine over `AutoModelForImageTextToText`; the architecture comes from a Hugging Face folder.
 
@@ -40,7 +60,7 @@ class EmbeddedEngine:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(), device:
             model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-        self._model = model.eval().requires_grad_(False)
+        self._model: Any = model.eval().requires_grad_(False)
         if device.type == "cpu" and hasattr(model, "set_experts_implementation"):
             self._model.set_experts_implementation("eager")
         self._parameters = dict(model.named_parameters())
@@ -86,8 +106,7 @@ class EmbeddedEngine:
         return answers
 
     def close(self, reason: str = "") -> None:
-        self._parameters = {}
-        del self._model
+        self._parameters, self._model = {}, None
 
     @torch.inference_mode()
     def _generate_chunk(

@@ -1,15 +1,24 @@
-"""What a rollout engine is, and the stage that turns prompts into groups with one."""
+"""What a rollout engine is, and the stage that turns prompts into groups with one.
+
+An engine is three things, and a line in `config/engines.py`: an `Opening` and a `RolloutEngine` in this package, and
+in `sync/` a `WeightPush` that brings it the policy's weights. Whoever calls them knows no more than what stands here.
+"""
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from itertools import count
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from gspo_mm.config import Config
+from gspo_mm.config.engines import ENGINES
+from gspo_mm.data.processor import Processor
+from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.types import Completion, EncodedPrompt, RolloutGroup, SamplingParams
 
 
 class RolloutEngine(Protocol):
-    """Samples answers with a copy of the policy's weights, which `sync/` brings: `EmbeddedEngine`, `SGLangEngine`."""
+    """Samples answers with a copy of the policy's weights, which `sync/` brings."""
 
     @property
     def version(self) -> int:
@@ -23,8 +32,56 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self, reason: str = "the run has ended") -> None:
-        """Free memory, stop servers; `reason` is told to those that run elsewhere."""
+        """Free memory, stop servers; `reason` is told to those that run elsewhere. May be called again."""
         ...
+
+
+@runtime_checkable
+class ServingEngine(RolloutEngine, Protocol):
+    """An engine of servers, which answer while the policy trains: what `Scheduler` and the comparisons need of it."""
+
+    def start(
+        self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams
+    ) -> Future[list[Completion]]:
+        """Begin to sample one group; cancelling the future gives it up on the server as well."""
+        ...
+
+    def wants_weights(self) -> bool:
+        """Whether a server came back and waits for the current weights."""
+        ...
+
+    def logprobs_of(self, prompt: EncodedPrompt, *, tokens: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """A greedy answer of at most `tokens`, and the log-probs of all tokens but the prompt's first, in nats."""
+        ...
+
+    def take_busy(self) -> float:
+        """Share of the time since the last call during which servers had something to answer."""
+        ...
+
+    def take_counts(self) -> dict[str, float]:
+        """What is to be counted in metrics, since the last call: see `observe/metrics.py`, rollout/*."""
+        ...
+
+
+class Opening(Protocol):
+    """One rank's part in opening an engine. Made before the model is loaded: what cannot work is told at once."""
+
+    def __init__(self, config: Config, stop: StopRequest, *, main: bool) -> None:
+        """`main`: on rank 0, which will have the engine. Raises a GspoError naming what a user can mend."""
+        ...
+
+    def open(self, processor: Processor) -> RolloutEngine | None:
+        """When the model is loaded, on every rank: the engine on rank 0, which samples only after a first push."""
+        ...
+
+    def close(self, reason: str) -> None:
+        """End what `open` began, with the engine."""
+        ...
+
+
+def opening_of(config: Config, stop: StopRequest, *, main: bool) -> Opening:
+    """The opening of `rollout.engine`."""
+    return ENGINES[config.rollout.engine].opening()(config, stop, main=main)
 
 
 def sample_groups(

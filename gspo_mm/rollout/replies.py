@@ -21,7 +21,7 @@ from typing import Any
 
 import orjson
 
-from gspo_mm.runtime.guard import end_only_with_parent
+from gspo_mm.runtime.parent import end_only_with_parent
 from gspo_mm.types import Finish
 
 logger = logging.getLogger(__name__)

@@ -36,8 +36,9 @@ from threading import Event
 from typing import Any, Protocol
 
 from gspo_mm.config import RolloutConfig
+from gspo_mm.rollout.engine import ServingEngine
 from gspo_mm.rollout.saved import decode_answers, encode_answers
-from gspo_mm.rollout.servers import ServerError
+from gspo_mm.serving.server import ServerError
 from gspo_mm.types import Completion, EncodedPrompt, RolloutGroup, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -54,18 +55,6 @@ class Source(Protocol):
     def take(self, count: int) -> list[EncodedPrompt]: ...
     def state(self) -> Cursor: ...
     def load(self, state: Cursor) -> None: ...
-
-
-class Sampler(Protocol):
-    """What the scheduler needs of `SGLangEngine`."""
-
-    def start(
-        self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams
-    ) -> Future[list[Completion]]: ...
-
-    def wants_weights(self) -> bool:
-        """Whether a server came back and waits for the current weights."""
-        ...
 
 
 class Pause(Enum):
@@ -126,7 +115,7 @@ class Scheduler:
         self,
         config: RolloutConfig,
         source: Source,
-        sampler: Sampler,
+        engine: ServingEngine,
         score: Callable[[RolloutGroup], Future[RolloutGroup]],
         is_dead: Callable[[RolloutGroup], bool],
         sampling: SamplingParams,
@@ -134,7 +123,7 @@ class Scheduler:
         self._config = config
         self._batch = config.prompts_per_step
         self._source = source
-        self._sampler = sampler
+        self._engine = engine
         self._score = score
         self._is_dead = is_dead
         self._sampling = sampling
@@ -160,7 +149,7 @@ class Scheduler:
         while (settled := self._settle(version)) is None:
             if stopping():
                 return Pause.STOP
-            if self._sampler.wants_weights():
+            if self._engine.wants_weights():
                 return Pause.WEIGHTS
             with suppress(queue.Empty):
                 self._finish(self._arrived.get(timeout=_POLL))
@@ -192,7 +181,7 @@ class Scheduler:
         """
         for group in self._open:
             while not group.arrived.wait(_POLL):
-                if stopping() or self._sampler.wants_weights():
+                if stopping() or self._engine.wants_weights():
                     return
 
     def take_counts(self) -> dict[str, float]:
@@ -255,7 +244,7 @@ class Scheduler:
         while len(self._open) < count:
             group = self._waiting.pop(0) if self._waiting else self._take()
             group.version = version
-            group.future = self._sampler.start(group.prompt, self._config.group_size, self._sampling)
+            group.future = self._engine.start(group.prompt, self._config.group_size, self._sampling)
             group.future.add_done_callback(lambda answers, group=group: self._answered(group, answers))
             self._open.append(group)
 
@@ -274,7 +263,7 @@ class Scheduler:
         return group
 
     def _answered(self, group: _Group, answers: Future[list[Completion]]) -> None:
-        """Have the answers scored at once: this is called by the sampler's thread, while the trainer may train."""
+        """Have the answers scored at once: this is called by the engine's thread, while the trainer may train."""
         if answers.cancelled():
             return
         if answers.exception():

@@ -22,15 +22,17 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from gspo_mm.config import Config
 from gspo_mm.data.pictures import as_png
-from gspo_mm.rollout.fleet import Fleet
-from gspo_mm.rollout.inspection import inspect_servers
-from gspo_mm.rollout.registry import Registration, bearer
+from gspo_mm.data.processor import Processor
 from gspo_mm.rollout.replies import ReplyError, ReplyReader, check, versions_of
-from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.background import Background
 from gspo_mm.runtime.phases import Busy
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed
+from gspo_mm.serving.fleet import Fleet
+from gspo_mm.serving.host import ServerHost, host_of_other_machine
+from gspo_mm.serving.inspection import inspect_servers
+from gspo_mm.serving.served import check_served, served
+from gspo_mm.serving.server import ServerError, bearer
 from gspo_mm.types import Completion, EncodedImage, EncodedPrompt, Finish, GspoError, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -61,28 +63,54 @@ class TokenSide(Protocol):
     def decode(self, token_ids: Iterable[int]) -> str: ...
 
 
+class SGLangOpening:
+    """Opening of servers: on rank 0 the fleet, on another machine of the trainer those that it starts there."""
+
+    def __init__(self, config: Config, stop: StopRequest, *, main: bool) -> None:
+        check_served(config)
+        self._config = config
+        self._fleet: Fleet | None = None
+        self._host: ServerHost | None = None
+        if main:
+            self._fleet = Fleet(served(config), stop)
+        else:
+            self._host = host_of_other_machine(config)
+
+    def open(self, processor: Processor) -> SGLangEngine | None:
+        if self._host:
+            self._host.start()
+        if self._fleet is None:
+            return None
+        return SGLangEngine(
+            self._config, processor, self._fleet, vocab_size=vocab_size(self._config.model.path)
+        )
+
+    def close(self, reason: str) -> None:
+        if self._host:
+            self._host.stop(reason)
+
+
 class SGLangEngine:
-    """RolloutEngine over the run's fleet of servers; `sync/` brings them the weights."""
+    """ServingEngine over the run's fleet of servers; `sync/` brings them the weights."""
 
     def __init__(
         self,
         config: Config,
         processor: TokenSide,
+        fleet: Fleet,
         *,
         vocab_size: int | None = None,
-        stop: StopRequest | None = None,
     ) -> None:
         """Starts the servers, or finds them, and waits until they are ready. Raises ServerError when they do not come.
 
-        `vocab_size`: rows of the model's embeddings; None: token ids of answers are not compared with it. `stop` ends the
-        wait, and later ones for servers that are lost.
+        `vocab_size`: rows of the model's embeddings; None: token ids of answers are not compared with it.
         """
         self._processor = processor
         self._vocab_size = vocab_size
         self._deadline = config.rollout.sglang.request_timeout
         # by priority: evaluation does not queue behind what is sampled for training
         self._slots = [asyncio.Semaphore(config.rollout.max_in_flight) for _ in range(2)]
-        self.busy = Busy()  # while servers have something to answer
+        self._busy = Busy()  # while servers have something to answer
         self._background = Background("rollouts")
         self._replies = ReplyReader()
         self._again = 0  # requests sent again
@@ -92,11 +120,11 @@ class SGLangEngine:
             timeout=httpx.Timeout(None, connect=10.0), limits=httpx.Limits(max_connections=None)
         )
         self._seed, self._sampled = config.run.seed, 0
-        self.fleet = Fleet(config, stop)
+        self.fleet = fleet
         try:
             self.run(self.fleet.open())
             # servers that draw by the seeds of requests alone give all samples of one seed the same answer
-            self._seeded: bool = self.run(inspect_servers(self._client, self.fleet.up(), config))
+            self._seeded = inspect_servers(self.fleet.up(), config)
         except BaseException:
             self.close("servers did not come up")
             raise
@@ -131,12 +159,29 @@ class SGLangEngine:
     def start(
         self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams
     ) -> Future[list[Completion]]:
-        """Begin to sample one group; cancelling the future gives it up on the server as well."""
+        """See ServingEngine."""
         return self._background.start(self.sample(prompt, group_size, sampling))
 
     def wants_weights(self) -> bool:
-        """Whether a server came back and waits for the current weights."""
+        """See ServingEngine."""
         return bool(self.fleet.stale())
+
+    def logprobs_of(self, prompt: EncodedPrompt, *, tokens: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """See ServingEngine. Raises PromptMismatchError like `sample`."""
+        sampling = SamplingParams(temperature=0.0, max_new_tokens=tokens)
+        request = request_of(prompt, self._processor, sampling, 1) | {
+            "logprob_start_len": 0,
+            "extra_key": f"parity {self.version}",  # no prefix from a cache that older weights filled
+        }
+        (reply,) = self.run(self.ask(request))
+        check_prompt(reply, prompt)
+        meta: dict[str, Any] = reply["meta_info"]
+        of_prompt = (entry[0] for entry in meta["input_token_logprobs"][1:])
+        return tuple(reply["output_ids"]), (*of_prompt, *meta["output_token_logprobs"])
+
+    def take_busy(self) -> float:
+        """See ServingEngine."""
+        return self._busy.take()
 
     def take_counts(self) -> dict[str, float]:
         """Requests sent again since the last call, and the fleet's counts."""
@@ -148,7 +193,7 @@ class SGLangEngine:
     ) -> list[Completion]:
         """One group. Raises PromptMismatchError, or ServerError past rollout.sglang.request_timeout."""
         async with self._slots[priority]:
-            with self.busy:
+            with self._busy:
                 # pictures are decoded and encoded there, which must not hold up the loop
                 request = await asyncio.to_thread(request_of, prompt, self._processor, sampling, group_size)
                 # `extra_key`: prefixes are shared only with prompts of the same weights. A server that keeps answers under
@@ -172,30 +217,6 @@ class SGLangEngine:
             with attempt:
                 return await self._post(request)
         raise AssertionError
-
-    async def control(
-        self, server: Registration, path: str, *, timeout: float, **body: Any
-    ) -> dict[str, Any]:
-        """An administrative call to one server. Raises ServerError when it fails or is refused."""
-        headers = bearer(server.admin_key)
-        try:
-            response = await self._client.post(
-                server.url + path, json=body, headers=headers, timeout=httpx.Timeout(timeout, connect=10.0)
-            )
-        except httpx.HTTPError as error:
-            raise ServerError(f"server {server.name} failed at {path}: {error!r}") from None
-        return admitted(server, path, response)
-
-    async def control_all(
-        self, servers: list[Registration], path: str, *, timeout: float, **body: Any
-    ) -> list[dict[str, Any]]:
-        """The same call to all servers at once. Raises the first ServerError when all have answered."""
-        calls = [self.control(server, path, timeout=timeout, **body) for server in servers]
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return [result for result in results if not isinstance(result, BaseException)]
 
     def close(self, reason: str = "the run has ended") -> None:
         """End the servers that were started here. May be called again."""
@@ -274,6 +295,14 @@ class SGLangEngine:
         )
 
 
+def vocab_size(model_path: str) -> int:
+    """Rows of the model's embeddings."""
+    from transformers import AutoConfig
+
+    text: Any = AutoConfig.from_pretrained(model_path).get_text_config()
+    return text.vocab_size
+
+
 def request_of(
     prompt: EncodedPrompt, processor: TokenSide, sampling: SamplingParams, group_size: int
 ) -> dict[str, Any]:
@@ -334,22 +363,6 @@ def check_prompt(reply: dict[str, Any], prompt: EncodedPrompt) -> None:
     )
 
 
-def admitted(server: Registration, path: str, response: httpx.Response) -> dict[str, Any]:
-    """What a server answered to an administrative call. Raises ServerError when it refused."""
-    said = _json(response)
-    if response.status_code != 200 or said.get("success") is False:
-        raise ServerError(f"server {server.name} refused {path}: {response.status_code} {said}")
-    return said
-
-
 def _first(faults: BaseExceptionGroup[GspoError]) -> GspoError:
     error = faults.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
-
-def _json(response: httpx.Response) -> dict[str, Any]:
-    try:
-        said = response.json()
-    except ValueError:
-        return {"message": response.text[:300]}
-    return said if isinstance(said, dict) else {"message": said}

@@ -6,6 +6,8 @@ import os
 import socket
 from collections.abc import Iterable
 
+LOOPBACK = "127.0.0.1"
+
 
 def machine_name() -> str:
     """Its name for people: Slurm's, where Slurm runs us."""
@@ -26,4 +28,4 @@ def address_towards(hosts: Iterable[str]) -> str:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # sends nothing: only the route is looked up
             addresses.add(probe.getsockname()[0])
-    return next((address for address in sorted(addresses) if not address.startswith("127.")), "127.0.0.1")
+    return next((address for address in sorted(addresses) if not address.startswith("127.")), LOOPBACK)

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as functional
 
 from gspo_mm.families import Entry
-from gspo_mm.rollout.registry import Registration
-from gspo_mm.rollout.served import tensor_names
-from gspo_mm.rollout.servers import ServerError
-from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.serving.admin import call_all
+from gspo_mm.serving.served import tensor_names
+from gspo_mm.serving.server import Server, ServerError
 from gspo_mm.types import GspoError
 
 _COMPARED = re.compile(r"(norm\d?|mlp\.gate|patch_embed\.proj)\.(weight|bias)$")
@@ -59,17 +58,15 @@ class Checksums:
             self.note(name, tensor)
             yield name, tensor
 
-    @staticmethod
-    async def compare(
-        engine: SGLangEngine, servers: list[Registration], sent: dict[str, str], timeout: float
-    ) -> None:
-        """Raise ServerError naming the first tensor that a server holds another value of."""
-        replies = await engine.control_all(
-            servers, "/weights_checker", timeout=timeout, action="checksum", skip_tensor_list=_LEFT_OUT
-        )
-        for server, reply in zip(servers, replies, strict=True):
-            for rank in reply["ranks"]:
-                compare_one(server.name, sent, rank["checksums"])
+
+def compare(servers: list[Server], sent: dict[str, str], *, timeout: float) -> None:
+    """Raise ServerError naming the first tensor that a server holds another value of than was `sent`."""
+    replies = call_all(
+        servers, "/weights_checker", timeout=timeout, action="checksum", skip_tensor_list=_LEFT_OUT
+    )
+    for server, reply in zip(servers, replies, strict=True):
+        for rank in reply["ranks"]:
+            compare_one(server.name, sent, rank["checksums"])
 
 
 def check_complete(weight_map: list[Entry], sent: Iterable[str]) -> None:

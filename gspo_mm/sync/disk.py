@@ -15,9 +15,9 @@ import torch
 from gspo_mm.config import Config
 from gspo_mm.families.write import write_hf
 from gspo_mm.policy.engine import Policy
-from gspo_mm.rollout.registry import Registration
-from gspo_mm.rollout.served import served_template
-from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.serving.admin import call_all
+from gspo_mm.serving.served import served_template
+from gspo_mm.serving.server import Server
 from gspo_mm.sync.buckets import MIB
 from gspo_mm.sync.checksums import Checksums
 from gspo_mm.sync.quantize import on_the_way
@@ -26,23 +26,22 @@ from gspo_mm.sync.quantize import on_the_way
 class DiskSender:
     """Sender through `sync.folder`."""
 
-    def __init__(self, config: Config, policy: Policy, engine: SGLangEngine | None) -> None:
+    def __init__(self, config: Config, policy: Policy) -> None:
         self._policy = policy
-        self._engine = engine
         self._config = config
         self._on_the_way = on_the_way(config)
         self._folder = exchange_folder(config)
         self._template: Path | None = None  # made with the first push
 
-    def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
+    def send(self, servers: list[Server], *, version: int, checksums: Checksums) -> None:
         path = self._folder / f"v{version}"
         tensors = self._policy.weights.export(experts_apart=True)
         if self._policy.ranks.main:
             tensors = checksums.noted(self._on_the_way(tensors))
         self._policy.ranks.stream_to_main(tensors, lambda sent: self._write(path, sent))
         with self._policy.ranks.together():
-            if self._engine:
-                self._engine.run(load_folder(self._engine, servers, path, self._config, version=version))
+            if self._policy.ranks.main:
+                load_folder(servers, path, self._config, version=version)
                 for old in self._folder.iterdir():
                     if old != path:
                         shutil.rmtree(old, ignore_errors=True)
@@ -71,11 +70,9 @@ def write_served(
     write_hf(path, template, tensors, durable=False, shard_bytes=bucket_mb * MIB // 2)
 
 
-async def load_folder(
-    engine: SGLangEngine, servers: list[Registration], path: Path, config: Config, *, version: int
-) -> None:
+def load_folder(servers: list[Server], path: Path, config: Config, *, version: int) -> None:
     """Let servers read a Hugging Face folder. Raises ServerError."""
-    await engine.control_all(
+    call_all(
         servers,
         "/update_weights_from_disk",
         timeout=config.sync.timeout,

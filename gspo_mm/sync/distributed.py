@@ -14,10 +14,10 @@ import torch
 
 from gspo_mm.config import Config
 from gspo_mm.policy.engine import Policy
-from gspo_mm.rollout.registry import Registration
 from gspo_mm.runtime.dist import device
+from gspo_mm.serving.admin import Calls, begin_update, end_update
+from gspo_mm.serving.server import Server
 from gspo_mm.sync.buckets import MIB, Buffers
-from gspo_mm.sync.calls import Calls, begin_update, end_update
 from gspo_mm.sync.checksums import Checksums
 from gspo_mm.sync.group import UpdateGroup, connect
 from gspo_mm.sync.quantize import on_the_way
@@ -37,7 +37,7 @@ class DistributedSender:
         self._group: UpdateGroup | None = None  # of this rank, if it is a sender
         self._members: list[str] = []  # generations of the servers in it
 
-    def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
+    def send(self, servers: list[Server], *, version: int, checksums: Checksums) -> None:
         members = [server.generation for server in servers]
         if members != self._members:
             self._leave()

@@ -24,11 +24,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from gspo_mm.rollout.registry import Registration
-from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.net import address_towards
+from gspo_mm.serving.admin import Calls, answers
+from gspo_mm.serving.server import Server, ServerError
 from gspo_mm.sync.buckets import Bucket
-from gspo_mm.sync.calls import Calls, answers
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ _FAREWELL = 5.0  # seconds that servers have to leave a group
 class UpdateGroup:
     """Made by `connect`; `close` it."""
 
-    def __init__(self, name: str, group: dist.ProcessGroup, servers: list[Registration]) -> None:
+    def __init__(self, name: str, group: dist.ProcessGroup, servers: list[Server]) -> None:
         self._name = name
         self._group: Any = group
         self._servers = servers

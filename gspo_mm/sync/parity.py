@@ -19,8 +19,8 @@ import torch
 from gspo_mm.batch import Pixels, answered, pack
 from gspo_mm.data.odd import describe
 from gspo_mm.policy.engine import Policy
-from gspo_mm.rollout.sglang import SGLangEngine, check_prompt, request_of
-from gspo_mm.types import EncodedPrompt, GspoError, MicroBatch, Prompt, SamplingParams, TrainSequence
+from gspo_mm.rollout.engine import ServingEngine
+from gspo_mm.types import EncodedPrompt, GspoError, MicroBatch, Prompt, TrainSequence
 
 _RESPONSE_TOKENS = 16
 _STANDS_OUT = 4.0  # times the mean gap of text: what one picture's tokens differ by is then not rounding
@@ -84,7 +84,7 @@ class _Answered:
 
 def check_parity(
     policy: Policy,
-    engine: SGLangEngine | None,
+    engine: ServingEngine | None,
     processor: PromptEncoder,
     prompts: list[EncodedPrompt],
     *,
@@ -100,7 +100,7 @@ def check_parity(
     with policy.ranks.together():
         if engine:
             prompts = [*prompts, *(_without_images(prompt, processor) for prompt in prompts)]
-            asked = [engine.run(_ask(engine, prompt, processor)) for prompt in prompts]
+            asked = [_ask(engine, prompt) for prompt in prompts]
     asked = policy.ranks.from_main(asked)
     places = [_places(each.sequence, processor.image_token_id) for each in asked]
     batches = [
@@ -174,21 +174,9 @@ def table(gaps: Mapping[str, Gap]) -> str:
     return "\n".join(rows)
 
 
-async def _ask(engine: SGLangEngine, prompt: EncodedPrompt, processor: PromptEncoder) -> _Answered:
-    sampling = SamplingParams(temperature=0.0, max_new_tokens=_RESPONSE_TOKENS)
-    request = request_of(prompt, processor, sampling, 1) | {
-        "logprob_start_len": 0,
-        "extra_key": f"parity {engine.version}",  # no prefix from a cache that older weights filled
-    }
-    (reply,) = await engine.ask(request)
-    check_prompt(reply, prompt)
-    meta: dict[str, Any] = reply["meta_info"]
-    of_prompt = [entry[0] for entry in meta["input_token_logprobs"][1:]]
-    return _Answered(
-        prompt=prompt.prompt,
-        sequence=answered(prompt, reply["output_ids"]),
-        logprobs=(*of_prompt, *meta["output_token_logprobs"]),
-    )
+def _ask(engine: ServingEngine, prompt: EncodedPrompt) -> _Answered:
+    token_ids, logprobs = engine.logprobs_of(prompt, tokens=_RESPONSE_TOKENS)
+    return _Answered(prompt=prompt.prompt, sequence=answered(prompt, token_ids), logprobs=logprobs)
 
 
 def _compared(batch: MicroBatch, places: list[str | None]) -> MicroBatch:

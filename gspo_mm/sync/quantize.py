@@ -19,10 +19,9 @@ import torch.nn.functional as functional
 from gspo_mm.config import Config
 from gspo_mm.families import Family, family_of
 from gspo_mm.families.base import StackExperts
-from gspo_mm.rollout.registry import Registration
-from gspo_mm.rollout.served import BLOCK, SCALE, quantized_names, weight_map
-from gspo_mm.rollout.servers import ServerError
-from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.serving.admin import call_all
+from gspo_mm.serving.served import BLOCK, SCALE, quantized_names, weight_map
+from gspo_mm.serving.server import Server, ServerError
 
 FP8 = torch.float8_e4m3fn
 
@@ -86,21 +85,12 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return whole[:rows, :columns].to(FP8).contiguous(), 1.0 / factors
 
 
-async def audit(
-    engine: SGLangEngine,
-    servers: list[Registration],
-    layers: Layers,
-    sent: Collection[str],
-    *,
-    timeout: float,
-) -> None:
+def audit(servers: list[Server], layers: Layers, sent: Collection[str], *, timeout: float) -> None:
     """Raise ServerError unless every server holds in FP8 the layers that were sent so, and no other.
 
     `sent`: Hugging Face's names of all tensors that were sent, scales included.
     """
-    replies = await engine.control_all(
-        servers, "/weights_checker", timeout=timeout, action="checksum", skip_tensor_list=[""]
-    )
+    replies = call_all(servers, "/weights_checker", timeout=timeout, action="checksum", skip_tensor_list=[""])
     for server, reply in zip(servers, replies, strict=True):
         for rank in reply["ranks"]:
             audit_one(server.name, layers, sent, rank["checksums"].keys())

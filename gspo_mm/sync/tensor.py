@@ -27,11 +27,10 @@ import torch.multiprocessing  # teaches ForkingPickler about tensors
 
 from gspo_mm.config import Config
 from gspo_mm.policy.engine import Policy
-from gspo_mm.rollout.registry import Registration
-from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.dist import device
+from gspo_mm.serving.admin import Calls, answers, begin_update, end_update
+from gspo_mm.serving.server import Server, ServerError
 from gspo_mm.sync.buckets import MIB, Bucket, Buffers
-from gspo_mm.sync.calls import Calls, answers, begin_update, end_update
 from gspo_mm.sync.checksums import Checksums
 from gspo_mm.sync.quantize import on_the_way
 
@@ -51,7 +50,7 @@ class TensorSender:
         self._by_value = device().type == "cpu"
         self._gpus = self._ranks.gather((socket.gethostname(), device().index))  # of all ranks
 
-    def send(self, servers: list[Registration], *, version: int, checksums: Checksums) -> None:
+    def send(self, servers: list[Server], *, version: int, checksums: Checksums) -> None:
         tensors = self._on_the_way(self._policy.weights.export(experts_apart=True))
         if self._ranks.main:  # on the others are the same ones
             tensors = checksums.noted(tensors)
@@ -86,7 +85,7 @@ class TensorSender:
         with self._ranks.together():
             answers(under_way)
 
-    def _requests(self, bucket: Bucket, servers: list[Registration]) -> list[Body]:
+    def _requests(self, bucket: Bucket, servers: list[Server]) -> list[Body]:
         """One body for each server, on rank 0; empty elsewhere."""
         if self._by_value:
             return (
@@ -97,7 +96,7 @@ class TensorSender:
         with self._ranks.together():
             return [Body([handles[rank] for rank in self._sharing(server)]) for server in servers]
 
-    def _sharing(self, server: Registration) -> list[int]:
+    def _sharing(self, server: Server) -> list[int]:
         """The ranks on the GPUs of a server's workers, in the workers' order."""
         gpus = [(server.machine, server.first_gpu + worker) for worker in range(server.workers)]
         for machine, gpu in gpus:

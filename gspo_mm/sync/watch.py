@@ -26,8 +26,7 @@ from gspo_mm.batch.packing import sequence_name
 from gspo_mm.config import Config
 from gspo_mm.data.odd import describe
 from gspo_mm.policy.engine import Policy
-from gspo_mm.rollout.engine import RolloutEngine
-from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.rollout.engine import ServingEngine
 from gspo_mm.sync.parity import ParityError, PromptEncoder, check_parity
 from gspo_mm.types import Prompt, RolloutGroup
 
@@ -41,10 +40,9 @@ class GapWatch:
     """A run's watch; see the top of this file. Nothing of it is kept in checkpoints."""
 
     def __init__(
-        self, config: Config, policy: Policy, engine: RolloutEngine | None, processor: PromptEncoder
+        self, config: Config, policy: Policy, engine: ServingEngine | None, processor: PromptEncoder
     ) -> None:
         """Rank 0 has the engine, which has servers."""
-        assert engine is None or isinstance(engine, SGLangEngine)
         self._policy, self._engine, self._processor = policy, engine, processor
         self._bound = config.rollout.sglang.max_logprob_gap
         self._hard_bound = config.rollout.sglang.max_group_gap

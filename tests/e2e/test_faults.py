@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from gspo_mm.cli import app
 from gspo_mm.families import HfFolderError
 from gspo_mm.observe.metrics import read_metrics
-from gspo_mm.rollout.registry import Registration, register, registered, servers_folder
+from gspo_mm.serving.registry import register, registered, servers_folder
+from gspo_mm.serving.server import Server
 from tests.e2e.conftest import ROOT, gspo_mm
 from tests.waiting import eventually
 from tools import check_parity, hf_to_megatron
@@ -261,12 +262,10 @@ def test_a_server_that_stopped_for_an_earlier_run_is_no_matter_and_one_that_stop
     servers = servers_folder(tmp_path / "short")
     command = ["train", str(short_config), f"run.dir={tmp_path}", "rollout.engine=sglang"]
     with ThreadPoolExecutor() as thread:
-        register(
-            servers, Registration(name="old", generation="", state="stopped", reason="the run has ended")
-        )
+        register(servers, Server(name="old", generation="", state="stopped", reason="the run has ended"))
         told = thread.submit(failure, *command, "rollout.sglang.start=elsewhere")
         eventually(lambda: not registered(servers) or told.done(), patience=240)
-        register(servers, Registration(name="new", generation="", state="stopped", reason="has no room"))
+        register(servers, Server(name="new", generation="", state="stopped", reason="has no room"))
         assert "1 of 1 servers have stopped for good: new has no room" in told.result()
 
 

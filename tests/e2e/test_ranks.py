@@ -70,10 +70,10 @@ def test_a_fault_on_one_rank_is_told_once_and_ends_all(short_config: Path) -> No
 LOSES_SERVERS = """
 import os
 from gspo_mm import cli, harness
-from gspo_mm.rollout.servers import ServerError
-from gspo_mm.sync.push import InProcessPush
+from gspo_mm.serving.server import ServerError
+from gspo_mm.sync.embedded import EmbeddedPush
 
-push, evaluate = InProcessPush.push, harness.evaluate
+push, evaluate = EmbeddedPush.push, harness.evaluate
 
 def lose_at(moment, version):
     if f"{moment} {version}" == os.environ["LOSE_AT"]:
@@ -89,7 +89,7 @@ def losing_evaluate(engine, *arguments, **options):
     lose_at("evaluation", engine.version)
     return evaluate(engine, *arguments, **options)
 
-InProcessPush.push, harness.evaluate = losing_push, losing_evaluate
+EmbeddedPush.push, harness.evaluate = losing_push, losing_evaluate
 if __name__ == "__main__":
     cli.main()
 """

@@ -16,10 +16,11 @@ from gspo_mm.config import Config, parse_config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.policy.engine import Policy
-from gspo_mm.rollout.served import served
 from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.serving.fleet import Fleet
+from gspo_mm.serving.served import served
 from gspo_mm.sync.parity import check_parity
-from gspo_mm.sync.push import ServerPush, build_push
+from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import EncodedPrompt
 from tests.conftest import run_tool
 
@@ -62,7 +63,7 @@ def processor(config: Config) -> Processor:
 
 @pytest.fixture(scope="module")
 def engine(config: Config, processor: Processor) -> Iterator[SGLangEngine]:
-    engine = SGLangEngine(served(config), processor)
+    engine = SGLangEngine(config, processor, Fleet(served(config)))
     yield engine
     engine.close()
 
@@ -76,8 +77,7 @@ def test_an_fp8_server_answers_nearly_as_the_policy_after_each_of_three_pushes(
     config: Config, processor: Processor, engine: SGLangEngine, prompts: list[EncodedPrompt]
 ) -> None:
     policy = Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=10)
-    push = build_push(config, policy, engine)
-    assert isinstance(push, ServerPush)
+    push = SGLangPush(config, policy, engine)
     generator = torch.Generator().manual_seed(0)
     for version in (1, 2, 3):
         push.push(version=version)

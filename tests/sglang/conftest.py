@@ -12,6 +12,7 @@ from gspo_mm.config import Config, parse_config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.serving.fleet import Fleet
 from gspo_mm.types import EncodedPrompt, Prompt
 from tests.conftest import run_tool
 
@@ -90,6 +91,6 @@ def prompts(config: Config, processor: Processor) -> list[EncodedPrompt]:
 @pytest.fixture(scope="session")
 def engine(config: Config, processor: Processor) -> Iterator[SGLangEngine]:
     """Serves random weights; whoever needs known ones pushes them first."""
-    engine = SGLangEngine(config, processor)
+    engine = SGLangEngine(config, processor, Fleet(config))
     yield engine
     engine.close()

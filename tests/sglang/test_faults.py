@@ -19,7 +19,8 @@ import yaml
 from gspo_mm.config import save_config
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.observe.rollouts import list_steps, load_rollouts
-from gspo_mm.rollout.registry import Registration, registered
+from gspo_mm.serving.registry import registered
+from gspo_mm.serving.server import Server
 from tests.sglang.conftest import MakeConfig
 
 PATIENCE = 420  # seconds that anything may take before the test fails; two servers start on two busy cores
@@ -39,7 +40,7 @@ class Run:
     def log(self) -> str:
         return (self.path / "log.txt").read_text()
 
-    def up(self) -> dict[str, Registration]:
+    def up(self) -> dict[str, Server]:
         return {s.name: s for s in registered(self.path / "servers") if s.state == "up"}
 
     def wait(self, what: str, condition: Callable[[], Any]) -> None:
@@ -80,7 +81,7 @@ def run(make_config: MakeConfig, tmp_path: Path) -> Iterator[Run]:
     run.process.wait()
 
 
-def kill(server: Registration) -> None:
+def kill(server: Server) -> None:
     port = urlsplit(server.url).port
     listening = psutil.net_connections(kind="tcp")
     (pid,) = {c.pid for c in listening if c.status == "LISTEN" and c.laddr.port == port}

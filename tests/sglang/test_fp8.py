@@ -16,13 +16,14 @@ from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.families import family_of, read_hf
 from gspo_mm.policy.engine import Policy
-from gspo_mm.rollout import servers
-from gspo_mm.rollout.served import served
-from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.serving import host
+from gspo_mm.serving.fleet import Fleet
+from gspo_mm.serving.served import served
+from gspo_mm.serving.server import ServerError
 from gspo_mm.sync.checksums import checksum
-from gspo_mm.sync.push import ServerPush, build_push, serve_folder
 from gspo_mm.sync.quantize import Quantizer, quantize
+from gspo_mm.sync.sglang import SGLangPush
 from tests.conftest import run_tool
 from tests.sglang.conftest import MakeConfig
 from tests.sglang.test_push import MODES, perturb
@@ -66,16 +67,16 @@ def policy(fp8_config: Config) -> Policy:
 def fp8_engine(fp8_config: Config) -> Iterator[SGLangEngine]:
     """Never asked for its health: that samples a token, and without a GPU nothing multiplies in FP8."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(servers, "_HEALTH_EVERY", 1e9)
-        engine = SGLangEngine(served(fp8_config), Processor(fp8_config.model.path, fp8_config.data))
+        patch.setattr(host, "_HEALTH_EVERY", 1e9)
+        engine = SGLangEngine(
+            fp8_config, Processor(fp8_config.model.path, fp8_config.data), Fleet(served(fp8_config))
+        )
         yield engine
         engine.close()
 
 
-def push_of(config: Config, policy: Policy, engine: SGLangEngine) -> ServerPush:
-    push = build_push(config, policy, engine)
-    assert isinstance(push, ServerPush)
-    return push
+def push_of(config: Config, policy: Policy, engine: SGLangEngine) -> SGLangPush:
+    return SGLangPush(config, policy, engine)
 
 
 def held(engine: SGLangEngine) -> dict[str, str]:
@@ -120,7 +121,7 @@ def test_a_server_without_a_trainer_gets_the_model_in_fp8(
 ) -> None:
     before = held(fp8_engine)
     assert before.keys() == family_of(wide).linear_layers(family_of(wide).load_config(str(wide))).keys()
-    serve_folder(fp8_engine, fp8_config)
+    SGLangPush.serve_folder(fp8_config, fp8_engine)
     assert held(fp8_engine) == merged(dict(read_hf(wide)))
     assert not set(before.values()) & set(held(fp8_engine).values()), "the server started with other weights"
 

@@ -13,7 +13,7 @@ import yaml
 from gspo_mm.config import Config, RewardConfig
 from gspo_mm.reward.sources import Rewards, load_rewards
 from gspo_mm.rollout.sglang import SGLangEngine
-from gspo_mm.sync.push import serve_folder
+from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import Completion, EncodedPrompt, Finish, RolloutGroup, Score
 
 type Make = Callable[..., Rewards]
@@ -21,7 +21,7 @@ type Make = Callable[..., Rewards]
 
 @pytest.fixture(scope="module", autouse=True)
 def _weights(engine: SGLangEngine, config: Config) -> None:
-    serve_folder(engine, config)
+    SGLangPush.serve_folder(config, engine)
 
 
 @pytest.fixture

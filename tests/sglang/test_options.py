@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gspo_mm.config import server_options
-from gspo_mm.rollout import sglang_cpu
+from gspo_mm.serving import cpu
 
 _LIST = """
 import argparse
@@ -21,7 +21,7 @@ for action in parser._actions:
 
 
 def test_refused_options_exist_and_no_other_is_taken_for_the_beginning_of_one(tmp_path: Path) -> None:
-    environment = os.environ | sglang_cpu.environment(tmp_path)
+    environment = os.environ | cpu.environment(tmp_path)
     done = subprocess.run([sys.executable, "-c", _LIST], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("option ")]

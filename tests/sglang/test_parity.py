@@ -10,13 +10,13 @@ from gspo_mm.data.processor import Processor
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.parity import PLACES, ParityError, check_parity, table
-from gspo_mm.sync.push import serve_folder
+from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import EncodedPrompt
 
 
 @pytest.fixture
 def policy(config: Config, engine: SGLangEngine) -> Policy:
-    serve_folder(engine, config)
+    SGLangPush.serve_folder(config, engine)
     return Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=1)
 
 

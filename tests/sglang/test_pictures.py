@@ -18,7 +18,7 @@ from gspo_mm.rollout import sglang as client
 from gspo_mm.rollout.sglang import SGLangEngine, request_of
 from gspo_mm.stages import check_servers
 from gspo_mm.sync.parity import ParityError, check_parity
-from gspo_mm.sync.push import serve_folder
+from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import EncodedImage, EncodedPrompt, Prompt, SamplingParams
 from tests.pictures import ALL, scene
 from tests.sglang.conftest import MakeConfig
@@ -39,7 +39,7 @@ def as_it_came(image: EncodedImage) -> str:
 
 @pytest.fixture(scope="module")
 def policy(config: Config, engine: SGLangEngine) -> Policy:
-    serve_folder(engine, config)
+    SGLangPush.serve_folder(config, engine)
     return Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=1)
 
 

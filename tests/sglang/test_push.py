@@ -19,11 +19,11 @@ from gspo_mm.data.processor import Processor
 from gspo_mm.policy.canary import blank_image
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
-from gspo_mm.rollout.servers import ServerError, answers
 from gspo_mm.rollout.sglang import SGLangEngine
-from gspo_mm.sync.calls import Calls, begin_update
+from gspo_mm.serving.admin import Calls, begin_update, is_fine
+from gspo_mm.serving.server import ServerError
 from gspo_mm.sync.checksums import Checksums, server_name
-from gspo_mm.sync.push import ServerPush, build_push
+from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import Completion, EncodedPrompt, GspoError, SamplingParams
 from tests.sglang.conftest import MakeConfig
 from tests.waiting import PATIENCE, eventually
@@ -54,11 +54,10 @@ def some(prompts: list[EncodedPrompt]) -> list[EncodedPrompt]:
 @pytest.fixture
 def push(
     request: pytest.FixtureRequest, make_config: MakeConfig, policy: Policy, engine: SGLangEngine
-) -> Iterator[ServerPush]:
+) -> Iterator[SGLangPush]:
     """By the way that the test is parametrised with."""
     config = make_config(sync={"mode": request.param})
-    push = build_push(config, policy, engine)
-    assert isinstance(push, ServerPush)
+    push = SGLangPush(config, policy, engine)
     yield push
     push.close()
 
@@ -101,7 +100,7 @@ def gap(
 
 @pytest.mark.parametrize("push", MODES, indirect=True)
 def test_the_server_answers_as_the_policy_before_and_after_each_of_five_updates(
-    push: ServerPush,
+    push: SGLangPush,
     policy: Policy,
     engine: SGLangEngine,
     embedded: EmbeddedEngine,
@@ -126,7 +125,7 @@ def test_the_server_answers_as_the_policy_before_and_after_each_of_five_updates(
 
 @pytest.mark.parametrize("push", MODES, indirect=True)
 def test_when_only_the_vision_tower_changes_the_same_prompt_gets_another_answer(
-    push: ServerPush, policy: Policy, engine: SGLangEngine, processor: Processor, some: list[EncodedPrompt]
+    push: SGLangPush, policy: Policy, engine: SGLangEngine, processor: Processor, some: list[EncodedPrompt]
 ) -> None:
     """Neither prefixes nor image features that the old tower computed may answer: SGLang keeps both."""
     push.push(version=1)
@@ -153,7 +152,7 @@ def test_an_answer_under_way_goes_on_with_the_new_weights(
     processor: Processor,
     some: list[EncodedPrompt],
 ) -> None:
-    push = build_push(make_config(sync={"mode": mode}, rollout={"on_update": on_update}), policy, engine)
+    push = SGLangPush(make_config(sync={"mode": mode}, rollout={"on_update": on_update}), policy, engine)
     first, second = next(VERSIONS), next(VERSIONS)
     push.push(version=first)
     greedy(engine, some)  # prefixes that later prompts must not be given
@@ -228,7 +227,7 @@ def running(engine: SGLangEngine) -> int:
 
 @pytest.mark.parametrize("push", MODES, indirect=True)
 def test_the_server_sees_after_a_push(
-    push: ServerPush, engine: SGLangEngine, some: list[EncodedPrompt]
+    push: SGLangPush, engine: SGLangEngine, some: list[EncodedPrompt]
 ) -> None:
     """The canary of a blind run: the answer's log-prob moves when its images are blanked."""
     push.push(version=1)
@@ -248,7 +247,7 @@ def test_the_server_sees_after_a_push(
     "name", ["model.visual.patch_embed.proj.weight", "model.language_model.layers.1.mlp.gate.weight"]
 )
 def test_a_tensor_that_arrives_changed_is_noticed(
-    push: ServerPush, name: str, policy: Policy, monkeypatch: pytest.MonkeyPatch
+    push: SGLangPush, name: str, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def noted(
         self: Checksums, tensors: Iterable[tuple[str, torch.Tensor]]
@@ -264,7 +263,7 @@ def test_a_tensor_that_arrives_changed_is_noticed(
 
 @pytest.mark.parametrize("push", ["distributed", "tensor"], indirect=True)
 def test_a_tensor_that_is_left_out_is_noticed(
-    push: ServerPush, policy: Policy, monkeypatch: pytest.MonkeyPatch
+    push: SGLangPush, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "model.language_model.layers.2.self_attn.q_proj.weight"
     for way in ("export", "export_own"):
@@ -280,7 +279,7 @@ def test_a_tensor_that_is_left_out_is_noticed(
 
 @pytest.mark.parametrize("push", ["distributed"], indirect=True)
 def test_an_update_that_was_interrupted_does_not_stop_the_next(
-    push: ServerPush, policy: Policy, engine: SGLangEngine, processor: Processor, some: list[EncodedPrompt]
+    push: SGLangPush, policy: Policy, engine: SGLangEngine, processor: Processor, some: list[EncodedPrompt]
 ) -> None:
     (server,) = engine.fleet.up()
     with Calls([server], timeout=30) as calls:
@@ -299,12 +298,12 @@ def test_a_server_that_gave_its_memory_back_has_it_again_after_a_push(
     some: list[EncodedPrompt],
 ) -> None:
     config = make_config(sync={"mode": mode}, rollout={"sglang": {"colocate": True}})
-    push = build_push(config, policy, engine)
+    push = SGLangPush(config, policy, engine)
     push.push(version=1)
     engine.start(some[0], 2, SamplingParams(max_new_tokens=400)).cancel()  # given up, and may still run
     push.make_room()
     (server,) = engine.fleet.up()
-    assert not answers(server, "/ready", timeout=10)
+    assert not is_fine(server, "/ready", timeout=10)
     perturb(policy, seed=11)
     push.push(version=2)
     assert gap(policy, processor, some, greedy(engine, some)) <= 1e-4

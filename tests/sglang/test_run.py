@@ -13,8 +13,8 @@ import yaml
 from gspo_mm.config import save_config
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.observe.rollouts import load_rollouts
-from gspo_mm.rollout.servers import answers
 from gspo_mm.rollout.sglang import SGLangEngine
+from gspo_mm.serving.admin import is_fine
 from tests.sglang.conftest import MakeConfig
 
 STEPS, GROUPS = 5, 4
@@ -71,4 +71,4 @@ def test_no_token_is_older_than_the_bound_and_no_group_is_trained_on_twice(
     assert max(line["rollout/staleness_max"] for line in lines) == 1
     for side in ("busy/trainer", "busy/servers"):
         assert all(0 < line[side] <= 1 for line in lines), side
-    assert answers(server, "/ready", timeout=60), "a server that others keep running goes on"
+    assert is_fine(server, "/ready", timeout=60), "a server that others keep running goes on"

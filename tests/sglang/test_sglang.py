@@ -10,15 +10,15 @@ import psutil
 import pytest
 
 from gspo_mm.config import Config
-from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import PromptMismatchError, SGLangEngine
-from gspo_mm.sync.push import serve_folder
+from gspo_mm.serving.server import ServerError
+from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import EncodedPrompt, Finish, SamplingParams
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _weights(engine: SGLangEngine, config: Config) -> None:
-    serve_folder(engine, config)
+    SGLangPush.serve_folder(config, engine)
 
 
 def test_a_group_holds_as_many_answers_as_asked_for(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gspo_mm.observe.metrics import read_metrics
-from gspo_mm.rollout.registry import registered
+from gspo_mm.serving.registry import registered
 from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.conftest import Job
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from gspo_mm.rollout.servers import ServerError
+from gspo_mm.serving.server import ServerError
 from gspo_mm.sync.checksums import compare_one, sum_of_mixed_words
 
 SIZES = [1, 3, 4, 1000, 4 * 8192, 4 * 8192 + 1, 300_000]

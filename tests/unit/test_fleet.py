@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from gspo_mm.config import parse_config
-from gspo_mm.rollout import fleet as module
-from gspo_mm.rollout.fleet import Fleet
-from gspo_mm.rollout.registry import Registration, last_beat, register, servers_folder
-from gspo_mm.rollout.servers import ServerError
 from gspo_mm.runtime.background import Background
 from gspo_mm.runtime.preempt import StoppedError, StopRequest
+from gspo_mm.serving import fleet as module
+from gspo_mm.serving.fleet import Fleet
+from gspo_mm.serving.registry import last_beat, register, servers_folder
+from gspo_mm.serving.server import Server, ServerError
 from tests.fake_server import FakeServer
 from tests.waiting import PATIENCE, eventually
 
@@ -65,8 +65,8 @@ def new_fleet(folder: Path, stop: StopRequest | None = None, **settings: Any) ->
     )
 
 
-def up(server: FakeServer, name: str = "a", generation: str = "") -> Registration:
-    return Registration(
+def up(server: FakeServer, name: str = "a", generation: str = "") -> Server:
+    return Server(
         name=name,
         generation=generation or f"first {name}",
         state="up",
@@ -76,11 +76,11 @@ def up(server: FakeServer, name: str = "a", generation: str = "") -> Registratio
     )
 
 
-def gone(name: str = "a", state: Any = "stopped", reason: str = "its node died") -> Registration:
-    return Registration(name=name, generation="", state=state, reason=reason)
+def gone(name: str = "a", state: Any = "stopped", reason: str = "its node died") -> Server:
+    return Server(name=name, generation="", state=state, reason=reason)
 
 
-def urls(servers: list[Registration]) -> list[str]:
+def urls(servers: list[Server]) -> list[str]:
     return [server.url for server in servers]
 
 

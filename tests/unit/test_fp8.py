@@ -12,8 +12,8 @@ import torch
 from gspo_mm.config import ConfigError
 from gspo_mm.families import family_of, read_hf
 from gspo_mm.families.write import write_hf
-from gspo_mm.rollout.registry import Registration
-from gspo_mm.rollout.served import (
+from gspo_mm.serving.launch import server_options
+from gspo_mm.serving.served import (
     SCALE,
     BlockSizeError,
     check_blocks,
@@ -24,7 +24,7 @@ from gspo_mm.rollout.served import (
     tensor_names,
     weight_map,
 )
-from gspo_mm.rollout.servers import server_options
+from gspo_mm.serving.server import Server
 from gspo_mm.sync.quantize import FP8
 from gspo_mm.types import GspoError
 from tests.unit.test_quantize import LAYER, WIDE, apart, config, make, make_wide, quantizer
@@ -98,7 +98,7 @@ def test_servers_start_from_a_folder_that_says_fp8_and_has_no_weights(wide: Path
 
 
 def test_only_servers_of_such_a_run_start_with_random_weights(wide: Path) -> None:
-    here = Registration(name="a", generation="b", state="up", url="http://127.0.0.1:1")
+    here = Server(name="a", generation="b", state="up", url="http://127.0.0.1:1")
     options = [
         server_options(config(wide, rollout={"sglang": {"fp8": fp8}}), here, on_gpus=False)
         for fp8 in (True, False)

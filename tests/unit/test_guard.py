@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gspo_mm.runtime.guard import guarded
+from gspo_mm.serving.guard import guarded
 from tests.waiting import PATIENCE, eventually
 
 # A command that leaves processes of every kind, each of which writes FOLDER/NAME.pid: a child, one in a session of its
@@ -102,7 +102,7 @@ def all_gone(processes: list[psutil.Process]) -> bool:
 
 def impatient(command: list[str]) -> list[str]:
     """As `guarded`, with hardly any grace between TERM and KILL."""
-    script = "import os, sys; from gspo_mm.runtime import guard; guard._GRACE = 0.2; "
+    script = "import os, sys; from gspo_mm.serving import guard; guard._GRACE = 0.2; "
     script += "sys.exit(guard.main(os.getppid(), sys.argv[1:]))"
     return [sys.executable, "-c", script, *command]
 
@@ -120,7 +120,7 @@ def test_a_command_that_died_of_a_signal_has_not_succeeded() -> None:
 
 def asking(command: list[str], then: str) -> list[str]:
     """A process that starts `command` under a guard."""
-    script = "import os, subprocess; from gspo_mm.runtime.guard import guarded; "
+    script = "import os, subprocess; from gspo_mm.serving.guard import guarded; "
     return [sys.executable, "-c", f"{script}subprocess.Popen(guarded({command!r})){then}"]
 
 

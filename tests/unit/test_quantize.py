@@ -12,12 +12,12 @@ import torch
 
 from gspo_mm.config import Config, parse_config
 from gspo_mm.families import family_of, read_hf
-from gspo_mm.rollout.served import (
+from gspo_mm.serving.served import (
     BLOCK,
     SCALE,
     quantized_names,
 )
-from gspo_mm.rollout.servers import ServerError
+from gspo_mm.serving.server import ServerError
 from gspo_mm.sync.quantize import FP8, Quantizer, audit_one, on_the_way, quantize
 from tests.conftest import run_tool
 

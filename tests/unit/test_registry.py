@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_mm.rollout.registry import (
-    Registration,
+from gspo_mm.serving.registry import (
     beat,
     forget_ended,
     last_beat,
@@ -20,6 +19,7 @@ from gspo_mm.rollout.registry import (
     servers_folder,
     write_private,
 )
+from gspo_mm.serving.server import Server
 from tests.fake_server import FakeServer
 
 
@@ -35,8 +35,8 @@ def server() -> Iterator[FakeServer]:
     server.close()
 
 
-def up(name: str, url: str = "http://127.0.0.1:1") -> Registration:
-    return Registration(name=name, generation="g", state="up", url=url, api_key="k", admin_key="a", workers=2)
+def up(name: str, url: str = "http://127.0.0.1:1") -> Server:
+    return Server(name=name, generation="g", state="up", url=url, api_key="k", admin_key="a", workers=2)
 
 
 def mode(path: Path) -> int:
@@ -51,7 +51,7 @@ def test_registrations_read_back_in_the_order_of_their_names(folder: Path) -> No
 
 def test_a_server_has_one_registration_that_changes(folder: Path) -> None:
     register(folder, up("a"))
-    gone = Registration(name="a", generation="g", state="down", reason="it died")
+    gone = Server(name="a", generation="g", state="down", reason="it died")
     register(folder, gone)
     assert registered(folder) == [gone]
 
@@ -109,7 +109,7 @@ def test_a_new_run_forgets_who_is_gone_and_keeps_who_is_there(folder: Path, serv
     dead.close()
     register(folder, up("alive", server.url))
     register(folder, up("dead", dead.url))
-    register(folder, Registration(name="stopped", generation="g", state="stopped", url=server.url))
-    register(folder, Registration(name="down", generation="g", state="down"))
+    register(folder, Server(name="stopped", generation="g", state="stopped", url=server.url))
+    register(folder, Server(name="down", generation="g", state="down"))
     forget_ended(folder)
     assert [r.name for r in registered(folder)] == ["alive"]

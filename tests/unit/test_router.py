@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from gspo_mm.rollout.registry import Registration
-from gspo_mm.rollout.router import Router
+from gspo_mm.serving.router import Router
+from gspo_mm.serving.server import Server
 from tests.fake_server import FakeServer, Handler
 from tests.waiting import PATIENCE, eventually
 
@@ -68,8 +68,8 @@ def router(shared_router: Router, do: Do) -> Iterator[Router]:
     do(shared_router.serve([]))
 
 
-def registration(server: FakeServer) -> Registration:
-    return Registration(
+def registration(server: FakeServer) -> Server:
+    return Server(
         name=server.url, generation="g", state="up", url=server.url, api_key="user", admin_key="admin"
     )
 

@@ -21,18 +21,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from gspo_mm.config import Config, SGLangConfig, parse_config, save_config
-from gspo_mm.rollout import servers as module
-from gspo_mm.rollout import sglang_cpu
-from gspo_mm.rollout.registry import Registration, beat, register, registered, servers_folder
-from gspo_mm.rollout.servers import (
-    ServerError,
-    ServerHost,
-    answers,
-    check_installed,
-    first_gpus,
-    server_options,
-    trainer_machines,
-)
+from gspo_mm.serving import cpu
+from gspo_mm.serving import host as module
+from gspo_mm.serving.admin import is_fine
+from gspo_mm.serving.host import ServerHost
+from gspo_mm.serving.launch import check_installed, first_gpus, server_options, trainer_machines
+from gspo_mm.serving.registry import beat, register, registered, servers_folder
+from gspo_mm.serving.server import Server, ServerError
 from tests.waiting import PATIENCE, eventually
 
 # Notes what it was told in FOLDER/seen.TIME-PID.json. FOLDER/broken: how it fails at its start.
@@ -94,7 +89,7 @@ def new_config(folder: Path, **sections: Any) -> Config:
 
 
 def options(folder: Path, *, number: int = 0, on_gpus: bool = True, **sections: Any) -> dict[str, Any]:
-    registration = Registration(
+    registration = Server(
         name=f"node-{number}",
         generation="g",
         state="up",
@@ -247,7 +242,7 @@ def python(tmp_path: Path) -> Path:
 @pytest.fixture
 def start(folder: Path, python: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartHost]:
     monkeypatch.setattr(module, "_POLL", 0.02)
-    monkeypatch.setattr(sglang_cpu, "environment", lambda folder: {"FOR_CPU": "1"})
+    monkeypatch.setattr(cpu, "environment", lambda folder: {"FOR_CPU": "1"})
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
     hosts: list[ServerHost] = []
 
@@ -263,10 +258,10 @@ def start(folder: Path, python: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         host.stop("the test is over")
 
 
-def the_only(folder: Path, state: str) -> Registration:
+def the_only(folder: Path, state: str) -> Server:
     """The registration once it says `state`."""
 
-    def look() -> Registration | None:
+    def look() -> Server | None:
         found = registered(folder)
         return found[0] if found and found[0].state == state else None
 
@@ -284,7 +279,7 @@ def test_a_server_is_registered_when_it_answers(start: StartHost, folder: Path) 
     start()
     server = the_only(folder, "up")
     assert server.name == "node-0"
-    assert answers(server, "/ready", timeout=PATIENCE)
+    assert is_fine(server, "/ready", timeout=PATIENCE)
 
 
 def serving(
@@ -402,9 +397,9 @@ def test_image_features_are_kept_only_where_the_tower_stays_as_it_is(
 def test_a_server_that_dies_is_started_anew_as_another_generation(
     start: StartHost, folder: Path, python: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[Registration] = []
+    told: list[Server] = []
 
-    def note(folder: Path, registration: Registration) -> None:
+    def note(folder: Path, registration: Server) -> None:
         register(folder, registration)
         told.append(registration)
 
@@ -420,7 +415,7 @@ def test_a_server_that_dies_is_started_anew_as_another_generation(
     assert second.name == down.name == first.name
     assert second.generation != first.generation
     assert second.api_key != first.api_key
-    assert answers(second, "/ready", timeout=PATIENCE)
+    assert is_fine(second, "/ready", timeout=PATIENCE)
     assert host.running()
 
 
@@ -507,6 +502,6 @@ def test_a_keeper_that_fails_says_so(start: StartHost, folder: Path, monkeypatch
     def fail(folder: Path) -> dict[str, str]:
         raise OSError("no compiler")
 
-    monkeypatch.setattr(sglang_cpu, "environment", fail)
+    monkeypatch.setattr(cpu, "environment", fail)
     start()
     assert "no compiler" in the_only(folder, "stopped").reason

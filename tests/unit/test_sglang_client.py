@@ -17,11 +17,13 @@ from PIL import Image
 from tenacity import wait_none
 
 from gspo_mm.config import parse_config
-from gspo_mm.rollout import fleet
 from gspo_mm.rollout import sglang as module
-from gspo_mm.rollout.registry import Registration, register, servers_folder
-from gspo_mm.rollout.servers import ServerError
 from gspo_mm.rollout.sglang import PromptMismatchError, SGLangEngine, collapse_images, versions_of
+from gspo_mm.serving import fleet
+from gspo_mm.serving.admin import call_all
+from gspo_mm.serving.fleet import Fleet
+from gspo_mm.serving.registry import register, servers_folder
+from gspo_mm.serving.server import Server, ServerError
 from gspo_mm.types import EncodedImage, EncodedPrompt, Finish, GspoError, Prompt, SamplingParams
 from tests.fake_server import Action, FakeServer, Handler, Hang, answers, drop, reply, status
 from tests.tars import image_bytes
@@ -108,16 +110,14 @@ def open_engine(runs: Path, *servers: FakeServer, max_in_flight: int = 256, **se
     folder = servers_folder(config.run.path)
     for number, server in enumerate(servers):
         register(folder, registration(server, f"server-{number}"))
-    engine = SGLangEngine(config, Tokens())
+    engine = SGLangEngine(config, Tokens(), Fleet(config))
     eventually(lambda: len(engine.fleet.up()) == len(servers))
     engine.run(engine.fleet.hold(0, engine.fleet.up()))
     return engine
 
 
-def registration(server: FakeServer, name: str) -> Registration:
-    return Registration(
-        name=name, generation=name, state="up", url=server.url, api_key="user", admin_key="admin"
-    )
+def registration(server: FakeServer, name: str) -> Server:
+    return Server(name=name, generation=name, state="up", url=server.url, api_key="user", admin_key="admin")
 
 
 def sample(engine: SGLangEngine, prompt: EncodedPrompt = TEXT, *, group_size: int = 2) -> list[Any]:
@@ -246,7 +246,7 @@ def test_groups_under_way_number_at_most_max_in_flight(server: FakeServer, make_
     futures = [engine.start(TEXT, 2, SAMPLING) for _ in range(12)]
     eventually(lambda: len(server.prompts()) == 3)
     for _ in range(10):  # sent after the prompts: whatever else was to be sent has come before these
-        engine.run(engine.control(engine.fleet.up()[0], "/look", timeout=60))
+        call_all(engine.fleet.up(), "/look", timeout=60)
     assert len(server.prompts()) == 3
     go_on.set()
     assert [len(future.result(timeout=PATIENCE)) for future in futures] == [2] * 12
@@ -294,7 +294,7 @@ def test_a_server_that_draws_by_seeds_is_given_one_for_each_sample(
 def test_a_server_without_a_key_is_asked_without_one(server: FakeServer, make_engine: MakeEngine) -> None:
     engine = make_engine(server, start="here", urls=[server.url])
     assert len(sample(engine)) == 2
-    engine.run(engine.control(engine.fleet.up()[0], "/flush_cache", timeout=60))
+    call_all(engine.fleet.up(), "/flush_cache", timeout=60)
     assert not [request for request in server.requests if "Authorization" in request.headers]
 
 
@@ -632,9 +632,7 @@ def test_closing_gives_up_what_is_under_way(server: FakeServer, tmp_path: Path) 
 def test_administrative_calls_bear_the_other_key(server: FakeServer, make_engine: MakeEngine) -> None:
     engine = make_engine(server)
     (known,) = engine.fleet.up()
-    assert engine.run(engine.control(known, "/pause_generation", timeout=60, mode="retract")) == {
-        "success": True
-    }
+    assert call_all([known], "/pause_generation", timeout=60, mode="retract") == [{"success": True}]
     (request,) = server.asked("/pause_generation")
     assert request.headers["Authorization"] == "Bearer admin"
     assert request.body == {"mode": "retract"}
@@ -650,7 +648,7 @@ def test_a_refused_administrative_call_is_told_and_not_repeated(
     engine = make_engine(server)
     (known,) = engine.fleet.up()
     with pytest.raises(ServerError, match=r"server-0 refused /begin_weight_update.*no room"):
-        engine.run(engine.control(known, "/begin_weight_update", timeout=60))
+        call_all([known], "/begin_weight_update", timeout=60)
     assert len(server.asked("/begin_weight_update")) == 1
 
 
@@ -662,5 +660,5 @@ def test_a_call_to_all_servers_reaches_all_though_one_is_dead(
     servers = engine.fleet.up()
     dead.close()
     with pytest.raises(ServerError, match="server-0 failed at /flush_cache"):
-        engine.run(engine.control_all(servers, "/flush_cache", timeout=60))
+        call_all(servers, "/flush_cache", timeout=60)
     assert len(server.asked("/flush_cache")) == 1

@@ -77,15 +77,16 @@ def run(config: Any, count: int, group_size: int, max_new_tokens: int) -> dict[s
     from gspo_mm.data.processor import Processor
     from gspo_mm.data.source import PromptSource
     from gspo_mm.rollout.sglang import SGLangEngine
-    from gspo_mm.sync.push import serve_folder
+    from gspo_mm.serving.fleet import Fleet
+    from gspo_mm.sync.sglang import SGLangPush
     from gspo_mm.types import SamplingParams
 
     processor = Processor(config.model.path, config.data)
     source = PromptSource(config.data, processor, seed=0, split="train")
     prompts = [replace(prompt, pixel_values=None) for prompt in source.take(count)]
-    engine = SGLangEngine(config, processor)
+    engine = SGLangEngine(config, processor, Fleet(config))
     try:
-        serve_folder(engine, config)
+        SGLangPush.serve_folder(config, engine)
         before = memory()
         watch = Watch()
         began = time.perf_counter()

@@ -118,7 +118,7 @@ def give_each_its_half(trainer: psutil.Process) -> None:
     """The first half of the cores to the trainer and its helpers, the other to servers and theirs; now and from now on."""
     cores = sorted(os.sched_getaffinity(0))
     halves = cores[: len(cores) // 2], cores[len(cores) // 2 :]
-    guards = [p for p in trainer.children() if "gspo_mm.runtime.guard" in p.cmdline()]
+    guards = [p for p in trainer.children() if "gspo_mm.serving.guard" in p.cmdline()]
     servers = [process for guard in guards for process in [guard, *guard.children(recursive=True)]]
     for process in [trainer, *trainer.children(recursive=True)]:
         for thread in process.threads():

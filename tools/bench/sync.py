@@ -27,7 +27,7 @@ import typer
 
 if TYPE_CHECKING:
     from gspo_mm.policy.engine import Policy
-    from gspo_mm.sync.push import ServerPush
+    from gspo_mm.sync.sglang import SGLangPush
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -72,21 +72,21 @@ def measure(folder: Path, modes: list[str], *, bucket_mb: int, pushes: int) -> l
     from gspo_mm.data.processor import Processor
     from gspo_mm.policy.engine import Policy
     from gspo_mm.rollout.sglang import SGLangEngine
-    from gspo_mm.sync.push import ServerPush, build_push
+    from gspo_mm.serving.fleet import Fleet
+    from gspo_mm.sync.sglang import SGLangPush
 
     configs = {mode: config_of(folder, mode, bucket_mb) for mode in modes}
     config = configs[modes[0]]
     policy = Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=1)
     size = sum(tensor.nbytes for _, tensor in policy.export())
-    engine = SGLangEngine(config, Processor(config.model.path, config.data))
+    engine = SGLangEngine(config, Processor(config.model.path, config.data), Fleet(config))
     seconds: dict[str, list[float]] = defaultdict(list)
     extra: dict[str, list[int]] = defaultdict(list)
     try:
-        ways = {mode: build_push(configs[mode], policy, engine) for mode in modes}
+        ways = {mode: SGLangPush(configs[mode], policy, engine) for mode in modes}
         for number in range(pushes + 1):
             seconds["copy"].append(copy_seconds(policy))
             for mode, way in ways.items():
-                assert isinstance(way, ServerPush)
                 took, memory = push_once(way, number)
                 seconds[mode].append(took)
                 extra[mode].append(memory)
@@ -127,7 +127,7 @@ def copy_seconds(policy: Policy) -> float:
         return time.perf_counter() - began
 
 
-def push_once(push: ServerPush, number: int) -> tuple[float, int]:
+def push_once(push: SGLangPush, number: int) -> tuple[float, int]:
     """Seconds, and bytes of memory above what there was before."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now

@@ -12,10 +12,9 @@ from pathlib import Path
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from gspo_mm.rollout.registry import Registration
-from gspo_mm.rollout.servers import LOOPBACK
-from gspo_mm.runtime.guard import guarded
-from gspo_mm.runtime.net import free_port
+from gspo_mm.runtime.net import LOOPBACK, free_port
+from gspo_mm.serving.guard import guarded
+from gspo_mm.serving.server import Server
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class Router:
                 start_new_session=True,
             )
 
-    async def serve(self, servers: list[Registration]) -> None:
+    async def serve(self, servers: list[Server]) -> None:
         """Make `servers` the ones that prompts are sent to."""
         wanted = {server.url: server for server in servers}
         for url in set(self.workers) - set(wanted):
@@ -74,7 +73,7 @@ class Router:
         self._process.terminate()
         self._process.wait()
 
-    async def _add(self, server: Registration) -> str:
+    async def _add(self, server: Server) -> str:
         body = {"url": server.url, "api_key": server.api_key}
         async for attempt in self._patiently():
             with attempt:

@@ -11,34 +11,13 @@ from __future__ import annotations
 import json
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 from gspo_mm.runtime.disk import written_whole
+from gspo_mm.serving.server import Server
 
 _HEARTBEAT = "trainer.beat"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Registration:
-    """How one server is reached, or that it is gone."""
-
-    name: str
-    generation: str  # changes whenever the server is started anew: its weights are then those of model.path
-    state: Literal["up", "down", "stopped"]  # down: will be started again; stopped: it will not
-    reason: str = ""  # why it is not up
-    url: str = ""
-    api_key: str = ""
-    admin_key: str = ""
-    workers: int = 1  # GPUs, each a rank of a weight-update group
-    machine: str = ""  # that it runs on
-    first_gpu: int = 0  # of the machine; the others follow
-
-
-def bearer(key: str) -> dict[str, str]:
-    """The header that carries a key; none where a server was started without one."""
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def servers_folder(run: Path) -> Path:
@@ -49,16 +28,16 @@ def servers_folder(run: Path) -> Path:
     return folder
 
 
-def register(folder: Path, registration: Registration) -> None:
+def register(folder: Path, registration: Server) -> None:
     write_private(folder / f"{registration.name}.json", json.dumps(asdict(registration)))
 
 
-def registered(folder: Path) -> list[Registration]:
+def registered(folder: Path) -> list[Server]:
     """All registrations, by name."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
-            found.append(Registration(**json.loads(path.read_text())))
+            found.append(Server(**json.loads(path.read_text())))
         except FileNotFoundError:  # removed while we were looking
             continue
     return found

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gspo_mm.config import Config
-from gspo_mm.rollout.registry import last_beat, servers_folder
-from gspo_mm.rollout.servers import ServerError, ServerHost
 from gspo_mm.runtime.net import machine_name
 from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.serving.host import ServerHost
+from gspo_mm.serving.registry import last_beat, servers_folder
+from gspo_mm.serving.server import ServerError
 
 logger = logging.getLogger(__name__)
 

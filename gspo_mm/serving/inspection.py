@@ -6,18 +6,13 @@ Servers that somebody else keeps running (rollout.sglang.urls) were given a mode
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from gspo_mm.config import Config
 from gspo_mm.config.server_options import refusal
-from gspo_mm.rollout.registry import Registration, bearer
-from gspo_mm.rollout.servers import ServerError
-
-logger = logging.getLogger(__name__)
+from gspo_mm.serving.admin import told
+from gspo_mm.serving.server import Server, ServerError
 
 # settings that a server is refused for; off are those that it does not tell, and these values
 _TOLD = (
@@ -27,17 +22,17 @@ _TOLD = (
 _OFF = (None, False, "", "{}", {})
 
 
-async def inspect_servers(client: httpx.AsyncClient, servers: list[Registration], config: Config) -> bool:
+def inspect_servers(servers: list[Server], config: Config) -> bool:
     """Whether a server draws by the seeds of its requests alone. Raises ServerError for one that the run cannot use."""
     seeded = False
     for server in servers:
-        info = await _told(client, server, "/server_info", "/get_server_info")
-        check_server(server, info | await _told(client, server, "/model_info", "/get_model_info"), config)
+        info = told(server, "/server_info", "/get_server_info")
+        check_server(server, info | told(server, "/model_info", "/get_model_info"), config)
         seeded |= bool(info.get("enable_deterministic_inference"))
     return seeded
 
 
-def check_server(server: Registration, info: dict[str, Any], config: Config) -> None:
+def check_server(server: Server, info: dict[str, Any], config: Config) -> None:
     """Raise ServerError for a server that answers with another model or another sampling than the run's."""
     for name in _TOLD:
         if (value := info.get(name)) not in _OFF:
@@ -61,18 +56,3 @@ def check_server(server: Registration, info: dict[str, Any], config: Config) -> 
             f"server {server.name} at {server.url} serves {info.get('model_path')}, a {theirs[0]}, and "
             f"model.path={config.model.path} is a {ours[0]}; start it with this model"
         )
-
-
-async def _told(client: httpx.AsyncClient, server: Registration, *paths: str) -> dict[str, Any]:
-    """What the first of `paths` that the server knows says; nothing when none does."""
-    for path in paths:
-        try:
-            headers = bearer(server.api_key)
-            response = await client.get(server.url + path, headers=headers, timeout=60.0)
-            said = response.json() if response.status_code == 200 else None
-        except (httpx.HTTPError, ValueError) as error:
-            logger.info("server %s does not tell %s: %r", server.name, path, error)
-            continue
-        if isinstance(said, dict):
-            return said
-    return {}

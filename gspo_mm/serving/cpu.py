@@ -37,7 +37,7 @@ _STUB_SOURCE = (
 
 def activate() -> str | None:
     """SGLang's question, asked in each of its processes: the platform class to use, or None to stand aside."""
-    return "gspo_mm.rollout.sglang_platform.CpuPlatform" if os.environ.get(SWITCH) == "1" else None
+    return "gspo_mm.serving.cpu_platform.CpuPlatform" if os.environ.get(SWITCH) == "1" else None
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -7,8 +7,6 @@ anew when it is gone. rank 0 runs a host where rollout.sglang.start=here, one ra
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import logging
 import os
 import re
@@ -22,23 +20,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from omegaconf import OmegaConf
 
-from gspo_mm.config import Config, SGLangConfig
-from gspo_mm.rollout import sglang_cpu
-from gspo_mm.rollout.registry import Registration, bearer, register, write_private
-from gspo_mm.runtime.dist import ranks_here, world_size
-from gspo_mm.runtime.guard import guarded
-from gspo_mm.runtime.net import address_towards, free_port, machine_name
-from gspo_mm.runtime.seeds import derive_seed
+from gspo_mm.config import Config
+from gspo_mm.runtime.dist import ranks_here
+from gspo_mm.runtime.net import LOOPBACK, address_towards, free_port, machine_name
 from gspo_mm.runtime.threads import share_of_cores
-from gspo_mm.types import GspoError
+from gspo_mm.serving.admin import is_fine
+from gspo_mm.serving.guard import guarded
+from gspo_mm.serving.launch import (
+    check_installed,
+    first_gpus,
+    server_environment,
+    server_options,
+    trainer_machines,
+)
+from gspo_mm.serving.registry import register, servers_folder, write_private
+from gspo_mm.serving.served import served
+from gspo_mm.serving.server import Server
 
 logger = logging.getLogger(__name__)
-
-LOOPBACK = "127.0.0.1"
 
 _POLL = 0.2  # seconds
 _HEALTH_EVERY = 30.0  # seconds
@@ -53,16 +55,6 @@ _PASSING = re.compile(
     r"in use|not available|out of memory|timed out|temporarily|connection (refused|reset)|no space",
     re.IGNORECASE,
 )
-
-# what torchrun and Slurm tell the trainer's ranks must not reach a server
-_RANK_VARIABLES = {
-    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
-    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-}  # fmt: skip
-
-
-class ServerError(GspoError):
-    """A server could not be started or kept running."""
 
 
 class ServerHost:
@@ -153,18 +145,18 @@ class _Keeper:
         failures, ever_up, last_end = 0, False, ""
         while not self._ending.is_set():
             generation = secrets.token_hex(4)
-            registration = self._registration(generation)
+            server = self._server(generation)
             began = time.monotonic()
             with tempfile.TemporaryDirectory(prefix="gspo-mm-") as private:
-                process = self._launch(registration, Path(private))
+                process = self._launch(server, Path(private))
                 try:
-                    reason = self._await_ready(process, registration)
+                    reason = self._await_ready(process, server)
                     if not reason:
                         failures, ever_up = 0 if time.monotonic() - began > _STEADY else failures, True
-                        logger.info("server %s is ready at %s", self._name, registration.url)
-                        register(self._folder, registration)
+                        logger.info("server %s is ready at %s", self._name, server.url)
+                        register(self._folder, server)
                         began = time.monotonic()
-                        reason = self._watch(process, registration)
+                        reason = self._watch(process, server)
                     status = process.poll()
                 finally:
                     process.terminate()  # the guard ends the whole tree
@@ -186,8 +178,8 @@ class _Keeper:
         if self._ending.is_set():
             self._tell("stopped", "", self.stop_reason)
 
-    def _registration(self, generation: str) -> Registration:
-        return Registration(
+    def _server(self, generation: str) -> Server:
+        return Server(
             name=self._name,
             generation=generation,
             state="up",
@@ -199,8 +191,8 @@ class _Keeper:
             first_gpu=self._first_gpu or 0,
         )
 
-    def _launch(self, registration: Registration, private: Path) -> subprocess.Popen[bytes]:
-        options = server_options(self._config, registration, on_gpus=self._first_gpu is not None)
+    def _launch(self, server: Server, private: Path) -> subprocess.Popen[bytes]:
+        options = server_options(self._config, server, on_gpus=self._first_gpu is not None)
         # in a file: a command line is for everybody to read
         settings = self._folder / f"{self._name}.yaml"
         write_private(settings, OmegaConf.to_yaml(OmegaConf.create(options)))
@@ -216,28 +208,17 @@ class _Keeper:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self._environment(private),
+                env=server_environment(
+                    self._config,
+                    self._folder,
+                    private,
+                    on_gpus=self._first_gpu is not None,
+                    threads=self._threads,
+                ),
                 start_new_session=True,
             )
 
-    def _environment(self, private: Path) -> dict[str, str]:
-        env = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")
-        }
-        if not {"vision", "projector"} <= set(self._config.policy.freeze):
-            # SGLang keeps image features by the image's content and forgets them on no weight update: answers would
-            # go on seeing with the tower that the server started with
-            env["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
-        # where the server's own processes meet; a TCPStore, SGLang's default, listens on all interfaces
-        env["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{private}/store"
-        if self._first_gpu is None:
-            env |= sglang_cpu.environment(self._folder)
-            env.setdefault("OMP_NUM_THREADS", str(self._threads))
-        return env
-
-    def _await_ready(self, process: subprocess.Popen[bytes], registration: Registration) -> str:
+    def _await_ready(self, process: subprocess.Popen[bytes], server: Server) -> str:
         """Returns when the server answers, with "", or with why it will not."""
         began = told = time.monotonic()
         while not self._ending.wait(_POLL):
@@ -246,14 +227,14 @@ class _Keeper:
             now = time.monotonic()
             if now - began > self._sglang.start_timeout:
                 return f"was not ready within rollout.sglang.start_timeout={self._sglang.start_timeout} s"
-            if answers(registration, "/ready", timeout=2.0):
+            if is_fine(server, "/ready", timeout=2.0):
                 return ""
             if now - told > 15:
                 told = now
                 logger.info("server %s has been starting for %.0f s", self._name, now - began)
         return self.stop_reason
 
-    def _watch(self, process: subprocess.Popen[bytes], registration: Registration) -> str:
+    def _watch(self, process: subprocess.Popen[bytes], server: Server) -> str:
         """Returns why the server is to be started anew."""
         healthy = asked = time.monotonic()
         while not self._ending.wait(_POLL):
@@ -262,16 +243,14 @@ class _Keeper:
             now = time.monotonic()
             if now - asked > _HEALTH_EVERY:
                 asked = now
-                if answers(registration, "/health", timeout=25.0):
+                if is_fine(server, "/health", timeout=25.0):
                     healthy = now
                 elif now - healthy > self._config.sync.timeout:
                     return f"has not been healthy for {now - healthy:.0f} s"
         return self.stop_reason
 
     def _tell(self, state: Any, generation: str, reason: str) -> None:
-        register(
-            self._folder, Registration(name=self._name, generation=generation, state=state, reason=reason)
-        )
+        register(self._folder, Server(name=self._name, generation=generation, state=state, reason=reason))
 
     def _log(self) -> Path:
         return self._folder / f"{self._name}.log"
@@ -282,114 +261,16 @@ class _Keeper:
         return f"the end of {self._log()}:\n" + "\n".join(f"    {line[:300]}" for line in lines)
 
 
+def host_of_other_machine(config: Config) -> ServerHost | None:
+    """With rollout.sglang.start=beside, on the first rank of each machine but rank 0's, whose fleet has its own."""
+    sglang = config.rollout.sglang
+    if sglang.urls or sglang.start != "beside" or os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    return host_beside_trainer(served(config), servers_folder(config.run.path))
+
+
 def host_beside_trainer(config: Config, folder: Path) -> ServerHost:
     """The servers of this machine of the trainer, not yet started. Raises ServerError like `ServerHost`."""
     several = trainer_machines(config) > 1
     address = address_towards([os.environ["MASTER_ADDR"]]) if several else LOOPBACK
     return ServerHost(config, folder, prefix=machine_name(), training=ranks_here(), address=address)
-
-
-def trainer_machines(config: Config) -> int:
-    """On how many machines the trainer starts servers."""
-    return world_size() // ranks_here() if config.rollout.sglang.start == "beside" else 1
-
-
-def workers_beside_trainer(config: Config) -> int:
-    """Processes that sample on this machine, of servers that the trainer starts."""
-    sglang = config.rollout.sglang
-    started = config.rollout.engine == "sglang" and sglang.start != "elsewhere" and not sglang.urls
-    return sglang.servers * sglang.tp if started else 0
-
-
-def first_gpus(sglang: SGLangConfig, *, training: int, present: int) -> range:
-    """The first GPU of each server of a machine. Raises ServerError when there are too few."""
-    taken = 0 if sglang.colocate else training
-    end = taken + sglang.servers * sglang.tp
-    if end > present:
-        beside = f" beside the {taken} that train" if taken else ""
-        raise ServerError(
-            f"rollout.sglang.servers={sglang.servers} of tp={sglang.tp} need {end - taken} GPUs{beside}, and this machine has "
-            f"{present}; start fewer, run them elsewhere with `gspo-mm serve`, or share GPUs by rollout.sglang.colocate=true"
-        )
-    return range(taken, end, sglang.tp)
-
-
-def server_options(config: Config, registration: Registration, *, on_gpus: bool) -> dict[str, Any]:
-    """Options of sglang.launch_server, by name."""
-    sglang = config.rollout.sglang
-    host, _, port = registration.url.removeprefix("http://").rpartition(":")
-    options: dict[str, Any] = {
-        "model-path": str(Path(config.model.path).absolute()),
-        "host": host,
-        "port": int(port),
-        "api-key": registration.api_key,
-        "admin-api-key": registration.admin_key,
-        "dtype": config.policy.dtype,
-        "mem-fraction-static": sglang.mem_fraction,
-        "context-length": sglang.context_length
-        or config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens,
-        "tp-size": sglang.tp,
-        "ep-size": sglang.ep,
-        # servers that drew the same random numbers would give the same answers
-        "random-seed": derive_seed(config.run.seed, "server", registration.name, registration.generation)
-        % 2**31,
-        "skip-server-warmup": True,
-        "enable-priority-scheduling": True,  # evaluation goes first
-    }
-    if sglang.fp8:
-        # model.path has no weights then (families/served.py); a push brings them before anything is asked. Scales of the
-        # key/value cache are drawn as well, from seed 1234: negative on CPU and CUDA, which SGLang takes for none
-        options["load-format"] = "dummy"
-    if sglang.dp > 1:
-        options |= {"dp-size": sglang.dp, "enable-dp-attention": True}
-    if sglang.max_tokens:
-        options["max-total-tokens"] = sglang.max_tokens
-    if sglang.max_running:
-        options["max-running-requests"] = sglang.max_running
-    if sglang.max_images:
-        options["limit-mm-data-per-request"] = f'{{"image": {sglang.max_images}}}'
-    if config.data.min_pixels or config.data.max_pixels:
-        image = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
-        options["mm-process-config"] = json.dumps({"image": {k: v for k, v in image.items() if v}})
-    if on_gpus:
-        options |= {"base-gpu-id": registration.first_gpu, "enable-memory-saver": sglang.colocate}
-    else:
-        options |= sglang_cpu.ARGUMENTS
-    return options | dict(sglang.extra_args)
-
-
-def answers(registration: Registration, path: str, *, timeout: float) -> bool:
-    """Whether a server says 200 at `path`."""
-    try:
-        headers = bearer(registration.api_key)
-        return httpx.get(registration.url + path, headers=headers, timeout=timeout).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def is_alive(registration: Registration) -> bool:
-    """Whether a server that was ready once still answers. One that pauses for new weights says 503."""
-    try:
-        return httpx.get(registration.url + "/ready", timeout=10.0).status_code in (200, 503)
-    except httpx.HTTPError:
-        return False
-
-
-def check_installed(python: str | None) -> None:
-    """Raise ServerError unless the interpreter has sglang."""
-    if python is None:
-        try:
-            importlib.metadata.version("sglang")
-        except importlib.metadata.PackageNotFoundError:
-            raise ServerError(
-                "rollout.engine=sglang needs sglang: pip install 'gspo-mm[sglang]', or name the interpreter of an "
-                "environment that has it in rollout.sglang.python"
-            ) from None
-        return
-    probe = [python, "-c", "import importlib.metadata as m; m.version('sglang')"]
-    try:
-        done = subprocess.run(probe, capture_output=True, text=True)
-    except OSError as error:
-        raise ServerError(f"rollout.sglang.python={python} cannot be run: {error.strerror}") from None
-    if done.returncode:
-        raise ServerError(f"rollout.sglang.python={python} has no sglang; pip install sglang there")

@@ -20,7 +20,7 @@ from gspo_mm.config import Config
 from gspo_mm.families.base import Entry, Family, StackExperts
 from gspo_mm.families.table import family_of
 from gspo_mm.families.write import TEMPLATE, copy_files
-from gspo_mm.rollout.registry import servers_folder
+from gspo_mm.serving.registry import servers_folder
 from gspo_mm.types import GspoError
 
 BLOCK = 128
@@ -118,10 +118,9 @@ def weight_map(family: Family, hf: Any) -> list[Entry]:
 
 def check_served(config: Config) -> None:
     """Raise GspoError when servers of `config` could not compute what the policy computes."""
-    if config.rollout.engine == "sglang" and not config.rollout.replay:
-        family = family_of(config.model.path)
-        family.check_served(family.load_config(config.model.path))
-        check_blocks(config)
+    family = family_of(config.model.path)
+    family.check_served(family.load_config(config.model.path))
+    check_blocks(config)
 
 
 def check_blocks(config: Config) -> None:

@@ -14,16 +14,13 @@ import time
 from collections.abc import Callable
 
 from gspo_mm.config import Config
-from gspo_mm.rollout.registry import Registration, beat, forget_ended, registered, servers_folder
-from gspo_mm.rollout.router import Router
-from gspo_mm.rollout.servers import (
-    ServerError,
-    ServerHost,
-    host_beside_trainer,
-    is_alive,
-    trainer_machines,
-)
 from gspo_mm.runtime.preempt import StopRequest, stopped
+from gspo_mm.serving.admin import is_alive
+from gspo_mm.serving.host import ServerHost, host_beside_trainer
+from gspo_mm.serving.launch import trainer_machines
+from gspo_mm.serving.registry import beat, forget_ended, registered, servers_folder
+from gspo_mm.serving.router import Router
+from gspo_mm.serving.server import Holding, Server, ServerError
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +29,7 @@ _BEAT = 2.0  # seconds
 
 
 class Fleet:
-    """Watches RUN/servers. Start it with `open`."""
+    """Watches RUN/servers, where it forgets what earlier runs left when it is made. Start it with `open`."""
 
     def __init__(self, config: Config, stop: StopRequest | None = None) -> None:
         self._config = config
@@ -40,8 +37,8 @@ class Fleet:
         self._sglang = config.rollout.sglang
         self._folder = servers_folder(config.run.path)
         self._wanted = len(self._sglang.urls) or self._sglang.servers * trainer_machines(config)
-        self._up: dict[str, Registration] = {}
-        self._versions: dict[str, int] = {}  # by generation
+        self._up: dict[str, Server] = {}
+        self._holdings: dict[str, Holding] = {}  # by generation
         self._version = -1
         self._back = 0  # servers that came back
         self._changed = asyncio.Condition()
@@ -50,8 +47,9 @@ class Fleet:
         self._fault: ServerError | None = None
         self._task: asyncio.Task[None] | None = None
         self._host: ServerHost | None = None
+        # at once: a server elsewhere may stop for good before `open` is called, and that has to be told
+        forget_ended(self._folder)
         if self._sglang.start != "elsewhere" and not self._sglang.urls:
-            forget_ended(self._folder)  # those of this run are yet to be started
             self._host = host_beside_trainer(config, self._folder)
 
     async def open(self) -> None:
@@ -88,24 +86,28 @@ class Fleet:
         """Version of the weights that are sampled with."""
         return self._version
 
-    def up(self) -> list[Registration]:
+    def up(self) -> list[Server]:
         """Servers that a push of weights must reach."""
         return list(self._up.values())
 
-    async def reachable(self) -> list[Registration]:
+    def holding(self, server: Server) -> Holding:
+        """What this server holds since it was started."""
+        return self._holdings.setdefault(server.generation, Holding())
+
+    async def reachable(self) -> list[Server]:
         """As `up`, once there is one. Raises ServerError after rollout.sglang.down_timeout."""
         await self._wait_for(lambda: bool(self._up), "no server is up")
         return self.up()
 
-    def stale(self) -> list[Registration]:
+    def stale(self) -> list[Server]:
         """Servers that came back and wait for the current weights."""
         return [server for server in self.up() if not self._is_current(server)]
 
-    async def hold(self, version: int, servers: list[Registration]) -> None:
+    async def hold(self, version: int, servers: list[Server]) -> None:
         """`servers` now have the weights of `version`, which is the current one from now on."""
         self._version = version
         for server in servers:
-            self._versions[server.generation] = version
+            self.holding(server).version = version
         await self._route()
 
     async def url(self) -> tuple[str, str]:
@@ -135,7 +137,7 @@ class Fleet:
                 logger.warning("server %s does not answer", server.name)
                 del self._up[server.name]
                 if self._sglang.urls:  # nobody tells whether it will come back with these weights
-                    self._versions.pop(server.generation, None)
+                    self._holdings.pop(server.generation, None)
                 await self._route()
 
     def close(self, reason: str) -> None:
@@ -180,7 +182,7 @@ class Fleet:
                 )
             await asyncio.sleep(_POLL)
 
-    async def _look(self) -> list[Registration]:
+    async def _look(self) -> list[Server]:
         """Bring `_up` up to date; returns servers that will not come back."""
         if self._sglang.urls:
             found = [_external(number, url, self._sglang.tp) for number, url in enumerate(self._sglang.urls)]
@@ -215,10 +217,10 @@ class Fleet:
             raise self._fault
         logger.info("servers are back")
 
-    def _is_current(self, server: Registration) -> bool:
-        return self._versions.get(server.generation) == self._version
+    def _is_current(self, server: Server) -> bool:
+        return self.holding(server).version == self._version
 
-    def _serving(self) -> list[Registration]:
+    def _serving(self) -> list[Server]:
         """Servers that can be asked: current and, where there is a router, known to it."""
         current = [server for server in self.up() if self._is_current(server)]
         return current if self._router is None or self._router.workers else []
@@ -236,8 +238,8 @@ class Fleet:
         return f"{where} {self._folder}"
 
 
-def _external(number: int, url: str, workers: int) -> Registration:
-    return Registration(
+def _external(number: int, url: str, workers: int) -> Server:
+    return Server(
         name=f"external-{number}",
         generation=url,
         state="up",

@@ -1,6 +1,6 @@
 """Runs a command that must not outlive the process that asked for it, whatever ends that process.
 
-    python -m gspo_mm.runtime.guard PARENT COMMAND ...
+    python -m gspo_mm.serving.guard PARENT COMMAND ...
 
 The guard is a process of its own between the two. It notices within a fraction of a second when its parent is gone,
 kill -9 included, and then ends the command with everything that it started: TERM first, KILL for what is left. It
@@ -20,31 +20,17 @@ import time
 
 import psutil
 
+from gspo_mm.runtime.parent import die_with_parent
+
 _POLL = 0.2  # seconds
 _GRACE = 5.0  # seconds between TERM and KILL
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def guarded(command: list[str]) -> list[str]:
     """`command`, to be started under a guard by this process."""
     # the parent is named because it may be gone before the guard could ask who it was
-    return [sys.executable, "-m", "gspo_mm.runtime.guard", str(os.getpid()), *command]
-
-
-# what is sent to all processes of a terminal or of a Slurm step, and is meant for the trainer: it stops in order
-FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-
-
-def die_with_parent() -> None:
-    """End this process at once when the thread that started it is gone, however stuck this one is."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def end_only_with_parent() -> None:
-    """For a helper of the trainer: it is there until the trainer has ended, and not longer."""
-    die_with_parent()
-    for number in FOR_THE_TRAINER:
-        signal.signal(number, signal.SIG_IGN)
+    return [sys.executable, "-m", "gspo_mm.serving.guard", str(os.getpid()), *command]
 
 
 def main(parent: int, command: list[str]) -> int:

@@ -1,0 +1,1 @@
+"""Who starts, knows and ends the servers of a run: SGLang's, over HTTP."""
