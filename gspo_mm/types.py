@@ -93,7 +93,7 @@ class EncodedPrompt:
     prompt: Prompt
     token_ids: tuple[int, ...]  # [P] image tokens expanded
     pixel_values: torch.Tensor | None  # [sum of t*h*w, patch dim] float32, all images in order
-    image_grid_thw: torch.Tensor | None  # [I, 3] int64, patches
+    image_grid_thw: torch.Tensor | None  # [I, 3] int64, patches as their family counts them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,9 @@ class MicroBatch:
     names: tuple[str, ...]  # [S] see TrainSequence.name
     token_ids: torch.Tensor  # [N] int64
     cu_seqlens: torch.Tensor  # [S+1] int32, offsets of sequences in N
-    positions: torch.Tensor  # [3, N] int64, multi-axis rotary positions (time, height, width)
+    positions: (
+        torch.Tensor
+    )  # [A, N] int64, rotary positions on the family's axes, such as time, height, width
     response_mask: (
         torch.Tensor
     )  # [N] bool, tokens that are trained on, in one run or in several of a sequence

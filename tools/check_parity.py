@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gspo_mm.policy.engine import Policy
     from gspo_mm.types import MicroBatch
 
+_ROUNDING = 1e-6  # of the largest gradient of all: what is smaller is 0
+
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 
 
@@ -66,7 +68,8 @@ def compare(policy: Policy, reference: Any, batches: list[MicroBatch], *, temper
         reference.zero_grad()
         sum((e * w.to(e.device)).sum() for e, w in zip(expected, weights, strict=True)).backward()
         named = dict(reference.named_parameters())
-        errors = {name: _relative(g, named[name].grad) for name, g in gradients if name in named}
+        largest = max(float(p.grad.abs().max()) for p in named.values() if p.grad is not None)
+        errors = {name: _relative(g, named[name].grad, largest) for name, g in gradients if name in named}
         worst = max(errors, key=lambda name: errors[name])
         gap = max(float((everything[i] - e.detach().cpu()).abs().max()) for i, e in enumerate(expected))
         parities.append(
@@ -95,10 +98,12 @@ def random_batches(model: Any, *, count: int = 2, images: int = 4, seed: int = 0
     ]
 
 
-def _relative(ours: torch.Tensor, reference: torch.Tensor | None) -> float:
+def _relative(ours: torch.Tensor, reference: torch.Tensor | None, largest: float) -> float:
+    """Of the reference's largest element, or of all gradients' where it is rounding: keys' biases have none."""
     if reference is None:  # not touched by this batch
         return float(ours.abs().max())
-    scale = max(float(reference.abs().max()), 1e-30)
+    scale = float(reference.abs().max())
+    scale = scale if scale > _ROUNDING * largest else largest
     return float((ours.to(reference.device) - reference).abs().max()) / scale
 
 
@@ -106,12 +111,15 @@ def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) 
     """Log-probs [R] by transformers, one sequence at a time, positions worked out by itself."""
     import torch
 
+    from gspo_mm.families import FAMILIES
+
     parts: list[torch.Tensor] = []
     offsets = batch.cu_seqlens.tolist()
     patches = _patches_of_images(batch)
     shown = iter(batch.image_index.tolist())
     grids = torch.empty(0, 3, dtype=torch.int64) if batch.image_grid_thw is None else batch.image_grid_thw
-    merge = model.config.vision_config.spatial_merge_size**2
+    family = FAMILIES[model.config.model_type]
+    tokens = family.tokens_per_image(model.config, grids)
     for start, end in pairwise(offsets):
         ids = batch.token_ids[start:end]
         is_response = batch.response_mask[start:end]
@@ -119,12 +127,15 @@ def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) 
         images: list[int] = []
         while left > 0:
             images.append(next(shown))
-            left -= int(grids[images[-1]].prod()) // merge
+            left -= tokens[images[-1]]
         inputs: dict[str, Any] = {"input_ids": ids[None].to(model.device)}
         if images:
-            inputs["pixel_values"] = torch.cat([patches[i] for i in images]).to(model.device)
-            inputs["image_grid_thw"] = grids[images].to(model.device)
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+            if hasattr(model.model, "get_rope_index"):
+                inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+            shown_here = family.hf_inputs(
+                model.config, torch.cat([patches[i] for i in images]), grids[images]
+            )
+            inputs |= {name: tensor.to(model.device) for name, tensor in shown_here.items()}
         logits = model(**inputs, use_cache=False).logits[0].float() / temperature
         rows = is_response.nonzero().squeeze(1)
         logprobs = logits[(rows - 1).to(logits.device)].log_softmax(-1)
@@ -145,6 +156,7 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
     """
     import torch
 
+    from gspo_mm.families import FAMILIES
     from gspo_mm.types import MicroBatch
 
     generator = torch.Generator().manual_seed(seed)
@@ -152,20 +164,14 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
     def integer(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    config = model.config
-    vision, merge = config.vision_config, config.vision_config.spatial_merge_size
-    grids = torch.tensor([[1, merge * integer(1, 5), merge * integer(1, 5)] for _ in range(images)]).reshape(
-        -1, 3
-    )
-    patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.randn(int(grids.prod(-1).sum()), patch_dim, generator=generator)
-    special = {
-        config.image_token_id,
-        config.video_token_id,
-        config.vision_start_token_id,
-        config.vision_end_token_id,
-    }
-    plain = torch.tensor([i for i in range(config.text_config.vocab_size) if i not in special])
+    config, family = model.config, FAMILIES[model.config.model_type]
+    grids = torch.tensor([family.grid_of(config, integer(1, 5), integer(1, 5)) for _ in range(images)])
+    grids = grids.reshape(-1, 3)
+    tokens = family.tokens_per_image(config, grids)
+    pixels = torch.randn(int(grids.prod(-1).sum()), family.patch_dim(config), generator=generator)
+    around = [getattr(config, f"vision_{side}_token_id", None) for side in ("start", "end")]
+    special = {config.image_token_id, getattr(config, "video_token_id", None), *around}
+    plain = torch.tensor([i for i in range(config.get_text_config().vocab_size) if i not in special])
 
     def text(low: int, high: int) -> list[int]:
         return plain[torch.randint(len(plain), (integer(low, high),), generator=generator)].tolist()
@@ -177,13 +183,11 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
         prompt = text(2, 9)
         mask = [False] * len(prompt)
         for image in of_sequence:
-            count = int(grids[image].prod()) // merge**2
-            prompt += [
-                config.vision_start_token_id,
-                *[config.image_token_id] * count,
-                config.vision_end_token_id,
-            ]
-            mask += [False] * (count + 2)
+            start, end = around
+            prompt += [] if start is None else [start]
+            prompt += [config.image_token_id] * tokens[image]
+            prompt += [] if end is None else [end]
+            mask += [False] * (len(prompt) - len(mask))
             prompt += text(0, 4)
             mask += [number == 1] * (len(prompt) - len(mask))
         response = text(1, 14)
@@ -212,6 +216,8 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
 def _positions(model: Any, ids: list[int], grids: torch.Tensor | None) -> torch.Tensor:
     import torch
 
+    if not hasattr(model.model, "get_rope_index"):
+        return torch.arange(len(ids))[None]
     if grids is None:
         return torch.arange(len(ids)).expand(3, -1)
     tokens = torch.tensor([ids])

@@ -30,7 +30,7 @@ class Pixels(Protocol):
         ...
 
     def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
-        """Rotary positions [3, L] int64 of one sequence, in which an id below 0 is a text token."""
+        """Rotary positions [A, L] int64 of one sequence, in which an id below 0 is a text token."""
         ...
 
 
@@ -103,7 +103,9 @@ def pack(sequences: list[TrainSequence], processor: Pixels) -> MicroBatch:
         names=tuple(s.name for s in sequences),
         token_ids=torch.tensor([t for s in sequences for t in s.token_ids], dtype=torch.int64),
         cu_seqlens=_offsets(len(s.token_ids) for s in sequences),
-        positions=torch.cat([torch.empty(3, 0, dtype=torch.int64), *positions], dim=1),
+        positions=torch.cat(
+            positions or [processor.positions(torch.empty(0, dtype=torch.int64), None)], dim=1
+        ),
         response_mask=torch.cat([torch.empty(0, dtype=torch.bool), *masks]),
         response_cu_seqlens=_offsets(s.num_trained for s in sequences),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),

@@ -89,7 +89,7 @@ def _build(
     config = PolicyConfig.model_validate({"dtype": dtype, "parallel": parallel.model_dump()})
     family, config_of_model, plan = prepare(str(hf), config, seed=0)
     chunks = build_chunks(family, config_of_model, config, plan)
-    vocab = padded_vocab(config_of_model.text_config.vocab_size, plan)
+    vocab = padded_vocab(config_of_model.get_text_config().vocab_size, plan)
     entries = family.weight_map(config_of_model, padded_vocab=vocab, fused=has_fused_modules())
     return Ranks(), chunks, Weights(chunks, entries, plan)
 

@@ -19,6 +19,7 @@ import torch
 from gspo_mm.config import DataConfig
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.pictures import decode_image
+from gspo_mm.families.table import family_of
 from gspo_mm.hf.processor import load_processor
 from gspo_mm.hf.stops import find_stops
 from gspo_mm.types import EncodedImage, EncodedPrompt, Prompt
@@ -33,10 +34,10 @@ class Processor:
 
     def __init__(self, model_path: str, config: DataConfig) -> None:
         self._processor, hf = load_processor(model_path)
+        self._hf, self._family = hf, family_of(model_path)
         self._tokenizer: Any = self._processor.tokenizer
         self._image_processor: Any = self._processor.image_processor
         self.image_token_id: int = hf.image_token_id
-        self._merge: int = hf.vision_config.spatial_merge_size
         self._max_prompt_tokens = config.max_prompt_tokens
         added = self._tokenizer.added_tokens_decoder.values()
         self._special = tuple(
@@ -46,7 +47,7 @@ class Processor:
         size |= {"shortest_edge": config.min_pixels} if config.min_pixels else {}
         size |= {"longest_edge": config.max_pixels} if config.max_pixels else {}
         self._image_processor.size = size
-        stops = find_stops(model_path, self._processor, hf.text_config.vocab_size)
+        stops = find_stops(model_path, self._processor, hf.get_text_config().vocab_size)
         logger.info("%s", stops.describe(self._tokenizer))
         # where engines stop and what ends an answer, everywhere; the one that ends a reference response is first
         self.stop_token_ids: tuple[int, ...] = stops.ids
@@ -76,9 +77,9 @@ class Processor:
             raise BadSample(
                 "too long", f"{len(token_ids)} tokens, data.max_prompt_tokens={self._max_prompt_tokens}"
             )
-        pixels, grids = inputs.get("pixel_values"), inputs.get("image_grid_thw")
-        if grids is not None:
-            expected = int((grids.prod(-1) // self._merge**2).sum())
+        pixels, grids = self._family.images_of(self._hf, inputs)
+        if pixels is not None and grids is not None:
+            expected = sum(self._family.tokens_per_image(self._hf, grids))
             assert token_ids.count(self.image_token_id) == expected, (
                 f"{prompt.key}: image tokens and grids disagree"
             )
@@ -92,36 +93,21 @@ class Processor:
         """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded anew."""
         if image.key not in self._cache:
             inputs = self._image_processor(images=[decode_image(image.data)], return_tensors="pt")
-            self._remember(image.key, inputs["pixel_values"], inputs["image_grid_thw"])
-            return inputs["pixel_values"], inputs["image_grid_thw"]
+            pixels, grid = self._family.images_of(self._hf, inputs)
+            assert pixels is not None
+            assert grid is not None
+            self._remember(image.key, pixels, grid)
+            return pixels, grid
         self._cache.move_to_end(image.key)
         return self._cache[image.key]
 
     def num_patches(self, image: EncodedImage) -> int:
         """Patches t*h*w that `pixels` will make of the image, from its size alone."""
-        return self._image_processor.get_number_of_image_patches(image.height, image.width, {})
+        return self._family.num_patches(self._hf, self._image_processor, image.height, image.width)
 
     def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
-        """Rotary positions [3, P] int64 (time, height, width) of one prompt [P].
-
-        Text counts on, equal on all axes. An image starts where the text before it ended; its tokens share that
-        time and count rows and columns from there; the text behind it starts after the larger of the two.
-        Source: Qwen3VLMoeModel.get_rope_index in transformers.
-        """
-        is_image = token_ids == self.image_token_id
-        pieces: list[torch.Tensor] = []
-        position, begin = 0, 0
-        for t, h, w in [] if image_grid_thw is None else image_grid_thw.tolist():
-            rows, columns = h // self._merge, w // self._merge
-            start = begin + int(is_image[begin:].int().argmax())
-            pieces.append(torch.arange(position, position + start - begin).expand(3, -1))
-            position += start - begin
-            axes = torch.meshgrid(torch.arange(t), torch.arange(rows), torch.arange(columns), indexing="ij")
-            pieces.append(torch.stack(axes).reshape(3, -1) + position)
-            position += max(rows, columns)
-            begin = start + t * rows * columns
-        pieces.append(torch.arange(position, position + len(token_ids) - begin).expand(3, -1))
-        return torch.cat(pieces, dim=1)
+        """Rotary positions [A, P] int64 of one sequence [P], on the family's axes; an id below 0 is a text token."""
+        return self._family.positions(self._hf, token_ids, image_grid_thw)
 
     def encode_response(self, text: str) -> list[int]:
         """Token ids of a reference response, ended as the chat template ends an answer."""

@@ -9,6 +9,7 @@ Dims: V vocabulary, D hidden, E experts, F one expert's (or the MLP's) inner siz
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -16,6 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from gspo_mm.families.cost import FlopModel
+from gspo_mm.types import GspoError
 
 type Axis = Literal["tp", "etp"]
 
@@ -184,77 +186,139 @@ class ServedDim:
 class ModelDims:
     """What a plan must fit: counts of the language decoder, and how deep DeepStack reaches into it."""
 
+    hidden: int
     num_layers: int
     num_heads: int
     num_kv_groups: int
     num_experts: int  # 0: dense
     expert_ffn: int = 0  # inner size of one expert
-    deepstack_levels: int = 0  # decoder layers, from the first, that receive image features
+    deepstack_levels: int = 0
 
 
-class Family(Protocol):
-    """One model family: how its Hugging Face config, weights and vision tower map onto megatron-core."""
+class Family(ABC):
+    """One model family: how its Hugging Face config, weights, images and positions map onto megatron-core.
+
+    What is not abstract here is how most families do it. Images are patches [sum of t*h*w, patch dim], a row each, with a
+    grid (t, h, w) per image; whatever else an image processor makes is turned into that by `images_of`.
+    """
+
+    # --- the language decoder
 
     def load_config(self, path: str) -> Any:
         """The Hugging Face config of folder `path`. Raises HfFolderError for a variant that is not supported."""
-        ...
+        from transformers import AutoConfig
 
-    def dims(self, hf: Any) -> ModelDims: ...
+        return AutoConfig.from_pretrained(path)
 
+    def dims(self, hf: Any) -> ModelDims:
+        made = self.transformer_arguments(hf)
+        return ModelDims(
+            hidden=made["hidden_size"],
+            num_layers=made["num_layers"],
+            num_heads=made["num_attention_heads"],
+            num_kv_groups=made["num_query_groups"],
+            num_experts=made.get("num_moe_experts", 0),
+            expert_ffn=made.get("moe_ffn_hidden_size", 0),
+            deepstack_levels=self.deepstack_levels(hf),
+        )
+
+    @abstractmethod
     def flops(self, hf: Any) -> FlopModel:
         """FLOPs of a forward pass of the whole model, vision tower and output layer included."""
-        ...
 
+    @abstractmethod
     def transformer_arguments(self, hf: Any) -> dict[str, Any]:
         """Keyword arguments of megatron's TransformerConfig that the architecture decides."""
-        ...
+
+    @abstractmethod
+    def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
+        """Every tensor of the model; `fused`: names of Transformer Engine's fused modules."""
+
+    @abstractmethod
+    def build_rotary(self, hf: Any) -> torch.nn.Module:
+        """Maps positions [A, N] to angles [N, rotated dims of a head] float32."""
 
     def is_tied(self, hf: Any) -> bool:
         """Whether the output layer is the embedding."""
-        ...
-
-    def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
-        """Every tensor of the model; `fused`: names of Transformer Engine's fused modules."""
-        ...
+        return bool(hf.tie_word_embeddings)  # the top-level flag decides, text_config's is not read
 
     def expert_shapes(self, hf: Any) -> Mapping[str, tuple[int, int]]:
         """[out, in] of the fused expert tensors by the last part of their name; empty for dense models."""
-        ...
+        return {}
+
+    def positions(self, hf: Any, token_ids: torch.Tensor, grids: torch.Tensor | None) -> torch.Tensor:
+        """Rotary positions [A, P] int64 of one sequence [P], on A axes; an id below 0 is a text token."""
+        return torch.arange(len(token_ids))[None]
+
+    def part_of(self, name: str) -> str:
+        """Which part of `policy.freeze` the parameter `name` of the policy belongs to."""
+        return "router" if ".mlp.router." in name else "vision" if name.startswith("visual.") else "language"
+
+    # --- images
+
+    def deepstack_levels(self, hf: Any) -> int:
+        """Decoder layers, from the first, that receive image features."""
+        return 0
+
+    @abstractmethod
+    def build_vision(self, hf: Any) -> torch.nn.Module:
+        """What turns patches into features: tower and projector."""
+
+    @abstractmethod
+    def encode_images(
+        self, tower: torch.nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Features [image tokens, D] of all images in order, and those of each DeepStack level."""
+
+    @abstractmethod
+    def tokens_per_image(self, hf: Any, grid_thw: torch.Tensor) -> list[int]: ...
+
+    @abstractmethod
+    def patch_dim(self, hf: Any) -> int: ...
+
+    @abstractmethod
+    def grid_of(self, hf: Any, rows: int, columns: int) -> tuple[int, int, int]:
+        """Grid (t, h, w) of an image of that many rows and columns of tokens, where the family has a choice."""
+
+    def num_patches(self, hf: Any, image_processor: Any, height: int, width: int) -> int:
+        """t*h*w of an image of that many pixels."""
+        return image_processor.get_number_of_image_patches(height, width, {})
+
+    def images_of(
+        self, hf: Any, inputs: Mapping[str, Any]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Patches and grids [I, 3] int64 of what the Hugging Face processor made; None where there is no image."""
+        return inputs.get("pixel_values"), inputs.get("image_grid_thw")
+
+    def hf_inputs(self, hf: Any, patches: torch.Tensor, grids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inverse of `images_of`: what the forward of transformers' own model is given."""
+        return {"pixel_values": patches, "image_grid_thw": grids}
+
+    # --- SGLang servers, which a family may leave out
 
     def check_served(self, hf: Any) -> None:
         """Raise GspoError for a variant that SGLang would compute in another way."""
-        ...
+        raise GspoError(
+            f"models of type {hf.model_type} are not served by SGLang here; set rollout.engine=embedded"
+        )
 
     def linear_layers(self, hf: Any) -> Mapping[str, tuple[str, ...]]:
         """The decoder's matrices [out, in] as SGLang merges them: its name of each -> Hugging Face's of what is in it.
 
         Experts are named one by one. These are the weights that servers may hold in FP8.
         """
-        ...
+        return {}
 
     def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
         """Dims of those matrices when a server cuts them that many ways."""
-        ...
+        return []
 
-    def build_vision(self, hf: Any) -> torch.nn.Module: ...
+    def whole_tensor(self, name: str) -> str | None:
+        """SGLang's name of the tensor that is `name` in Hugging Face's, if it keeps it whole and as it was sent.
 
-    def encode_images(
-        self, tower: torch.nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Features [image tokens, D] of all images in order, and those of each DeepStack level."""
-        ...
-
-    def tokens_per_image(self, hf: Any, grid_thw: torch.Tensor) -> list[int]: ...
-
-    def blank_image(self, hf: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches and grid [1, 3] of the smallest image the tower takes, all zeros."""
-        ...
-
-    def build_rotary(self, hf: Any) -> torch.nn.Module: ...
-
-    def part_of(self, name: str) -> str:
-        """Which part of `policy.freeze` the parameter `name` of the policy belongs to."""
-        ...
+        Checksums are taken of these, which are norms, routers and the like.
+        """
+        return None
 
 
 def _part(whole: torch.Tensor, dim: int, size: int, rank: int) -> torch.Tensor:

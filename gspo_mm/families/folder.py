@@ -91,7 +91,7 @@ class HfFolder:
         """
         reference = _reference(self._hf)
         self._drop_tied(reference.all_tied_weights_keys)
-        vocab = self._hf.text_config.vocab_size
+        vocab = self._hf.get_text_config().vocab_size
         entries = self._family.weight_map(self._hf, padded_vocab=vocab, fused=False)
         needed = {name for entry in entries for name in entry.hf}
         if computed := [name for name in self._headers.keys() - needed if _COMPUTED.search(name)]:

@@ -9,6 +9,7 @@ Left out: videos (their tokens are refused by the model as text without features
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch
 from gspo_mm.families.base import (
     Copy,
     Entry,
+    Family,
     MergeGateUp,
     MergeQkv,
-    ModelDims,
     ServedDim,
     StackExperts,
     VocabPad,
@@ -30,15 +31,14 @@ from gspo_mm.types import GspoError
 
 _HF_TEXT = "model.language_model"
 _HF_VISION = "model.visual"
+_WHOLE = re.compile(r"(norm\d?|mlp\.gate|patch_embed\.proj)\.(weight|bias)$")
 
 
-class Qwen3VL:
+class Qwen3VL(Family):
     """The Family of both variants; which one is in the config."""
 
     def load_config(self, path: str) -> Any:
-        from transformers import AutoConfig
-
-        hf = AutoConfig.from_pretrained(path)
+        hf = super().load_config(path)
         text = hf.text_config
         if text.hidden_act != "silu":
             raise HfFolderError(
@@ -54,17 +54,6 @@ class Qwen3VL:
                 f"router untrained; use a model with 2 to {text.num_experts} experts per token"
             )
         return hf
-
-    def dims(self, hf: Any) -> ModelDims:
-        text = hf.text_config
-        return ModelDims(
-            num_layers=text.num_hidden_layers,
-            num_heads=text.num_attention_heads,
-            num_kv_groups=text.num_key_value_heads,
-            num_experts=text.num_experts if any(moe_layers(text)) else 0,
-            expert_ffn=text.moe_intermediate_size if any(moe_layers(text)) else 0,
-            deepstack_levels=len(hf.vision_config.deepstack_visual_indexes),
-        )
 
     def flops(self, hf: Any) -> FlopModel:
         text, vision, mixtures = hf.text_config, hf.vision_config, sum(moe_layers(hf.text_config))
@@ -92,9 +81,6 @@ class Qwen3VL:
             merged=merger * (1 + len(vision.deepstack_visual_indexes)),
             patches_per_token=vision.spatial_merge_size**2,
         )
-
-    def is_tied(self, hf: Any) -> bool:
-        return bool(hf.tie_word_embeddings)  # the top-level flag decides, text_config's is not read
 
     def transformer_arguments(self, hf: Any) -> dict[str, Any]:
         text = hf.text_config
@@ -212,6 +198,9 @@ class Qwen3VL:
             )
         return dims
 
+    def deepstack_levels(self, hf: Any) -> int:
+        return len(hf.vision_config.deepstack_visual_indexes)
+
     def build_vision(self, hf: Any) -> torch.nn.Module:
         from transformers import AutoModel
 
@@ -226,10 +215,13 @@ class Qwen3VL:
     def tokens_per_image(self, hf: Any, grid_thw: torch.Tensor) -> list[int]:
         return (grid_thw.prod(-1) // hf.vision_config.spatial_merge_size**2).tolist()
 
-    def blank_image(self, hf: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        vision, merge = hf.vision_config, hf.vision_config.spatial_merge_size
-        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        return torch.zeros(merge**2, patch_dim), torch.tensor([[1, merge, merge]])
+    def patch_dim(self, hf: Any) -> int:
+        vision = hf.vision_config
+        return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+    def grid_of(self, hf: Any, rows: int, columns: int) -> tuple[int, int, int]:
+        merge = hf.vision_config.spatial_merge_size
+        return 1, merge * rows, merge * columns
 
     def build_rotary(self, hf: Any) -> torch.nn.Module:
         text = hf.text_config
@@ -240,9 +232,35 @@ class Qwen3VL:
         )
 
     def part_of(self, name: str) -> str:
-        if name.startswith("visual."):
-            return "projector" if "merger" in name.split(".")[1] else "vision"
-        return "router" if ".mlp.router." in name else "language"
+        is_merger = name.startswith("visual.") and "merger" in name.split(".")[1]
+        return "projector" if is_merger else super().part_of(name)
+
+    def positions(self, hf: Any, token_ids: torch.Tensor, grids: torch.Tensor | None) -> torch.Tensor:
+        """Three axes: time, height, width.
+
+        Text counts on, equal on all axes. An image starts where the text before it ended; its tokens share that
+        time and count rows and columns from there; the text behind it starts after the larger of the two.
+        Source: Qwen3VLMoeModel.get_rope_index in transformers.
+        """
+        is_image, merge = token_ids == hf.image_token_id, hf.vision_config.spatial_merge_size
+        pieces: list[torch.Tensor] = []
+        position, begin = 0, 0
+        for t, h, w in [] if grids is None else grids.tolist():
+            rows, columns = h // merge, w // merge
+            start = begin + int(is_image[begin:].int().argmax())
+            pieces.append(torch.arange(position, position + start - begin).expand(3, -1))
+            position += start - begin
+            axes = torch.meshgrid(torch.arange(t), torch.arange(rows), torch.arange(columns), indexing="ij")
+            pieces.append(torch.stack(axes).reshape(3, -1) + position)
+            position += max(rows, columns)
+            begin = start + t * rows * columns
+        pieces.append(torch.arange(position, position + len(token_ids) - begin).expand(3, -1))
+        return torch.cat(pieces, dim=1)
+
+    def whole_tensor(self, name: str) -> str | None:
+        if not _WHOLE.search(name):
+            return None
+        return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
 class InterleavedRotary(torch.nn.Module):

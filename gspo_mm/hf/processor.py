@@ -33,8 +33,8 @@ def load_processor(path: str) -> tuple[Any, Any]:
         )
     _check_tokens(path, processor, hf)
     for ours, theirs in _PATCHES.items():
-        made, wanted = getattr(processor.image_processor, ours), getattr(hf.vision_config, theirs)
-        if made != wanted:
+        made, wanted = getattr(processor.image_processor, ours, None), getattr(hf.vision_config, theirs, None)
+        if None not in (made, wanted) and made != wanted:
             raise HfFolderError(
                 f"{path}: the image processor has {ours}={made} but vision_config.{theirs} of config.json is {wanted}; "
                 "use preprocessor_config.json of this model"
@@ -43,14 +43,16 @@ def load_processor(path: str) -> tuple[Any, Any]:
 
 
 def _check_tokens(path: str, processor: Any, hf: Any) -> None:
-    tokens, rows = max(processor.tokenizer.get_vocab().values()) + 1, hf.text_config.vocab_size
+    tokens, rows = max(processor.tokenizer.get_vocab().values()) + 1, hf.get_text_config().vocab_size
     if tokens > rows:
         raise HfFolderError(
             f"{path}: the tokenizer has {tokens} tokens but the model only {rows} rows (text_config.vocab_size); use the "
             f"model's own tokenizer, or give it more rows with transformers' resize_token_embeddings({tokens}) and save it"
         )
     for name in _SPECIAL:
-        token, wanted = getattr(processor, name), getattr(hf, f"{name}_id")
+        token, wanted = getattr(processor, name, None), getattr(hf, f"{name}_id", None)
+        if token is None or wanted is None:  # a family has not all of them
+            continue
         found = processor.tokenizer.get_vocab().get(token)
         if found != wanted:
             has = "has no such token" if found is None else f"has {found}"

@@ -78,7 +78,9 @@ class Policy:
         self.weights = Weights(
             self.chunks,
             family.weight_map(
-                hf, padded_vocab=padded_vocab(hf.text_config.vocab_size, plan), fused=has_fused_modules()
+                hf,
+                padded_vocab=padded_vocab(hf.get_text_config().vocab_size, plan),
+                fused=has_fused_modules(),
             ),
             plan,
         )

@@ -32,7 +32,7 @@ class Layout:
 
     cu_seqlens: torch.Tensor  # [S+1] int32, padded sequences in Np
     token_ids: torch.Tensor  # [N] int64, of this CP rank
-    positions: torch.Tensor  # [3, N] int64, rotary positions of this CP rank
+    positions: torch.Tensor  # [A, N] int64, rotary positions of this CP rank
     visual_index: torch.Tensor  # [own I] int64, rows among this TP rank's N/tp that show an image token
     visual_feature: (
         torch.Tensor

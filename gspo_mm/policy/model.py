@@ -161,7 +161,7 @@ class PolicyModel(MegatronModule):
             hidden_N1D[:, 0].index_select(0, layout.predicting_rows.to(target)),
             output_layer.weight if output_weight is None else output_weight,
             layout.targets.to(target),
-            vocab=self.hf.text_config.vocab_size,
+            vocab=self.hf.get_text_config().vocab_size,
             temperature=temperature,
             entropy=entropy,
             group=groups.tp if groups.tp.size() > 1 else None,
@@ -219,8 +219,8 @@ def build_decoder(
         return GPTModel(
             config=config,
             transformer_layer_spec=spec,
-            vocab_size=padded_vocab(hf.text_config.vocab_size, plan),
-            max_sequence_length=hf.text_config.max_position_embeddings,
+            vocab_size=padded_vocab(hf.get_text_config().vocab_size, plan),
+            max_sequence_length=hf.get_text_config().max_position_embeddings,
             pre_process=owner.pre_process,
             post_process=owner.post_process,
             position_embedding_type="none",  # pyright: ignore[reportArgumentType]  # rotary is in spec.py

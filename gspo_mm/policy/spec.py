@@ -41,7 +41,9 @@ class PackedSequences(PackedSeqParams):
     `cu_seqlens_*` count the tokens of all context-parallel ranks, as Transformer Engine wants them.
     """
 
-    angles: torch.Tensor | None = None  # [N, H] float32, rotary angles
+    angles: torch.Tensor | None = (
+        None  # [N, H] float32, rotary angles; of fewer dims where the rest is not turned
+    )
     lengths: tuple[int, ...] = ()  # [S] of the sequences in `cu_seqlens_*`, on the host
     visual_index: torch.Tensor | None = None  # [image tokens] int64: their rows in this rank's hidden states
     deepstack: list[torch.Tensor] = field(default_factory=list)  # per level [image tokens, D]
@@ -71,8 +73,9 @@ def block_spec(
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=fused, normalization=config.normalization, vp_stage=vp_stage
     )
+    norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     if not fused:
-        block.layer_norm = RMSNorm
+        block.layer_norm = norm
     layers: list[Any] = block.layer_specs or []
     for layer in layers:
         layer.module = DeepStackLayer
@@ -80,8 +83,9 @@ def block_spec(
         if fused:
             attention.core_attention = _fused_attention()
         else:
-            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+            if config.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = norm
             attention.core_attention = LocalAttention
         if getattr(layer.submodules.mlp, "func", None) is MoELayer:
             layer.submodules.mlp.keywords["submodules"].router = Router
@@ -133,6 +137,14 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's LayerNorm, tagged as `RMSNorm` is."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = self.bias.sequence_parallel = config.sequence_parallel
 
 
 class LocalAttention(MegatronModule):
@@ -214,11 +226,13 @@ def _fused_attention() -> type:
 
 
 def rotate(states_NAH: torch.Tensor, angles_NH: torch.Tensor | None) -> torch.Tensor:
-    """Rotary embedding: every pair (h, h + H/2) turned by its angle."""
+    """Rotary embedding: every pair (h, h + F/2) turned by its angle, of the first F dims that have one."""
     assert angles_NH is not None
     cos, sin = (f(angles_NH).to(states_NAH.dtype).unsqueeze(1) for f in (torch.cos, torch.sin))
-    first, second = states_NAH.chunk(2, dim=-1)
-    return states_NAH * cos + torch.cat([-second, first], dim=-1) * sin
+    turned, rest = states_NAH.split([cos.shape[-1], states_NAH.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 class GatherTokens(torch.autograd.Function):

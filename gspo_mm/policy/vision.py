@@ -101,14 +101,13 @@ class Features:
 
     def _blank(self, device: torch.device) -> torch.Tensor:
         """No rows, but connected to every parameter of the tower."""
-        pixels, grid = self._family.blank_image(self._hf)
         if self.trained and torch.is_grad_enabled():
+            grid = torch.tensor([self._family.grid_of(self._hf, 1, 1)])
+            pixels = torch.zeros(int(grid.prod()), self._family.patch_dim(self._hf))
             return self._run(pixels.to(device), grid.to(device))[:0]
-        with torch.device(device):
-            width = self._hf.text_config.hidden_size * (
-                1 + len(self._hf.vision_config.deepstack_visual_indexes)
-            )
-            return torch.empty(0, width, dtype=next(self._tower.parameters()).dtype)
+        dims = self._family.dims(self._hf)
+        width, dtype = dims.hidden * (1 + dims.deepstack_levels), next(self._tower.parameters()).dtype
+        return torch.empty(0, width, dtype=dtype, device=device)
 
 
 class FeatureCache:

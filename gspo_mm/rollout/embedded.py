@@ -14,6 +14,7 @@ import torch
 
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
+from gspo_mm.families import family_of
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.types import Completion, EncodedPrompt, Finish, SamplingParams
 
@@ -26,7 +27,6 @@ class TokenSide(Protocol):
     stop_token_ids: tuple[int, ...]
     pad_token_id: int
 
-    def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor: ...
     def decode(self, token_ids: Iterable[int]) -> str: ...
 
 
@@ -57,6 +57,8 @@ class EmbeddedEngine:
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         config = AutoConfig.from_pretrained(model_path)
+        self._family, self._hf = family_of(model_path), config
+        self._axes = len(self._family.positions(config, torch.empty(0, dtype=torch.int64), None))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(), device:
             model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype)
@@ -145,7 +147,7 @@ class EmbeddedEngine:
             logits_BV = self._forward(
                 input_ids=token_B[:, None],
                 attention_mask=mask_BP,
-                position_ids=position_B[None, :, None].expand(3, -1, 1),
+                positions_ABP=position_B[None, :, None].expand(self._axes, -1, 1),
                 past_key_values=cache,
             )
             position_B = position_B + 1
@@ -159,28 +161,35 @@ class EmbeddedEngine:
         longest = max(len(p.token_ids) for p in prompts)
         ids_QP = torch.full((len(prompts), longest), self._processor.pad_token_id)
         mask_QP = torch.zeros_like(ids_QP)
-        positions_3QP = torch.ones(3, len(prompts), longest, dtype=torch.int64)
+        positions_AQP = torch.ones(self._axes, len(prompts), longest, dtype=torch.int64)
         for i, prompt in enumerate(prompts):
             ids = torch.tensor(prompt.token_ids)
             ids_QP[i, -len(ids) :] = ids
             mask_QP[i, -len(ids) :] = 1
-            positions_3QP[:, i, -len(ids) :] = self._processor.positions(ids, prompt.image_grid_thw)
+            positions_AQP[:, i, -len(ids) :] = self._family.positions(self._hf, ids, prompt.image_grid_thw)
         pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
         grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
         cache = DynamicCache(config=self._model.config.get_text_config())
         logits_QV = self._forward(
             input_ids=ids_QP.to(self._device),
             attention_mask=mask_QP.to(self._device),
-            position_ids=positions_3QP.to(self._device),
+            positions_ABP=positions_AQP.to(self._device),
             past_key_values=cache,
-            pixel_values=torch.cat(pixels).to(self._device) if pixels else None,
-            image_grid_thw=torch.cat(grids).to(self._device) if grids else None,
+            **self._images(pixels, grids),
         )
-        next_position_Q = positions_3QP.amax(dim=(0, 2)) + 1
+        next_position_Q = positions_AQP.amax(dim=(0, 2)) + 1
         return logits_QV, cache, mask_QP.to(self._device), next_position_Q.to(self._device)
 
-    def _forward(self, **inputs: Any) -> torch.Tensor:
-        return self._model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    def _images(self, pixels: list[torch.Tensor], grids: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not pixels:
+            return {}
+        inputs = self._family.hf_inputs(self._hf, torch.cat(pixels), torch.cat(grids))
+        return {name: tensor.to(self._device) for name, tensor in inputs.items()}
+
+    def _forward(self, positions_ABP: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        positions = positions_ABP if self._axes > 1 else positions_ABP[0]
+        outputs = self._model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+        return outputs.logits[:, -1].float()
 
     def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
         stopped = tokens[-1] in self._processor.stop_token_ids

@@ -113,7 +113,7 @@ def tensor_dtypes(names: Iterable[str], *, quantized: Collection[str], kept: str
 
 
 def weight_map(family: Family, hf: Any) -> list[Entry]:
-    return family.weight_map(hf, padded_vocab=hf.text_config.vocab_size, fused=False)
+    return family.weight_map(hf, padded_vocab=hf.get_text_config().vocab_size, fused=False)
 
 
 def check_served(config: Config) -> None:

@@ -1,28 +1,26 @@
 """Did the weights arrive? Checksums of some tensors, taken when they are sent and asked of every server afterwards.
 
-Only tensors that a server keeps whole and as they were sent can be compared: norms, routers, the vision tower's patch
-embedding. They are spread over all parts of the model, so a part that was left out or sent under a wrong name shows.
-The algorithms are those of SGLang's POST /weights_checker: the first 8 bytes of SHA-256 in host memory, sums of mixed
-words on GPUs (sglang/kernels/ops/memory/gpu_tensor_hash.py).
+Only tensors that a server keeps whole and as they were sent can be compared (`Family.whole_tensor`): norms, routers, the
+vision tower's patch embedding. They are spread over all parts of the model, so a part that was left out or sent under a
+wrong name shows. The algorithms are those of SGLang's POST /weights_checker: the first 8 bytes of SHA-256 in host
+memory, sums of mixed words on GPUs (sglang/kernels/ops/memory/gpu_tensor_hash.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as functional
 
-from gspo_mm.families import Entry
+from gspo_mm.families import Entry, Family
 from gspo_mm.serving.admin import call_all
 from gspo_mm.serving.served import tensor_names
 from gspo_mm.serving.server import Server, ServerError
 from gspo_mm.types import GspoError
 
-_COMPARED = re.compile(r"(norm\d?|mlp\.gate|patch_embed\.proj)\.(weight|bias)$")
 _LEFT_OUT = [
     "experts",
     "qkv_proj",
@@ -42,15 +40,16 @@ _TILE = 8192  # words
 class Checksums:
     """Collects names and checksums of what this rank sends."""
 
-    def __init__(self) -> None:
+    def __init__(self, family: Family) -> None:
+        self._family = family
         self.names: list[str] = []  # Hugging Face's, of everything sent
         self.sent: dict[str, str] = {}  # by the server's name of the tensor
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
         """`name` is Hugging Face's."""
         self.names.append(name)
-        if _COMPARED.search(name):
-            self.sent[server_name(name)] = checksum(tensor)
+        if of_server := self._family.whole_tensor(name):
+            self.sent[of_server] = checksum(tensor)
 
     def noted(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The same tensors, noted as they pass."""
@@ -128,8 +127,3 @@ def _mix(words: torch.Tensor) -> torch.Tensor:
     words = (words ^ words >> 16) * 0x85EBCA6B & _32
     words = (words ^ words >> 13) * 0xC2B2AE35 & _32
     return words ^ words >> 16
-
-
-def server_name(name: str) -> str:
-    """Hugging Face's name of a tensor -> SGLang's."""
-    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")

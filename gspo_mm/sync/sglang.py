@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from gspo_mm.config import Config
-from gspo_mm.families import family_of, read_hf
+from gspo_mm.families import read_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.sglang import SGLangEngine
@@ -68,8 +68,8 @@ class SGLangPush:
         self._sync = config.sync
         # with `finish` none are under way but those of a server that failed meanwhile
         self._mode = "in_place" if config.rollout.keeps_cache else "retract"
-        family = family_of(config.model.path)
-        self._layers = family.linear_layers(family.load_config(config.model.path))
+        self._family = policy.family
+        self._layers = policy.family.linear_layers(policy.hf)
         self._colocated = config.rollout.sglang.colocate
 
     def push(self, *, version: int) -> None:
@@ -120,7 +120,7 @@ class SGLangPush:
                 self._engine.run(self._engine.fleet.suspect(server.url))
 
     def _push_to(self, servers: list[Server], version: int) -> None:
-        checksums = Checksums()
+        checksums = Checksums(self._family)
         with self._ranks.together():
             self._wake(servers, "weights")
             self._tell(servers, "/pause_generation", mode=self._mode)

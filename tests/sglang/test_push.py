@@ -22,7 +22,7 @@ from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving.admin import Calls, begin_update, is_fine
 from gspo_mm.serving.server import ServerError
-from gspo_mm.sync.checksums import Checksums, server_name
+from gspo_mm.sync.checksums import Checksums
 from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import Completion, EncodedPrompt, GspoError, SamplingParams
 from tests.sglang.conftest import MakeConfig
@@ -257,7 +257,9 @@ def test_a_tensor_that_arrives_changed_is_noticed(
             yield sent, tensor * 1.001 if sent == name else tensor
 
     monkeypatch.setattr(Checksums, "noted", noted)
-    with pytest.raises(ServerError, match=f"other values of 1 of .* first {server_name(name)}"):
+    with pytest.raises(
+        ServerError, match=f"other values of 1 of .* first {policy.family.whole_tensor(name)}"
+    ):
         push.push(version=3)
 
 

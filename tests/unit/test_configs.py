@@ -41,7 +41,13 @@ def test_the_large_config_fits_its_model_on_4_nodes(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WORLD_SIZE", "32")
     config = load_config(LARGE)
     dims = ModelDims(  # of Qwen3-VL-30B-A3B's config.json
-        num_layers=48, num_heads=32, num_kv_groups=4, num_experts=128, expert_ffn=768, deepstack_levels=3
+        hidden=2048,
+        num_layers=48,
+        num_heads=32,
+        num_kv_groups=4,
+        num_experts=128,
+        expert_ffn=768,
+        deepstack_levels=3,
     )
     plan = ParallelPlan.from_config(config.policy.parallel)
     plan.check_model(dims)

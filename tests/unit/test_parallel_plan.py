@@ -7,7 +7,7 @@ from gspo_mm.families.base import ModelDims
 from gspo_mm.policy.parallel import ParallelPlan
 
 DIMS = ModelDims(
-    num_layers=12, num_heads=8, num_kv_groups=2, num_experts=8, expert_ffn=24, deepstack_levels=3
+    hidden=64, num_layers=12, num_heads=8, num_kv_groups=2, num_experts=8, expert_ffn=24, deepstack_levels=3
 )
 
 
@@ -53,7 +53,7 @@ def test_sizes_must_divide_the_model(plan: ParallelPlan, message: str) -> None:
 
 
 def test_a_dense_model_has_no_experts_to_spread() -> None:
-    dense = ModelDims(num_layers=6, num_heads=8, num_kv_groups=2, num_experts=0)
+    dense = ModelDims(hidden=64, num_layers=6, num_heads=8, num_kv_groups=2, num_experts=0)
     ParallelPlan(tp=2, etp=2).check_model(dense)
     ParallelPlan(tp=2, pp=3).check_model(dense)
     with pytest.raises(ValueError, match=r"ep=2 but the model has no experts; use 1"):
