@@ -3,7 +3,7 @@
 places.py     where shards are: paths, URLs, commands
 shards.py     one shard -> raw samples, damage named
 stream.py     one source: shuffled, resumable
-mixture.py    several sources in one global order, for any number of readers
+mixture.py    several sources in one order
 prefetch.py   reads ahead in a thread
 media.py      what looks like a picture, video or sound
 samples.py    raw sample -> Prompt, or why not

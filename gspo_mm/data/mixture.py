@@ -1,10 +1,7 @@
-"""Several sources as one stream in one global order, for any number of readers.
+"""Several sources as one stream in one order.
 
 Which source stands at position p is drawn from (seed, p) alone, and which of its samples from how many were taken of
-it before. So the order knows nothing of readers. Reader r of n goes along the whole of it and keeps the r-th of each n
-samples: after equal numbers of samples all readers stand at the same position, and any other number of readers can
-go on from there with nothing twice and nothing missing. The price is that each reads all bytes; it decodes only its
-own samples. Splitting shards over readers would save the bytes and make the order depend on their number.
+it before.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where a mixture stands: `taken` samples of the global order are behind it, by all readers together."""
+    """Where a mixture stands: `taken` samples of the order are behind it."""
 
     taken: int = 0
     sources: Mapping[str, Cursor] = field(default_factory=dict)  # those at their beginning may be missing
@@ -56,7 +53,7 @@ class Position:
 
 
 class Mixture:
-    """Iterator over (raw sample, position after it and after the other readers' samples of that round).
+    """Iterator over (raw sample, position after it).
 
     With `repeat` for ever, sources drawn by weight; without, one source after the other, each once.
     Raises DataError as `SampleStream` does, and when `position` is of other sources. `notes` say how the shards differ
@@ -71,10 +68,7 @@ class Mixture:
         seed: int,
         repeat: bool,
         position: Position | None = None,
-        reader: int = 0,
-        readers: int = 1,
     ) -> None:
-        assert 0 <= reader < readers
         position = position or Position()
         names = [source.name for source in sources]
         if not set(position.sources) <= set(names):
@@ -98,21 +92,12 @@ class Mixture:
         self._bounds = list(accumulate(source.weight for source in sources))
         self._seed = seed
         self._repeat = repeat
-        self._reader, self._readers = reader, readers
         self._taken = position.taken
         self._cursors = {name: stream.cursor for name, stream in zip(names, self._streams, strict=True)}
 
     def __iter__(self) -> Iterator[tuple[RawSample, Position]]:
-        while round_ := self._round():
-            if self._reader < len(round_):
-                yield round_[self._reader], Position(taken=self._taken, sources=dict(self._cursors))
-
-    def _round(self) -> list[RawSample]:
-        """The next sample of every reader; fewer at the end of a split that ends."""
-        samples: list[RawSample] = []
-        while len(samples) < self._readers and (sample := self._next()) is not None:
-            samples.append(sample)
-        return samples
+        while (sample := self._next()) is not None:
+            yield sample, Position(taken=self._taken, sources=dict(self._cursors))
 
     def _next(self) -> RawSample | None:
         choices = [self._drawn()] if self._repeat else range(len(self._streams))

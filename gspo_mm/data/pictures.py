@@ -96,9 +96,9 @@ def shown(data: bytes) -> tuple[str, bytes]:
     return "image/png", as_png(data)
 
 
-def data_url(data: bytes) -> str:
-    """`shown` as a URL that holds it."""
-    kind, encoded = shown(data)
+def data_url(data: bytes, *, lossless: bool = False) -> str:
+    """A URL that holds the picture: as `shown`, or as `as_png`, which leaves no decoder a choice."""
+    kind, encoded = ("image/png", as_png(data)) if lossless else shown(data)
     return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"
 
 

@@ -10,11 +10,11 @@ image that is not there.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 
 from gspo_mm.config import DataConfig
 from gspo_mm.data.faults import BadSample
@@ -52,11 +52,9 @@ class Processor:
         # where engines stop and what ends an answer, everywhere; the one that ends a reference response is first
         self.stop_token_ids: tuple[int, ...] = stops.ids
         self._end_of_turn = stops.end_of_turn
-        pad = self._tokenizer.pad_token_id
-        self.pad_token_id: int = self.stop_token_ids[0] if pad is None else pad
-        self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
-        self._cache_bytes = 0
-        self._cache_limit = config.image_cache_mb * 2**20
+        self._cache = LRUCache[str, tuple[torch.Tensor, torch.Tensor]](
+            config.image_cache_mb * 2**20, getsizeof=lambda image: image[0].nbytes
+        )
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Token ids and pixels of a prompt. Raises BadSample: special token in text, corrupt image, too long."""
@@ -91,15 +89,14 @@ class Processor:
 
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded anew."""
-        if image.key not in self._cache:
+        if (known := self._cache.get(image.key)) is None:
             inputs = self._image_processor(images=[decode_image(image.data)], return_tensors="pt")
             pixels, grid = self._family.images_of(self._hf, inputs)
             assert pixels is not None
             assert grid is not None
             self._remember(image.key, pixels, grid)
             return pixels, grid
-        self._cache.move_to_end(image.key)
-        return self._cache[image.key]
+        return known
 
     def num_patches(self, image: EncodedImage) -> int:
         """Patches t*h*w that `pixels` will make of the image, from its size alone."""
@@ -140,13 +137,8 @@ class Processor:
                     raise BadSample("special token in text", token)
 
     def _remember(self, key: str, pixels: torch.Tensor, grid: torch.Tensor) -> None:
-        if key in self._cache or pixels.nbytes > self._cache_limit:
-            return
-        self._cache[key] = (pixels, grid)
-        self._cache_bytes += pixels.nbytes
-        while self._cache_bytes > self._cache_limit:
-            _, (oldest, _) = self._cache.popitem(last=False)
-            self._cache_bytes -= oldest.nbytes
+        if key not in self._cache and pixels.nbytes <= self._cache.maxsize:
+            self._cache[key] = (pixels, grid)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -29,8 +29,8 @@ from gspo_mm.config import PolicyConfig
 from gspo_mm.families import Family, HfFolder, family_of, read_hf
 from gspo_mm.loss.metrics import Metrics
 from gspo_mm.policy import cpu
+from gspo_mm.policy.expert_load import ExpertLoad
 from gspo_mm.policy.layout import padded_tokens
-from gspo_mm.policy.load import ExpertLoad
 from gspo_mm.policy.model import PolicyModel, padded_vocab, quiet_megatron
 from gspo_mm.policy.optimizer import Optimizer
 from gspo_mm.policy.parallel import Groups, ParallelPlan

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 
 from gspo_mm.policy.parallel import ParallelPlan, round_up
-from gspo_mm.policy.spec import zigzag
 from gspo_mm.types import MicroBatch
 
 
@@ -103,3 +102,20 @@ def padded_tokens(batch: MicroBatch, plan: ParallelPlan, *, multiple: int = 1) -
     unit = math.lcm(plan.sequence_multiple, plan.cp * math.lcm(plan.tp, multiple))
     tokens = sum(round_up(n, plan.sequence_multiple) for n in batch.cu_seqlens.diff().tolist())
     return max(round_up(tokens, unit), unit)
+
+
+def zigzag(lengths: tuple[int, ...] | list[int], size: int, rank: int) -> torch.Tensor:
+    """Packed places [N] that context-parallel rank `rank` holds: of every sequence pieces `rank` and `2*size-1-rank`.
+
+    So each rank gets an early and a late piece, and causal attention costs all of them alike. This is the layout
+    that Transformer Engine's context-parallel attention expects of packed sequences.
+    """
+    if size == 1:
+        return torch.arange(sum(lengths))
+    pieces, start = [], 0
+    for length in lengths:
+        piece = length // (2 * size)
+        for number in (rank, 2 * size - 1 - rank):
+            pieces.append(torch.arange(start + number * piece, start + (number + 1) * piece))
+        start += length
+    return torch.cat(pieces)

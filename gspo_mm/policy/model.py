@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -33,11 +32,12 @@ from transformers import PreTrainedModel
 from gspo_mm.config import PolicyConfig
 from gspo_mm.families.base import Family
 from gspo_mm.loss.logprobs import linear_logprobs
+from gspo_mm.policy.collectives import InResponseOrder, in_response_order
 from gspo_mm.policy.layout import Layout, lay_out, padded_tokens
 from gspo_mm.policy.parallel import Groups, ParallelPlan, PlanError, round_up
 from gspo_mm.policy.precision import DTYPES, fp8_arguments, token_multiple
 from gspo_mm.policy.spec import PackedSequences, block_spec, has_fused_modules, pack_params
-from gspo_mm.policy.vision import Features, deepstack_leaves, gather_rows
+from gspo_mm.policy.vision import Features, deepstack_leaves
 from gspo_mm.runtime.dist import device
 from gspo_mm.types import MicroBatch
 
@@ -166,35 +166,10 @@ class PolicyModel(MegatronModule):
             entropy=entropy,
             group=groups.tp if groups.tp.size() > 1 else None,
         )
-        logprobs_R = _InResponseOrder.apply(own_R, layout, groups.cp)
+        logprobs_R = InResponseOrder.apply(own_R, layout, groups.cp)
         if own_entropy_R is None:
             return logprobs_R, None  # pyright: ignore[reportReturnType]
         return logprobs_R, in_response_order(own_entropy_R, layout, groups.cp)  # pyright: ignore[reportReturnType]
-
-
-class _InResponseOrder(torch.autograd.Function):
-    """[own R] of each context-parallel rank -> [R] on all of them.
-
-    Every rank goes on to compute the same loss from all R, so the gradient of its own part is complete as it comes:
-    backward takes its rows and sums nothing.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, own_R: torch.Tensor, layout: Layout, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.own = layout.response_order.split(layout.response_counts)[group.rank()]
-        return in_response_order(own_R, layout, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradients[0].index_select(0, ctx.own.to(gradients[0].device)), None, None
-
-
-def in_response_order(own_R: torch.Tensor, layout: Layout, group: dist.ProcessGroup) -> torch.Tensor:
-    """Every rank's values [own R], gathered and put in the order of `token_ids[response_mask]`; no gradient."""
-    if group.size() == 1:
-        return own_R.detach().clone()
-    gathered = gather_rows(own_R, layout.response_counts, group)
-    return torch.empty_like(gathered).index_copy_(0, layout.response_order.to(gathered.device), gathered)
 
 
 def occurrence_rows(tokens_per_image: list[int], image_index: list[int]) -> torch.Tensor:

@@ -28,6 +28,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from gspo_mm.policy.collectives import GatherTokens
+from gspo_mm.policy.layout import zigzag
+
 
 def has_fused_modules() -> bool:
     """Whether Transformer Engine's layers are used."""
@@ -233,45 +236,6 @@ def rotate(states_NAH: torch.Tensor, angles_NH: torch.Tensor | None) -> torch.Te
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
-
-
-class GatherTokens(torch.autograd.Function):
-    """Tokens [N, ...] of every context-parallel rank put in sequence order; backward sums over the ranks."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, own: torch.Tensor, lengths: tuple[int, ...], group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.group = group
-        ctx.order = torch.cat([zigzag(lengths, group.size(), rank) for rank in range(group.size())])
-        parts = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(group.size())]
-        dist.all_gather(parts, own.contiguous(), group=group)
-        gathered = torch.cat(parts)
-        return torch.empty_like(gathered).index_copy_(0, ctx.order, gathered)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        own = ctx.order.chunk(ctx.group.size())[ctx.group.rank()]
-        return total.index_select(0, own), None, None
-
-
-def zigzag(lengths: tuple[int, ...] | list[int], size: int, rank: int) -> torch.Tensor:
-    """Packed places [N] that context-parallel rank `rank` holds: of every sequence pieces `rank` and `2*size-1-rank`.
-
-    So each rank gets an early and a late piece, and causal attention costs all of them alike. This is the layout
-    that Transformer Engine's context-parallel attention expects of packed sequences.
-    """
-    if size == 1:
-        return torch.arange(sum(lengths))
-    pieces, start = [], 0
-    for length in lengths:
-        piece = length // (2 * size)
-        for number in (rank, 2 * size - 1 - rank):
-            pieces.append(torch.arange(start + number * piece, start + (number + 1) * piece))
-        start += length
-    return torch.cat(pieces)
 
 
 def _causal_mask(lengths: tuple[int, ...], size: int, rank: int) -> torch.Tensor:

@@ -17,15 +17,16 @@ Dims: I image tokens of the micro-batch, D hidden, K DeepStack levels.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from cachetools import LRUCache
 
 from gspo_mm.families.base import Family
+from gspo_mm.policy.collectives import GatherRows
 from gspo_mm.types import MicroBatch
 
 
@@ -39,7 +40,7 @@ class Features:
         self._hf = hf
         self._tower = tower
         self._group = group
-        self._cache = FeatureCache(cache_bytes)
+        self._cache = LRUCache[str, torch.Tensor](cache_bytes, getsizeof=lambda features: features.nbytes)
 
     @property
     def trained(self) -> bool:
@@ -80,7 +81,7 @@ class Features:
             own = torch.cat([pixels[starts[i] : starts[i + 1]] for i in chosen])
             return self._run(own.to(device, non_blocking=True), grids[list(chosen)].to(device))
 
-        if self.trained or not self._cache.size:
+        if self.trained or not self._cache.maxsize:
             return run(images)
         keys = [batch.image_keys[i] for i in images]
         missing = [i for i, key in zip(images, keys, strict=True) if key not in self._cache]
@@ -89,9 +90,8 @@ class Features:
             sizes = self._family.tokens_per_image(self._hf, grids[missing])
             parts = run(missing).split(sizes)
             fresh = {batch.image_keys[i]: part.clone() for i, part in zip(missing, parts, strict=True)}
-        rows = torch.cat([fresh[key] if key in fresh else self._cache.get(key) for key in keys])
-        for key, features in fresh.items():
-            self._cache.put(key, features)
+        rows = torch.cat([fresh[key] if key in fresh else self._cache[key] for key in keys])
+        self._cache.update((key, f) for key, f in fresh.items() if f.nbytes <= self._cache.maxsize)
         return rows
 
     def _run(self, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
@@ -108,66 +108,6 @@ class Features:
         dims = self._family.dims(self._hf)
         width, dtype = dims.hidden * (1 + dims.deepstack_levels), next(self._tower.parameters()).dtype
         return torch.empty(0, width, dtype=dtype, device=device)
-
-
-class FeatureCache:
-    """Tensors by key up to `size` bytes; the longest unused one leaves first."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.used = 0  # bytes
-        self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key: str) -> torch.Tensor:
-        self._entries.move_to_end(key)
-        return self._entries[key]
-
-    def put(self, key: str, value: torch.Tensor) -> None:
-        if key in self._entries or value.nbytes > self.size:
-            return
-        self._entries[key] = value
-        self.used += value.nbytes
-        while self.used > self.size:
-            _, oldest = self._entries.popitem(last=False)
-            self.used -= oldest.nbytes
-
-    def clear(self) -> None:
-        self._entries.clear()
-        self.used = 0
-
-
-class GatherRows(torch.autograd.Function):
-    """Rows of all ranks one after the other, `counts` of each; backward sums the ranks' gradients of one's own."""
-
-    @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, counts: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.counts, ctx.group = counts, group
-        return gather_rows(own, counts, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        total = gradients[0].contiguous().clone()
-        if len(total):
-            dist.all_reduce(total, group=ctx.group)
-        return total.split(ctx.counts)[ctx.group.rank()], None, None
-
-
-def gather_rows(own: torch.Tensor, counts: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """All ranks' rows; without gradient. Shorter parts are filled up, since gloo gathers equal shapes only."""
-    longest = max(counts)
-    if not longest:
-        return own.detach()
-    filled = own.new_zeros(longest, *own.shape[1:])
-    filled[: len(own)] = own.detach()
-    parts = [torch.empty_like(filled) for _ in counts]
-    dist.all_gather(parts, filled, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 class Port(torch.autograd.Function):

@@ -8,26 +8,18 @@ log-prob of every sampled token is taken from the very logits it was drawn from.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.families import family_of
+from gspo_mm.rollout.engine import TokenSide
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.types import Completion, EncodedPrompt, Finish, SamplingParams
 
 # legend: Q prompts of a chunk, B = Q*G rows being decoded, P padded prompt length, V vocabulary
-
-
-class TokenSide(Protocol):
-    """What the engine needs of `data.Processor`."""
-
-    stop_token_ids: tuple[int, ...]
-    pad_token_id: int
-
-    def decode(self, token_ids: Iterable[int]) -> str: ...
 
 
 class EmbeddedOpening:
@@ -159,7 +151,7 @@ class EmbeddedEngine:
         from transformers import DynamicCache
 
         longest = max(len(p.token_ids) for p in prompts)
-        ids_QP = torch.full((len(prompts), longest), self._processor.pad_token_id)
+        ids_QP = torch.full((len(prompts), longest), self._processor.stop_token_ids[0])  # no image token
         mask_QP = torch.zeros_like(ids_QP)
         positions_AQP = torch.ones(self._axes, len(prompts), longest, dtype=torch.int64)
         for i, prompt in enumerate(prompts):

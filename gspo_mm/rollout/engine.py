@@ -6,6 +6,7 @@ in `sync/` a `WeightPush` that brings it the policy's weights. Whoever calls the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future
 from itertools import count
 from typing import Protocol, runtime_checkable
@@ -15,6 +16,15 @@ from gspo_mm.config.engines import ENGINES
 from gspo_mm.data.processor import Processor
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.types import Completion, EncodedPrompt, RolloutGroup, SamplingParams
+
+
+class TokenSide(Protocol):
+    """What engines need of `data.Processor`."""
+
+    stop_token_ids: tuple[int, ...]
+    image_token_id: int
+
+    def decode(self, token_ids: Iterable[int]) -> str: ...
 
 
 class RolloutEngine(Protocol):

@@ -108,10 +108,9 @@ def check(
 
 
 def versions_of(meta: dict[str, Any], count: int) -> tuple[int, ...]:
-    """Weight version of each token, -1 where none is told; servers before 0.5.21 tell one for all."""
-    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": count}]
+    """Weight version of each token, -1 where none is told."""
     versions = [-1] * count
-    for span in spans:
+    for span in meta["weight_versions"]:
         version = int(span["version"]) if str(span["version"]).isdecimal() else -1
         versions[span["start"] : span["end"]] = [version] * (span["end"] - span["start"])
     return tuple(versions[:count])
@@ -150,7 +149,7 @@ def _check(sample: dict[str, Any], asked: dict[str, Any], vocab_size: int | None
     except (KeyError, TypeError, ValueError, AttributeError):
         versions = ()
     if len(versions) != len(ids) or min(versions) < 0:
-        told = meta.get("weight_versions") or meta.get("weight_version")
+        told = meta.get("weight_versions")
         raise ReplyError(f"weight version {told!r} is none that the trainer brought, or not of all tokens")
     return finish
 

@@ -10,19 +10,19 @@ never when the server refuses it (4xx).
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
 from gspo_mm.config import Config
-from gspo_mm.data.pictures import as_png
+from gspo_mm.data.pictures import data_url
 from gspo_mm.data.processor import Processor
+from gspo_mm.rollout.engine import TokenSide
 from gspo_mm.rollout.replies import ReplyError, ReplyReader, check, versions_of
 from gspo_mm.runtime.background import Background
 from gspo_mm.runtime.phases import Busy
@@ -33,7 +33,7 @@ from gspo_mm.serving.host import ServerHost, host_of_other_machine
 from gspo_mm.serving.inspection import inspect_servers
 from gspo_mm.serving.served import check_served, served
 from gspo_mm.serving.server import ServerError, bearer
-from gspo_mm.types import Completion, EncodedImage, EncodedPrompt, Finish, GspoError, SamplingParams
+from gspo_mm.types import Completion, EncodedPrompt, Finish, GspoError, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +52,6 @@ class _RetryError(Exception):
     def __init__(self, reason: str, *, answered: bool = False) -> None:
         super().__init__(reason)
         self.answered = answered
-
-
-class TokenSide(Protocol):
-    """What the engine needs of `data.Processor`."""
-
-    stop_token_ids: tuple[int, ...]
-    image_token_id: int
-
-    def decode(self, token_ids: Iterable[int]) -> str: ...
 
 
 class SGLangOpening:
@@ -315,7 +306,7 @@ def request_of(
         "max_new_tokens": sampling.max_new_tokens,
         "stop_token_ids": list(processor.stop_token_ids),
     }
-    images = [data_url(image) for image in prompt.prompt.images]
+    images = [data_url(image.data, lossless=True) for image in prompt.prompt.images]  # what the policy sees
     return {
         "input_ids": [collapse_images(prompt.token_ids, processor.image_token_id, prompt.image_grid_thw)],
         "image_data": [images] if images else None,
@@ -345,11 +336,6 @@ def collapse_images(token_ids: Sequence[int], image_token_id: int, grids: Any) -
             collapsed.append(token)
     assert collapsed.count(image_token_id) == len(grids), "images are set apart by other tokens"
     return collapsed
-
-
-def data_url(image: EncodedImage) -> str:
-    """The picture that the policy sees, in a form that leaves a server's decoder no choice."""
-    return "data:image/png;base64," + base64.b64encode(as_png(image.data)).decode()
 
 
 def check_prompt(reply: dict[str, Any], prompt: EncodedPrompt) -> None:

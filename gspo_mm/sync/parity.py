@@ -9,7 +9,7 @@ path or the positions, those in the response only the cache or the sampling.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ import torch
 from gspo_mm.batch import Pixels, answered, pack
 from gspo_mm.data.odd import describe
 from gspo_mm.policy.engine import Policy
-from gspo_mm.rollout.engine import ServingEngine
+from gspo_mm.rollout.engine import ServingEngine, TokenSide
 from gspo_mm.types import EncodedPrompt, GspoError, MicroBatch, Prompt, TrainSequence
 
 _RESPONSE_TOKENS = 16
@@ -32,14 +32,10 @@ class ParityError(GspoError):
     """Servers and policy disagree about the log-probs of the same tokens."""
 
 
-class PromptEncoder(Pixels, Protocol):
+class PromptEncoder(Pixels, TokenSide, Protocol):
     """What the check needs of `data.Processor`."""
 
-    stop_token_ids: tuple[int, ...]
-    image_token_id: int
-
     def encode(self, prompt: Prompt) -> EncodedPrompt: ...
-    def decode(self, token_ids: Iterable[int]) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_mm.policy.layout import lay_out, padded_tokens
+from gspo_mm.policy.layout import lay_out, padded_tokens, zigzag
 from gspo_mm.policy.parallel import ParallelPlan
-from gspo_mm.policy.spec import zigzag
 from gspo_mm.types import MicroBatch
 
 IMAGE = 9

@@ -7,7 +7,6 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -74,122 +73,79 @@ def test_without_repeating_each_source_comes_once_in_its_order(sources: list[Sou
     assert len(found) == 2000
 
 
-@pytest.mark.parametrize("readers", [1, 2, 3, 7])
-@pytest.mark.parametrize("repeat", [True, False])
-def test_readers_share_the_order_without_gaps(sources: list[Source], readers: int, repeat: bool) -> None:
-    count = 3001 if repeat else 2000
-    options: dict[str, Any] = {"shuffle_buffer": 50, "seed": 3, "repeat": repeat}
-    whole = [raw["__key__"] for raw, _ in islice(Mixture(sources, **options), count)]
-    parts = [iter(Mixture(sources, reader=r, readers=readers, **options)) for r in range(readers)]
-    dealt = [next(parts[i % readers])[0]["__key__"] for i in range(count)]
-    assert dealt == whole
-    if not repeat:
-        assert all(next(part, None) is None for part in parts)
-
-
 def test_other_sources_than_those_of_the_checkpoint_are_refused(sources: list[Source]) -> None:
     *_, (_, position) = islice(mixture(sources), 100)
     with pytest.raises(DataError, match=r"sources \['a', 'b', 'c'\] but data.train names \['a', 'b'\]"):
         mixture(sources[:2], position=position)
 
 
-# a run of several readers that is killed: each reader writes down what it took, and every few samples its position
+# a reader that is killed: it writes down what it took, and every few samples its position
 
-
-ROUNDS = 5  # samples of each reader between checkpoints
+EVERY = 5  # samples between checkpoints
 TOTAL = 6000  # positions, three times what the sources hold together
 KILLS = 20
 
 
-def read(folder: Path, sources: list[Source], reader: int, readers: int, seen: Any) -> None:
-    """A reader's process: takes samples until TOTAL positions are gone."""
+def read(folder: Path, sources: list[Source], seen: Any) -> None:
+    """The reader's process: takes samples until TOTAL positions are gone."""
     start = newest(folder)
     position = Position.of(json.loads(start.read_text())) if start else None
-    samples = Prefetch(
-        mixture(sources, position=position, reader=reader, readers=readers), size=lambda _: 1, max_bytes=64
-    )
+    samples = Prefetch(mixture(sources, position=position), size=lambda _: 1, max_bytes=64)
     with (folder / f"taken-{os.getpid()}.jsonl").open("a", buffering=1) as log:
-        for number, (raw, after) in enumerate(samples, start=1):
-            log.write(json.dumps([after.taken - readers + reader, raw["__key__"]]) + "\n")
+        for raw, after in samples:
+            log.write(json.dumps([after.taken - 1, raw["__key__"]]) + "\n")
             seen.value = after.taken
-            if number % ROUNDS == 0 or after.taken >= TOTAL:
-                commit(folder / f"{after.taken:06d}", reader, readers, after)
+            if after.taken % EVERY == 0:
+                temporary = folder / ".position"
+                temporary.write_text(json.dumps(after.state()))
+                temporary.replace(folder / f"{after.taken:06d}.json")
             if after.taken >= TOTAL:
                 return
             time.sleep(0.0002)
 
 
-def commit(folder: Path, reader: int, readers: int, position: Position) -> None:
-    """As a run's checkpoint, it counts once all of its parts are there."""
-    folder.mkdir(exist_ok=True)
-    temporary = folder / f".{reader}"
-    temporary.write_text(json.dumps(position.state()))
-    temporary.replace(folder / f"{reader}-of-{readers}.json")
-
-
 def newest(folder: Path) -> Path | None:
-    """A part of the last whole checkpoint, any of them: all readers stand at the same position."""
-    for step in sorted(folder.glob("[0-9]*"), reverse=True):
-        parts = sorted(step.glob("*.json"))
-        if parts and len(parts) == int(parts[0].stem.rpartition("-")[2]):
-            assert len({part.read_text() for part in parts}) == 1
-            return parts[0]
-    return None
+    return max(folder.glob("[0-9]*.json"), default=None)
 
 
 def forget_what_followed(folder: Path) -> int:
     """Drop what came after the last checkpoint, as a resumed run does; returns where that stands."""
-    part = newest(folder)
-    taken = int(part.parent.name) if part else 0
-    for step in folder.glob("[0-9]*"):
-        if int(step.name) > taken:
-            for file in step.iterdir():
-                file.unlink()
-            step.rmdir()
+    last = newest(folder)
+    taken = int(last.stem) if last else 0
     for log in folder.glob("taken-*.jsonl"):
         lines = [line for line in log.read_text().splitlines() if line.endswith("]")]  # one may be cut off
         log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)[0] < taken))
     return taken
 
 
-def start(folder: Path, sources: list[Source], readers: int, seen: Any) -> list[BaseProcess]:
-    context = multiprocessing.get_context("fork")  # to spare each of them the imports
-    processes = [
-        context.Process(target=read, args=(folder, sources, r, readers, seen), daemon=True)
-        for r in range(readers)
-    ]
-    for process in processes:
-        process.start()
-    return processes
+def start(folder: Path, sources: list[Source], seen: Any) -> BaseProcess:
+    context = multiprocessing.get_context("fork")  # to spare it the imports
+    process = context.Process(target=read, args=(folder, sources, seen), daemon=True)
+    process.start()
+    return process
 
 
-def test_kills_and_other_numbers_of_readers_change_nothing(sources: list[Source], tmp_path: Path) -> None:
+def test_kills_change_nothing(sources: list[Source], tmp_path: Path) -> None:
     from webdataset import tariterators  # noqa: F401  (before the processes are forked)
 
     rng = random.Random(11)
     seen = multiprocessing.RawValue("q", 0)
-    numbers_of_readers: Iterator[int] = iter([1, 2, 3] * KILLS)
     for _ in range(KILLS):
-        taken = forget_what_followed(tmp_path)
-        seen.value = taken
-        processes = start(tmp_path, sources, next(numbers_of_readers), seen)
-        deadline = time.monotonic() + 60
-        stop_at = taken + rng.randint(1, 200)
+        seen.value = taken = forget_what_followed(tmp_path)
+        process = start(tmp_path, sources, seen)
+        deadline, stop_at = time.monotonic() + 60, taken + rng.randint(1, 200)
         while seen.value < stop_at:
             assert time.monotonic() < deadline
-            assert all(process.exitcode is None for process in processes)
+            assert process.exitcode is None
             time.sleep(rng.random() * 0.002)
-        for process in processes:
-            os.kill(process.pid or 0, signal.SIGKILL)
-        for process in processes:
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     forget_what_followed(tmp_path)
-    for process in (last := start(tmp_path, sources, 2, seen)):
-        process.join(120)
-    assert [process.exitcode for process in last] == [0, 0]
+    last = start(tmp_path, sources, seen)
+    last.join(120)
+    assert last.exitcode == 0
 
-    consumed = [json.loads(line) for log in tmp_path.glob("taken-*.jsonl") for line in log.open()]
-    consumed.sort()
-    assert [place for place, _ in consumed][:TOTAL] == list(range(TOTAL))
-    assert [key for _, key in consumed][:TOTAL] == keys(mixture(sources), TOTAL)
+    consumed = sorted(json.loads(line) for log in tmp_path.glob("taken-*.jsonl") for line in log.open())
+    assert [place for place, _ in consumed] == list(range(TOTAL))
+    assert [key for _, key in consumed] == keys(mixture(sources), TOTAL)

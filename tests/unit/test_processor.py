@@ -103,7 +103,7 @@ def test_the_cache_forgets_the_oldest_and_decodes_it_anew(tiny_model: Path) -> N
     for image in images:
         processor.pixels(image)
     assert len(processor._cache) <= 10
-    assert processor._cache_bytes == sum(p.nbytes for p, _ in processor._cache.values()) <= 2**20
+    assert processor._cache.currsize == sum(p.nbytes for p, _ in processor._cache.values()) <= 2**20
     assert torch.equal(processor.pixels(images[0])[0], first)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gspo_mm.config import PolicyConfig
 from gspo_mm.families import read_hf
 from gspo_mm.policy.engine import Policy
-from gspo_mm.policy.vision import FeatureCache, deepstack_leaves, split_by_weight
+from gspo_mm.policy.vision import deepstack_leaves, split_by_weight
 from tests.tiny_vl import save, tiny_vl
 from tools.check_parity import random_batch
 
@@ -25,23 +25,6 @@ def test_images_are_split_into_consecutive_runs_of_like_weight(weights: list[int
     even = sum(weights) / parts
     for share in shares:
         assert sum(weights[i] for i in share) <= even + max(weights, default=0)
-
-
-def test_the_cache_drops_the_longest_unused_features_first() -> None:
-    cache = FeatureCache(3 * 4)
-    for key in "abc":
-        cache.put(key, torch.ones(1))
-    cache.get("a")
-    cache.put("d", torch.ones(1))
-    assert "b" not in cache
-    assert all(key in cache for key in "acd")
-    assert cache.used == 12
-    cache.put("huge", torch.ones(4))
-    assert "huge" not in cache
-    cache.put("two", torch.ones(2))
-    assert len(cache) == 2
-    cache.clear()
-    assert (len(cache), cache.used) == (0, 0)
 
 
 def test_gradients_of_deepstack_leaves_come_back_through_the_features() -> None:
