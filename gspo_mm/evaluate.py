@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from statistics import fmean
 
-from gspo_mm.reward.sources import Rewards, describe_failures, failed_fraction
+from gspo_mm.reward.rewards import Rewards, describe_failures, failed_fraction
 from gspo_mm.rollout.engine import RolloutEngine, sample_groups
 from gspo_mm.types import EncodedPrompt, RolloutGroup, SamplingParams
 

@@ -15,7 +15,7 @@ from gspo_mm.data.mixture import Mixture, Source
 from gspo_mm.data.places import expand_shards
 from gspo_mm.data.samples import sample_key, to_prompt
 from gspo_mm.hf.headers import read_headers
-from gspo_mm.reward.sources import Rewards, load_rewards
+from gspo_mm.reward.rewards import Rewards, load_rewards
 from gspo_mm.types import DataError
 
 _FIRST = 100  # samples of each source that are looked at before every run

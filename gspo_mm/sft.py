@@ -15,7 +15,7 @@ from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.harness import Training, run_training
 from gspo_mm.policy.engine import Policy
-from gspo_mm.policy.update import share_out
+from gspo_mm.policy.shares import share_out
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.types import DataError, EncodedPrompt, MicroBatch, Share, TrainSequence
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from gspo_mm.data.odd import odd_ones
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.inputs import check_answers
-from gspo_mm.observe.rollouts import list_steps, load_rollouts
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
-from gspo_mm.reward.sources import Rewards, load_rewards
+from gspo_mm.reward.rewards import Rewards, load_rewards
 from gspo_mm.rollout.engine import Opening, RolloutEngine, ServingEngine, opening_of
 from gspo_mm.rollout.replay import Replay
 from gspo_mm.rollout.scheduler import Scheduler
@@ -143,7 +141,7 @@ def build_stages(
         scheduler=build_scheduler(config, engine, source, reward)
         if isinstance(engine, ServingEngine)
         else None,
-        replay=open_replay(config.rollout.replay) if config.rollout.replay else None,
+        replay=Replay(config.rollout.replay) if config.rollout.replay else None,
         reward=reward,
         policy=policy,
         weights=push_of(config)(config, policy, engine),
@@ -242,11 +240,6 @@ def odd_prompts(config: Config, processor: Processor) -> list[EncodedPrompt]:
         with suppress(BadSample):  # counted when its turn to be trained on comes
             found.append(processor.encode(prompt))
     return found
-
-
-def open_replay(run: str) -> Replay:
-    path = Path(run)
-    return Replay(list_steps(path), partial(load_rollouts, path), source=run)
 
 
 def set_threads(config: Config) -> None:

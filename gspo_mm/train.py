@@ -16,18 +16,19 @@ from contextlib import ExitStack
 from typing import Any
 
 from gspo_mm.advantage import AdvantageResult, DeadStepGuard, group_advantages
-from gspo_mm.batch import sequences_of, split_evenly
+from gspo_mm.batch import sequences_of
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
 from gspo_mm.harness import Training, run_training
 from gspo_mm.loss.gspo import check_clip_can_act
 from gspo_mm.observe.answers import rollout_metrics, sampled_tokens
 from gspo_mm.observe.metrics import summarize
-from gspo_mm.observe.rollouts import save_rollouts
 from gspo_mm.observe.throughput import peak_flops, peak_memory, throughput
-from gspo_mm.policy.update import share_out, update_policy
-from gspo_mm.reward.sources import check_failures
+from gspo_mm.policy.shares import share_out, split_evenly
+from gspo_mm.policy.update import update_policy
+from gspo_mm.reward.rewards import check_failures
 from gspo_mm.rollout.engine import sample_groups
+from gspo_mm.rollout.saved import save_rollouts
 from gspo_mm.rollout.scheduler import Pause, staleness_metrics
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import queue
 import shutil
 import threading
 import warnings
@@ -24,10 +23,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gspo_mm.policy.compat import make_optimizer_state, write_checkpoints_by_thread
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.model import PolicyModel, quiet_megatron
 from gspo_mm.runtime.dist import Ranks
@@ -127,7 +126,7 @@ def _load_all(policy: Policy, folder: Path) -> None:
     metadata, inner = _metadata(), policy.optimizer.inner
     for part in inner.chained_optimizers:
         if not getattr(part, "is_stub_optimizer", False):
-            part._init_optimizer_states_with_dummy_values()  # its tensors must exist to be filled
+            make_optimizer_state(part)
     model = _model_part(policy.chunks, metadata)
     wanted = {**model, "optimizer": inner.sharded_state_dict(model, is_loading=True, metadata=metadata)}
     found = _read(wanted, folder)
@@ -161,8 +160,7 @@ def _begin(
         folder.mkdir(parents=True)
     ranks.barrier()
     plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
-    # results come from a thread of this process: without a queue here megatron would start a process to hold one
-    filesystem_async._results_queue = queue.Queue()
+    write_checkpoints_by_thread()
     with _quiet():
         request = dist_checkpointing.save(
             content, str(folder), content_metadata=plain, async_sharded_save=True, async_strategy="mcore"

@@ -25,7 +25,7 @@ from gspo_mm.checkpoint.owner import Owner
 from gspo_mm.checkpoint.store import Store, read_state
 from gspo_mm.config import CheckpointConfig, Config, load_config, save_config
 from gspo_mm.config.resume import Command, changes
-from gspo_mm.reward.sources import fingerprints
+from gspo_mm.reward.rewards import fingerprints
 from gspo_mm.runtime.disk import refusal, written_whole
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import GspoError

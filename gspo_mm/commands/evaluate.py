@@ -7,7 +7,7 @@ from contextlib import closing
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.evaluate import evaluate
-from gspo_mm.reward.sources import load_rewards
+from gspo_mm.reward.rewards import load_rewards
 from gspo_mm.rollout.engine import opening_of
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.stages import held_out_prompts, set_threads

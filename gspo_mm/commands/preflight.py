@@ -10,7 +10,7 @@ from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.inputs import check_answers
-from gspo_mm.reward.sources import load_rewards
+from gspo_mm.reward.rewards import load_rewards
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.stages import build_stages, check_servers
 from gspo_mm.sync.parity import Gap

@@ -21,10 +21,10 @@ from rich.text import Text
 
 from gspo_mm.config import RewardConfig, load_config
 from gspo_mm.config.paths import from_here
-from gspo_mm.observe.rollouts import decode_group
 from gspo_mm.reward.cases import Case, Checked, Sample
-from gspo_mm.reward.sources import Rewards, load_rewards
+from gspo_mm.reward.rewards import Rewards, load_rewards
 from gspo_mm.reward.spec import RewardFileError, load_reward
+from gspo_mm.rollout.saved import decode_group
 from gspo_mm.types import Completion, GspoError, Prompt, RolloutGroup, Score
 
 _SHOWN = 60  # characters of a response in a table

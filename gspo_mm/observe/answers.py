@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean, pstdev
 
 from gspo_mm.advantage import AdvantageResult
-from gspo_mm.reward.sources import failed_fraction
+from gspo_mm.reward.rewards import failed_fraction
 from gspo_mm.types import RolloutGroup
 
 

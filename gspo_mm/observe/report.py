@@ -18,7 +18,7 @@ from gspo_mm.data.faults import BadSample
 from gspo_mm.data.pictures import data_url
 from gspo_mm.observe.charts import CHARTS, Chart
 from gspo_mm.observe.metrics import finite, read_metrics
-from gspo_mm.observe.rollouts import list_steps, load_rollouts
+from gspo_mm.rollout.saved import list_steps, load_rollouts
 from gspo_mm.runtime.disk import written_whole
 from gspo_mm.types import EncodedImage, GspoError, RolloutGroup, Turn
 

@@ -18,6 +18,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from gspo_mm.config import OptimizerConfig
+from gspo_mm.policy.compat import own_range
 from gspo_mm.policy.model import quiet_megatron
 from gspo_mm.policy.precision import PrecisionError
 from gspo_mm.policy.spec import has_fused_modules
@@ -124,9 +125,8 @@ class Optimizer:
         self._inner.reload_model_params()
         for parameter, value in (exact or {}).items():
             for part in self._inner.chained_optimizers:
-                if parameter in part.model_param_gbuf_map:
-                    own = part._get_model_param_range_map(parameter)["param"]
-                    cast(Any, parameter).main_param.copy_(value.reshape(-1)[own.start : own.end])
+                if own := own_range(part, parameter):
+                    cast(Any, parameter).main_param.copy_(value.reshape(-1)[own])
 
     def load_state(self, state: Any) -> None:
         """Moments, float32 copies and the count of steps of a checkpoint; all settings stay those of the config.

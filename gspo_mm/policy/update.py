@@ -8,45 +8,16 @@ from typing import Any
 
 import torch
 
-from gspo_mm.batch import Pixels, deal_updates, pack
-from gspo_mm.config import Config, LossConfig, PolicyConfig
+from gspo_mm.batch import Pixels, pack
+from gspo_mm.config import Config, LossConfig
 from gspo_mm.loss.gspo import policy_loss
 from gspo_mm.loss.metrics import Metrics, reduce_metrics, summarize
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
 from gspo_mm.runtime.phases import Phases
-from gspo_mm.types import MicroBatch, Share, TrainSequence, Work
+from gspo_mm.types import MicroBatch, Share
 
 _NAMES, _GAPS = "sequences", "sequence_gaps"  # lists beside the metrics of micro-batches
-
-
-def share_out(
-    policy: Policy,
-    updates: Sequence[Sequence[TrainSequence]] | None,
-    *,
-    processor: Pixels,
-    config: PolicyConfig,
-) -> tuple[list[Share], dict[str, float], Work]:
-    """This rank's shares of each update's sequences, how well they are balanced, and what all ranks do. A collective.
-
-    Rank 0 gives `updates`, and deals them over the data-parallel ranks by cost; what others give is ignored.
-    """
-    dealt = None
-    if policy.ranks.main:
-        assert updates is not None
-        plan = policy.plan
-        of_dp_rank, metrics, work = deal_updates(
-            updates,
-            ranks=plan.dp,
-            max_tokens=config.micro_batch_tokens,
-            flops=policy.family.flops(policy.hf),
-            frozen=config.freeze,
-            num_patches=processor.num_patches,
-            multiple_of=plan.sequence_multiple,
-            micro_batches_multiple_of=plan.pp if plan.vpp > 1 else 1,
-        )
-        dealt = [(of_dp_rank[dp_rank], metrics, work) for dp_rank in policy.dp_rank_of]
-    return policy.ranks.scatter(dealt)
 
 
 def update_policy(

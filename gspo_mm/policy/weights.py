@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from gspo_mm.families import Entry, HfFolder
 from gspo_mm.families.base import StackExperts
+from gspo_mm.policy.compat import is_quantized
 from gspo_mm.policy.model import PolicyModel
 from gspo_mm.policy.parallel import Groups, ParallelPlan
 from gspo_mm.runtime.dist import Ranks
@@ -81,7 +82,7 @@ class Weights:
                             f"{tuple(target.shape)}; config.json does not describe these weights"
                         )
                     target.copy_(part)
-                    if _is_quantized(target):
+                    if is_quantized(target):
                         exact[target] = part
                 stale.discard(name)
         assert not stale, f"the weight map leaves out {sorted(stale)[:3]}"
@@ -215,12 +216,7 @@ class Weights:
 
 def value_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The parameter's value; FP8 primary weights are turned back into the format they stand for."""
-    return parameter.dequantize() if _is_quantized(parameter) else parameter.detach()
-
-
-def _is_quantized(parameter: torch.Tensor) -> bool:
-    """Whether it is one of Transformer Engine's FP8 tensors."""
-    return hasattr(parameter, "_fp8_dtype") or hasattr(parameter, "_quantizer")
+    return parameter.dequantize() if is_quantized(parameter) else parameter.detach()
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 from pebble import CONSTS, ProcessExpired, ProcessPool
 
 from gspo_mm.reward.spec import Judged, RewardFunction, RewardSpec
-from gspo_mm.runtime.parent import FOR_THE_TRAINER, die_with_parent
+from gspo_mm.runtime.parent import FOR_THE_TRAINER, die_with_parent, let_forkserver_end
 from gspo_mm.types import Completion, EncodedImage, GspoError, Prompt, Turn
 
 
@@ -129,9 +129,7 @@ _functions: list[RewardFunction] = []
 
 
 def _begin(specs: list[tuple[RewardSpec, str]], memory_gib: float) -> None:
-    # The process that forks ends with the trainer, once nobody holds this end of its pipe; a stuck worker would.
-    alive = getattr(forkserver, "_forkserver")._forkserver_alive_fd  # noqa: B009
-    os.close(alive)
+    let_forkserver_end()
     die_with_parent()
     _functions.extend(RewardFunction(spec, source=source, asks=False) for spec, source in specs)
     # data, not address space: libraries map far more than they ever touch

@@ -30,10 +30,9 @@ from yaml import YAMLError
 from gspo_mm.config.paths import from_here
 from gspo_mm.config.unquoted import faults, misread
 from gspo_mm.reward.cases import Case
-from gspo_mm.reward.combine import COMBINE, closed_gate
 from gspo_mm.reward.faults import first_fault, places_refused
 from gspo_mm.reward.part import CONTEXT, Args, PartType, Service, as_json, bare_answer, is_word_for_word
-from gspo_mm.reward.parts import PARTS
+from gspo_mm.reward.parts import COMBINE, PARTS, closed_gate
 from gspo_mm.reward.pattern import BOXED, compile_pattern, extract_answer
 from gspo_mm.reward.user import user_part
 from gspo_mm.types import Completion, Finish, GspoError, Prompt, Score

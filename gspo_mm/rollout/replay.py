@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+from gspo_mm.rollout.saved import list_steps, load_rollouts
 from gspo_mm.types import GspoError, RolloutGroup
 
 
@@ -14,14 +15,14 @@ class Replay:
     Scores and advantages are dropped: the stages to the right compute their own.
     """
 
-    def __init__(self, steps: list[int], load: Callable[[int], list[RolloutGroup]], *, source: str) -> None:
-        if not steps:
+    def __init__(self, run: str) -> None:
+        """Raises GspoError when the run folder holds none."""
+        self._run, self._steps = Path(run), list_steps(Path(run))
+        if not self._steps:
             raise GspoError(
-                f"rollout.replay={source} holds no saved rollouts; run it with observe.save_rollouts_every=1"
+                f"rollout.replay={run} holds no saved rollouts; run it with observe.save_rollouts_every=1"
             )
-        self._steps = steps
-        self._load = load
 
     def groups(self, step: int) -> list[RolloutGroup]:
-        saved = self._load(self._steps[step % len(self._steps)])
+        saved = load_rollouts(self._run, self._steps[step % len(self._steps)])
         return [replace(group, scores=(), advantages=()) for group in saved]

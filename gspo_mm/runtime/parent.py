@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
+from multiprocessing import forkserver
 
 _PR_SET_PDEATHSIG = 1
 
@@ -21,3 +23,11 @@ def end_only_with_parent() -> None:
     die_with_parent()
     for number in FOR_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)
+
+
+def let_forkserver_end() -> None:
+    """In a worker: Python's process that forks ends with the trainer, once nobody holds this end of its pipe.
+
+    A worker that is stuck would hold it. Python 3.12 has no public name for it.
+    """
+    os.close(getattr(forkserver, "_forkserver")._forkserver_alive_fd)  # noqa: B009

@@ -1,7 +1,7 @@
 """A process group of one trainer rank and all workers of some servers, through which buckets are broadcast.
 
-It must be the group that SGLang's `init_custom_process_group` makes on the other side: the same store, prefixes and
-group name; the helper of torch that both use is not public. The trainer's rank is 0 in it and hosts the store.
+It is the group that SGLang's `init_custom_process_group` makes on the other side (compat.py). The trainer's rank is 0 in
+it and hosts the store.
 
 The store and gloo's connections are not encrypted and ask for no key, as everywhere in torch.distributed: the machines
 of a run share a network of their own. The store listens only on the address that leads to the servers, which is
@@ -22,12 +22,12 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from gspo_mm.runtime.net import address_towards
 from gspo_mm.serving.admin import Calls, answers
 from gspo_mm.serving.server import Server, ServerError
 from gspo_mm.sync.buckets import Bucket
+from gspo_mm.sync.compat import join_group
 
 logger = logging.getLogger(__name__)
 
@@ -114,20 +114,10 @@ def connect(calls: Calls, *, device: torch.device) -> UpdateGroup:
         offset += server.workers
     joined = calls.start("/init_weights_update_group", bodies)
     try:
-        group, _ = c10d._new_process_group_helper(
-            size,
-            0,
-            [],
-            dist.Backend(backend),
-            dist.PrefixStore(name, store),
-            group_name=c10d.GroupName(name),
-            timeout=timeout,
-        )
+        group = join_group(name, store, size=size, backend=backend, timeout=timeout)
     except RuntimeError as error:
         answers([call for call in joined if call.done()])
         raise ServerError(f"no group of weight updates came about: {str(error).splitlines()[0]}") from None
-    assert isinstance(group, dist.ProcessGroup)
-    c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
     made = UpdateGroup(name, group, calls.servers)
     try:
         answers(joined)

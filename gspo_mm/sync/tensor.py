@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import pickle
 import socket
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -32,6 +31,7 @@ from gspo_mm.serving.admin import Calls, answers, begin_update, end_update
 from gspo_mm.serving.server import Server, ServerError
 from gspo_mm.sync.buckets import MIB, Bucket, Buffers
 from gspo_mm.sync.checksums import Checksums
+from gspo_mm.sync.compat import Pickler
 from gspo_mm.sync.quantize import on_the_way
 
 _COPIES = 6  # of a bucket that travels by value: itself, one cut to size, torch's bytes of it and the request's, twice
@@ -126,21 +126,11 @@ class Body:
         yield b"]}"
 
 
-class _Pickler(pickle._Pickler):
-    """Calls torch's function for storages by torch's name, which megatron-core replaces in its own processes."""
-
-    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        if obj is torch.storage._load_from_bytes:
-            self.write(pickle.GLOBAL + b"torch.storage\n_load_from_bytes\n")
-        else:
-            super().save(obj, save_persistent_id)
-
-
 def by_value(bucket: Bucket) -> bytes:
     """The pickle of a bucket in host memory, its bytes included."""
     file = io.BytesIO()
     # a tensor is pickled with all of the memory that it is a part of
-    _Pickler(file, protocol=4).dump(contents(bucket, bucket.flat.clone()))
+    Pickler(file, protocol=4).dump(contents(bucket, bucket.flat.clone()))
     return file.getvalue()
 
 

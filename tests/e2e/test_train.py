@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gspo_mm.observe.metrics import read_metrics
-from gspo_mm.observe.rollouts import list_steps, load_rollouts
+from gspo_mm.rollout.saved import list_steps, load_rollouts
 from tests.e2e.conftest import ROOT, gspo_mm
 
 SUMMARY_KEYS = {

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from gspo_mm.advantage import group_advantages
-from gspo_mm.batch import sequences_of, split_evenly
+from gspo_mm.batch import sequences_of
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
 from gspo_mm.config import Config, parse_config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
-from gspo_mm.policy.update import share_out, update_policy
+from gspo_mm.policy.shares import share_out, split_evenly
+from gspo_mm.policy.update import update_policy
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.types import Completion, Finish, GspoError, RolloutGroup, Score
 

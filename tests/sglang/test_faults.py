@@ -18,7 +18,7 @@ import yaml
 
 from gspo_mm.config import save_config
 from gspo_mm.observe.metrics import read_metrics
-from gspo_mm.observe.rollouts import list_steps, load_rollouts
+from gspo_mm.rollout.saved import list_steps, load_rollouts
 from gspo_mm.serving.registry import registered
 from gspo_mm.serving.server import Server
 from tests.sglang.conftest import MakeConfig

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gspo_mm.config import Config, RewardConfig
-from gspo_mm.reward.sources import Rewards, load_rewards
+from gspo_mm.reward.rewards import Rewards, load_rewards
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import Completion, EncodedPrompt, Finish, RolloutGroup, Score

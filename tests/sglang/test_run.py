@@ -12,7 +12,7 @@ import yaml
 
 from gspo_mm.config import save_config
 from gspo_mm.observe.metrics import read_metrics
-from gspo_mm.observe.rollouts import load_rollouts
+from gspo_mm.rollout.saved import load_rollouts
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving.admin import is_fine
 from tests.sglang.conftest import MakeConfig

@@ -16,7 +16,7 @@ from gspo_mm.evaluate import describe_accuracy, evaluate
 from gspo_mm.inputs import check_answers
 from gspo_mm.reward.choice import ChoiceArgs, choice
 from gspo_mm.reward.math import MathArgs, math_
-from gspo_mm.reward.sources import check_failures, load_rewards
+from gspo_mm.reward.rewards import check_failures, load_rewards
 from gspo_mm.reward.spec import RewardFileError, parse_reward
 from gspo_mm.types import Completion, DataError, Finish, GspoError, Prompt, RolloutGroup, Score
 from tests.tars import image_bytes, record, write_tar

@@ -21,7 +21,7 @@ from gspo_mm.commands.rescore import check_cases
 from gspo_mm.config import RewardConfig
 from gspo_mm.reward import RewardFileError, load_reward
 from gspo_mm.reward.judge import JudgeArgs, read_verdict, request_body
-from gspo_mm.reward.sources import Rewards, load_rewards
+from gspo_mm.reward.rewards import Rewards, load_rewards
 from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score
 from tests.fake_judge import FakeJudge, split, text_of
 

@@ -12,7 +12,7 @@ from gspo_mm.config import ObserveConfig
 from gspo_mm.observe.charts import CHARTS, Chart
 from gspo_mm.observe.metrics import METRICS, MetricsWriter, is_documented
 from gspo_mm.observe.report import smooth, spread, write_curves_png, write_report
-from gspo_mm.observe.rollouts import save_rollouts
+from gspo_mm.rollout.saved import save_rollouts
 from gspo_mm.types import Completion, RolloutGroup
 from tests.unit.test_rollouts import group
 

@@ -19,14 +19,13 @@ from typer.testing import CliRunner
 
 from gspo_mm.cli import app
 from gspo_mm.commands.rescore import check_cases, load_answers, rewards_of
-from gspo_mm.observe.rollouts import save_rollouts
 from gspo_mm.reward import RewardFileError, load_reward
 from gspo_mm.reward.cases import Case, Sample
-from gspo_mm.reward.combine import weighted_product
 from gspo_mm.reward.math import MathArgs, math_
-from gspo_mm.reward.parts import PARTS
+from gspo_mm.reward.parts import PARTS, weighted_product
 from gspo_mm.reward.pattern import SlowPatternError, boxed, extract_answer, matches
 from gspo_mm.reward.spec import parse_reward
+from gspo_mm.rollout.saved import save_rollouts
 from gspo_mm.types import GspoError, RolloutGroup
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gspo_mm.config import ConfigError, RewardConfig, parse_config
-from gspo_mm.reward.sources import load_rewards
+from gspo_mm.reward.rewards import load_rewards
 from gspo_mm.reward.spec import RewardFileError
 from gspo_mm.types import Completion, Finish, Prompt, RolloutGroup
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gspo_mm.observe.rollouts import list_steps, load_rollouts, save_rollouts
 from gspo_mm.rollout.replay import Replay
+from gspo_mm.rollout.saved import list_steps, load_rollouts, save_rollouts
 from gspo_mm.types import Completion, EncodedImage, Finish, GspoError, Prompt, RolloutGroup, Score
 from tests.tars import image_bytes
 
@@ -73,11 +73,11 @@ def test_steps_are_listed_in_order(tmp_path: Path) -> None:
 def test_replay_hands_out_unscored_groups_and_starts_over(tmp_path: Path) -> None:
     for step in (1, 2):
         save_rollouts(tmp_path, step, [group(step)])
-    replay = Replay(list_steps(tmp_path), lambda step: load_rollouts(tmp_path, step), source="x")
+    replay = Replay(str(tmp_path))
     assert [replay.groups(step)[0].id for step in range(5)] == [1, 2, 1, 2, 1]
     assert replay.groups(0)[0] == replace(group(1), scores=(), advantages=())
 
 
 def test_replaying_a_run_without_rollouts_is_refused() -> None:
     with pytest.raises(GspoError, match=r"rollout\.replay=runs/a holds no saved rollouts"):
-        Replay([], lambda step: [], source="runs/a")
+        Replay("runs/a")

@@ -1,7 +1,7 @@
 """Shares hold every sequence of their update once, with the denominators of the whole step."""
 
-from gspo_mm.batch import deal_updates, split_evenly
 from gspo_mm.families.cost import FlopModel
+from gspo_mm.policy.shares import deal_updates, split_evenly
 from gspo_mm.types import TrainSequence, Work
 
 FLOPS = FlopModel(

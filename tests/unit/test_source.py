@@ -15,7 +15,7 @@ from gspo_mm.commands.preflight import preflight_prompts
 from gspo_mm.config import DataConfig, parse_config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
-from gspo_mm.reward.sources import load_rewards
+from gspo_mm.reward.rewards import load_rewards
 from gspo_mm.types import DataError
 from tests.pictures import ALL, deep
 from tests.tars import image_bytes, record, write_tar

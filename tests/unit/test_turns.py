@@ -19,9 +19,8 @@ from gspo_mm.data.processor import Processor
 from gspo_mm.loss.gspo import policy_loss
 from gspo_mm.observe.answers import rollout_metrics, sampled_tokens
 from gspo_mm.observe.report import write_report
-from gspo_mm.observe.rollouts import load_rollouts, save_rollouts
 from gspo_mm.reward.pool import seen_by_parts
-from gspo_mm.rollout.saved import decode_answers, encode_answers
+from gspo_mm.rollout.saved import decode_answers, encode_answers, load_rollouts, save_rollouts
 from gspo_mm.rollout.scheduler import staleness_metrics
 from gspo_mm.types import Completion, EncodedImage, Finish, Observation, Prompt, RolloutGroup, Score, Turn
 from tests.tars import image_bytes

@@ -21,7 +21,7 @@ from typing import Annotated
 import typer
 
 from gspo_mm.config import RewardConfig
-from gspo_mm.reward.sources import failed_fraction, load_rewards
+from gspo_mm.reward.rewards import failed_fraction, load_rewards
 from gspo_mm.types import Completion, Finish, Prompt, RolloutGroup
 
 THOUGHT = "The two triangles share an angle, so their sides are in proportion, and $a^2 + b^2 = c^2$ gives the rest. "

@@ -98,7 +98,8 @@ class OurStep:
     def __call__(self) -> dict[str, float]:
         from gspo_mm.advantage import group_advantages
         from gspo_mm.batch import sequences_of
-        from gspo_mm.policy.update import share_out, update_policy
+        from gspo_mm.policy.shares import share_out
+        from gspo_mm.policy.update import update_policy
         from gspo_mm.rollout.engine import sample_groups
         from gspo_mm.types import Score
 

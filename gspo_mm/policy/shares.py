@@ -1,4 +1,4 @@
-"""The sequences of a step's updates -> every data-parallel rank's shares. Runs on rank 0, which has the groups."""
+"""The sequences of a step's updates -> every data-parallel rank's shares. Rank 0, which has the groups, deals them out."""
 
 from __future__ import annotations
 
@@ -7,8 +7,40 @@ from itertools import pairwise
 from statistics import fmean
 
 from gspo_mm.batch.balance import NumPatches, deal, flops_of, measure
+from gspo_mm.batch.packing import Pixels
+from gspo_mm.config import PolicyConfig
 from gspo_mm.families.cost import FlopModel
+from gspo_mm.policy.engine import Policy
 from gspo_mm.types import Share, TrainSequence, Work
+
+
+def share_out(
+    policy: Policy,
+    updates: Sequence[Sequence[TrainSequence]] | None,
+    *,
+    processor: Pixels,
+    config: PolicyConfig,
+) -> tuple[list[Share], dict[str, float], Work]:
+    """This rank's shares of each update's sequences, how well they are balanced, and what all ranks do. A collective.
+
+    Rank 0 gives `updates`, and deals them over the data-parallel ranks by cost; what others give is ignored.
+    """
+    dealt = None
+    if policy.ranks.main:
+        assert updates is not None
+        plan = policy.plan
+        of_dp_rank, metrics, work = deal_updates(
+            updates,
+            ranks=plan.dp,
+            max_tokens=config.micro_batch_tokens,
+            flops=policy.family.flops(policy.hf),
+            frozen=config.freeze,
+            num_patches=processor.num_patches,
+            multiple_of=plan.sequence_multiple,
+            micro_batches_multiple_of=plan.pp if plan.vpp > 1 else 1,
+        )
+        dealt = [(of_dp_rank[dp_rank], metrics, work) for dp_rank in policy.dp_rank_of]
+    return policy.ranks.scatter(dealt)
 
 
 def deal_updates(

@@ -1,0 +1,35 @@
+"""Names of megatron-core 0.19 and Transformer Engine 2 that are not public, all those that are used: cpu.py has the rest.
+
+To look at when the bounds in pyproject.toml move: megatron-core 0.20, Transformer Engine 3.
+"""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+
+def is_quantized(parameter: torch.Tensor) -> bool:
+    """Whether it is one of Transformer Engine's FP8 tensors, which have no public class in common."""
+    return hasattr(parameter, "_fp8_dtype") or hasattr(parameter, "_quantizer")
+
+
+def own_range(optimizer: Any, parameter: torch.nn.Parameter) -> slice | None:
+    """The part of a parameter, flattened, that this rank's distributed optimizer steps; None: another optimizer's."""
+    if parameter not in optimizer.model_param_gbuf_map:
+        return None
+    own = optimizer._get_model_param_range_map(parameter)["param"]
+    return slice(own.start, own.end)
+
+
+def make_optimizer_state(optimizer: Any) -> None:
+    """Moments of zeros, which a checkpoint is read into; before its first step an optimizer has none."""
+    optimizer._init_optimizer_states_with_dummy_values()
+
+
+def write_checkpoints_by_thread() -> None:
+    """What writes a checkpoint is a thread of this process: megatron would start a process to hold its results."""
+    filesystem_async._results_queue = queue.Queue()
