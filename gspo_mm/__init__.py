@@ -9,7 +9,7 @@ import logging
 import warnings
 
 # Said at import by megatron-core on every machine without Transformer Engine and apex, where the local modules of
-# policy/spec.py are what we want. `gspo-mm doctor` tells which fused parts are active.
+# policy/spec.py are what we want. `gspo-mm doctor` shows which fused parts are active.
 warnings.filterwarnings(
     "ignore", message=".*(Transformer Engine|Apex)", category=UserWarning, module=r"megatron\.core"
 )

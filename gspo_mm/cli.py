@@ -196,7 +196,7 @@ def main() -> None:
 def run_reporting_faults(command: Callable[[], Any]) -> None:
     """Run `command`; a user's mistake or a disk that refuses ends it with one sentence and status 2.
 
-    Of many ranks with the same fault one per node tells it, or the one that had it.
+    Of many ranks with the same fault one per node reports it, or the one that had it.
     """
     try:
         command()

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 def run_training(kind: type[Training], config: Config, stop: StopRequest) -> dict[str, Any]:
     """Run or resume a training of `kind`; returns what RUN/summary.json then holds.
 
-    Raises a GspoError with one sentence for anything a user can mend, and for a stop that was asked for.
+    Raises a GspoError with one sentence for anything a user can fix, and for a stop that was asked for.
     """
     ranks = Ranks()
     run = RunDir.open(config, ranks, command=kind.command)

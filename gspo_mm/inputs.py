@@ -1,4 +1,4 @@
-"""What can be told before a model is loaded: files that are missing or not whole, answers that no reward part can judge."""
+"""What can be checked before a model is loaded: files that are missing or not whole, answers that no reward part can judge."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ def _check_split(
     counts = ", ".join(f"{n} {reason}" for reason, n in Counter(f.reason for _, f in faults).most_common())
     named = "".join(f"\n    {key}: {fault}" for key, fault in faults[:_NAMED])
     more = f"\n    and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-    told = f"data.{split}: {len(faults)} of {which} {read} samples cannot be used ({counts}):{named}{more}"
+    said = f"data.{split}: {len(faults)} of {which} {read} samples cannot be used ({counts}):{named}{more}"
     limit = config.data.max_bad_fraction
     if len(faults) > limit * read:
         raise DataError(
-            f"{told}\nThat is more than data.max_bad_fraction={limit:g}. Correct `answer` (or `meta`) in the shards' JSON, or "
+            f"{said}\nThat is more than data.max_bad_fraction={limit:g}. Correct `answer` (or `meta`) in the shards' JSON, or "
             f"the parts of their task in {config.reward.file}"
         )
-    return f"{told}\nThey will be skipped."
+    return f"{said}\nThey will be skipped."

@@ -68,7 +68,7 @@ class Stages:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Close the engine when the block is left, and tell its servers why."""
+        """Close the engine when the block is left, and report to its servers why."""
         try:
             yield
         except BaseException as error:

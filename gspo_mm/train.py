@@ -149,7 +149,9 @@ class Gspo(Training):
     def score(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         if not all(group.scores for group in groups):  # servers' answers were scored as they came
             groups = self.stages.reward.score_groups(groups)
-        check_failures(groups, self.config.reward, what=f"step {self.step + 1}", told=self.stages.reward.told)
+        check_failures(
+            groups, self.config.reward, what=f"step {self.step + 1}", logged=self.stages.reward.logged
+        )
         return groups
 
     def share_out(self, result: AdvantageResult) -> tuple[list[Share], dict[str, float], Work]:

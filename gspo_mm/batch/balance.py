@@ -176,7 +176,7 @@ class _Bin:
 class _Bins:
     """Bins that are found by least cost or by most room in O(log B).
 
-    A bin's old entries stay in the heaps until they come up; they are told by a cost or room that is no longer true.
+    A bin's old entries stay in the heaps until they come up; they are known by a cost or room that is no longer true.
     """
 
     def __init__(self, count: int, max_tokens: int) -> None:

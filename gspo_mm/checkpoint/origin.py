@@ -1,4 +1,4 @@
-"""Which Hugging Face folder a checkpoint came from, told without loading anything."""
+"""Which Hugging Face folder a checkpoint came from, found without loading anything."""
 
 from __future__ import annotations
 

@@ -82,18 +82,20 @@ class Store:
 
     def sweep(self) -> list[str]:
         """Remove what runs that died were writing or removing; returns what there is to say of it."""
-        told = []
+        notes = []
         for path in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
             if _REST.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 try:
                     shutil.rmtree(path)
-                    told.append(f"{path} was left unfinished by an earlier run and is removed")
+                    notes.append(f"{path} was left unfinished by an earlier run and is removed")
                 except OSError as error:
-                    told.append(f"{path} was left unfinished and stays: {refusal(error, folder=self.folder)}")
+                    notes.append(
+                        f"{path} was left unfinished and stays: {refusal(error, folder=self.folder)}"
+                    )
         for number, path in self._named():
             if not self.is_whole(path):
-                told.append(f"{path} is no whole checkpoint of step {number}: it is left alone and not used")
-        return told
+                notes.append(f"{path} is no whole checkpoint of step {number}: it is left alone and not used")
+        return notes
 
     def _named(self) -> list[tuple[int, Path]]:
         """All that has a checkpoint's name, by step."""

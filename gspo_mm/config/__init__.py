@@ -8,7 +8,7 @@
     load.py     files and `key=value` overrides -> Config, faults -> sentences
     base.py     what all sections share
 
-A key's description stands beside it. Loading never imports torch, so a mistake is told in well under a second, in one
+A key's description stands beside it. Loading never imports torch, so a mistake is reported in well under a second, in one
 sentence that names the key, the value and the fix. `train.py` passes each stage its own section.
 """
 

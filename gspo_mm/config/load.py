@@ -51,8 +51,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, any_wor
             return [_location(fault) for fault in error.errors(include_url=False)]
         return []
 
-    if told := faults(unquoted, values, refused):
-        raise ConfigError("\n".join(f"{path}: {sentence}" for sentence in told))
+    if found := faults(unquoted, values, refused):
+        raise ConfigError("\n".join(f"{path}: {sentence}" for sentence in found))
     return parse_config(values, source=str(path), any_world=any_world)
 
 

@@ -159,7 +159,7 @@ class RolloutConfig(Section):
     )
     on_update: Literal["retract", "in_place", "finish"] = Field(
         default="retract",
-        description="answers under way when new weights are there: retract computes their cache anew, in_place keeps it, "
+        description="answers under way when new weights are there: retract computes their cache again, in_place keeps it, "
         "finish lets them end with the old weights first",
     )
     sglang: SGLangConfig = SGLangConfig()

@@ -71,7 +71,7 @@ def _kind_of_list(value: Any) -> str:
     return _SOURCES if any(isinstance(entry, dict | SourceConfig) for entry in entries) else _PATTERNS
 
 
-# a plain list of patterns, or the entries of a mixture; faults are told of the kind that was meant
+# a plain list of patterns, or the entries of a mixture; faults are reported of the kind that was meant
 Shards = Annotated[
     Annotated[list[str], Tag(_PATTERNS)] | Annotated[list[SourceConfig], Tag(_SOURCES)],
     Discriminator(_kind_of_list),

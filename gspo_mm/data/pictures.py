@@ -9,7 +9,7 @@ A picture is what `decode_image` makes of the bytes: the first frame, upright, o
 
 The last line is a convention, which not every file follows: 32-bit integers above 255, and floats above 1 or below 0,
 may be depths, counts or another scale. They are refused rather than guessed, and so is what has no known way to RGB.
-Values of 12 bits in a file that says 16 look dark: nothing in it tells. Colour profiles and gamma are ignored, as by
+Values of 12 bits in a file that says 16 look dark: nothing in it says so. Colour profiles and gamma are ignored, as by
 the image processors that models were trained with.
 
 Servers are sent `as_png`, which leaves their decoder no choice: SGLang, left alone with the bytes, turns nothing,
@@ -46,7 +46,7 @@ _PNG_SILENT = {b"IHDR", b"IDAT", b"IEND", b"pHYs", b"sRGB", b"tIME"}
 
 
 def measure(data: bytes) -> tuple[int, int]:
-    """Width and height that `decode_image` will give, from the header wherever that tells. Raises BadSample.
+    """Width and height that `decode_image` will give, from the header wherever that is enough. Raises BadSample.
 
     Pixels are looked at only where their values decide whether the image can be shown.
     """
@@ -81,7 +81,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def as_png(data: bytes) -> bytes:
-    """A PNG of the picture: the bytes as they came where these plainly are one, else made anew. Raises BadSample."""
+    """A PNG of the picture: the bytes as they came where these plainly are one, else made again. Raises BadSample."""
     return data if _is_plain_png(data) else png_of(decode_image(data))
 
 

@@ -88,7 +88,7 @@ class Processor:
         return EncodedPrompt(prompt=prompt, token_ids=token_ids, pixel_values=pixels, image_grid_thw=grids)
 
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded anew."""
+        """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded again."""
         if (known := self._cache.get(image.key)) is None:
             inputs = self._image_processor(images=[decode_image(image.data)], return_tensors="pt")
             pixels, grid = self._family.images_of(self._hf, inputs)

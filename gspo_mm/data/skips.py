@@ -75,7 +75,7 @@ class SkipLog:
         if self.skipped > self._max_bad_fraction * self.read:
             raise DataError(
                 f"{self.skipped} of {self.read} samples are unusable ({_counts(self.reasons)}), more than "
-                f"data.max_bad_fraction={self._max_bad_fraction:g}; mend the shards "
+                f"data.max_bad_fraction={self._max_bad_fraction:g}; fix the shards "
                 f"({self._quarantine or 'the log'} names each sample), or raise it"
             )
 

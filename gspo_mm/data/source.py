@@ -121,7 +121,7 @@ class PromptSource:
         self._mixture()
 
     def close(self) -> None:
-        """Stop reading ahead; `take` would begin anew where it stands."""
+        """Stop reading ahead; `take` would begin again where it stands."""
         if isinstance(self._open, Prefetch):
             self._open.close()
         self._open = None

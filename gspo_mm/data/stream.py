@@ -97,7 +97,7 @@ class SampleStream:
             if self.cursor.read == 0:
                 raise DataError(
                     f"{shown(self._shards[0])} and {len(self._shards) - 1} other shards hold no sample; make "
-                    "them anew with tools/make_shards.py"
+                    "them again with tools/make_shards.py"
                 )
             self.cursor = Cursor(epoch=self.cursor.epoch + 1, shards=self._listing)
             self._counts, self._of_epoch = (), self._shards

@@ -1,6 +1,6 @@
 """Write Hugging Face folders: the published layout always, whole or not at all.
 
-Reading is in folder.py, whose docstring tells of the two layouts of fused experts.
+Reading is in folder.py, whose docstring describes the two layouts of fused experts.
 """
 
 from __future__ import annotations

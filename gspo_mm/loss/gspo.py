@@ -314,7 +314,7 @@ def _check_counts(
     if config.correction.kind != "none" and rollout_logprobs is None:
         raise ConfigError(
             f"loss.correction.kind={config.correction.kind} needs the log-probs of the engine that sampled, and "
-            "these rollouts came without them; sample anew instead of replaying, or set loss.correction.kind=none"
+            "these rollouts came without them; sample again instead of replaying, or set loss.correction.kind=none"
         )
 
 

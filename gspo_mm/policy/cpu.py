@@ -50,7 +50,7 @@ def install() -> None:
     _replace_type_names()
     _replace_uneven_collectives()
     _copy_where_one_rank_is_alone()
-    _mend_loading_of_torch_adam()
+    _fix_loading_of_torch_adam()
 
 
 class _Nothing:
@@ -183,7 +183,7 @@ def _copy_where_one_rank_is_alone() -> None:
     buffers.dist_reduce_scatter_func = or_copy(buffers.dist_reduce_scatter_func)
 
 
-def _mend_loading_of_torch_adam() -> None:
+def _fix_loading_of_torch_adam() -> None:
     """torch's AdamW, which stands in for the fused ones, keeps its step count as a tensor per parameter.
 
     megatron-core 0.19's distributed optimizer then misses the key `step` on loading, and shares one tensor among

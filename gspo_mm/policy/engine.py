@@ -183,7 +183,7 @@ class Policy:
                 loss, metrics = loss_fn(index, logprobs_R, entropy_R)
             except (
                 GspoError
-            ) as fault:  # told to all ranks once the schedule is through: none may be left waiting
+            ) as fault:  # reported to all ranks once the schedule is through: none may be left waiting
                 faults.append(fault)
                 return logprobs_R.sum() * 0.0, {}
             return loss, {"loss": loss.detach().clone(), "metrics": metrics}

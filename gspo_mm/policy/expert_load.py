@@ -1,4 +1,4 @@
-"""How evenly tokens spread over experts, per layer: counted while the policy trains, told once per step."""
+"""How evenly tokens spread over experts, per layer: counted while the policy trains, reported once per step."""
 
 from __future__ import annotations
 

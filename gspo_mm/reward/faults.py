@@ -16,7 +16,7 @@ def places_refused(model: type[BaseModel], values: Any) -> list[tuple[Any, ...]]
     return []
 
 
-def first_fault(error: ValidationError, source: str, prefix: str, values: Any) -> str:
+def first_fault(error: ValidationError, file: str, prefix: str, values: Any) -> str:
     """The first fault, as one sentence."""
     fault = error.errors(include_url=False)[0]
     location = list(fault["loc"])
@@ -35,4 +35,4 @@ def first_fault(error: ValidationError, source: str, prefix: str, values: Any) -
             message = fault["msg"].removeprefix("Value error, ")
             fix = f"is refused: {message[0].lower()}{message[1:]}"
     shown = "" if fault["type"] == "missing" else f"={value!r}"
-    return f"{source}: {key}{shown} {fix}"
+    return f"{file}: {key}{shown} {fix}"

@@ -5,7 +5,7 @@ matrices, plain numbers. Numbers are compared as exact fractions, members one by
 expressions; their equality is the math-verify library's (Hugging Face): LaTeX to sympy, compared as numbers, then as
 expressions. What it leaves to its caller is done here:
 
-- Its time limits are signals, which break in threads, so they are off. What makes sympy run for hours is told by
+- Its time limits are signals, which break in threads, so they are off. What makes sympy run for hours is reported by
   the text and refused instead: towers and large powers, sums and integrals, deep nesting, long texts. A final
   answer is worked out. What is still slow meets the deadline of the process that scores.
 - It reads words as products of letters: `teas` would equal `seat`. Here words are compared as words.

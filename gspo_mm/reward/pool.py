@@ -42,12 +42,12 @@ class WorkerPool:
         self._memory = memory_gib
         _start_forking()
         context = multiprocessing.get_context("forkserver")
-        CONSTS.term_timeout = 0.1  # seconds until a worker that is deaf to TERM is killed
+        CONSTS.term_timeout = 0.1  # seconds until a worker that ignores TERM is killed
         self._pool = ProcessPool(
             max_workers=workers or default_workers(),
             context=context,
             initializer=_begin,
-            initargs=([(f.spec, f.source) for f in functions], memory_gib),
+            initargs=([(f.spec, f.file) for f in functions], memory_gib),
         )
 
     async def judge(
@@ -60,7 +60,7 @@ class WorkerPool:
             return await self._start(number, prompt, completions)
         except BrokenProcessPool:
             raise GspoError(
-                f"no worker of the rewards could start for {function.source}; the log says why, above"
+                f"no worker of the rewards could start for {function.file}; the log says why, above"
             ) from None
         except (RanOut, ProcessExpired):
             return list(await asyncio.gather(*(self._judge_one(number, prompt, c) for c in completions)))
@@ -88,13 +88,13 @@ class WorkerPool:
 def _start_forking() -> None:
     """Start the process that forks workers: the trainer's threads and GPUs cannot be forked. It knows this package only.
 
-    It and they are deaf to what ends the trainer in order: Slurm sends TERM to all processes of a step, and the trainer's
+    It and they ignore what ends the trainer in order: Slurm sends TERM to all processes of a step, and the trainer's
     last step still needs its rewards.
     """
     forkserver.set_forkserver_preload([__name__])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)  # children inherit it
     try:
-        resource_tracker.ensure_running()  # unblocks INT and TERM, to which it is deaf by itself
+        resource_tracker.ensure_running()  # unblocks INT and TERM, which it ignores by itself
         signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_TRAINER)
         forkserver.ensure_running()
     finally:
@@ -131,7 +131,7 @@ _functions: list[RewardFunction] = []
 def _begin(specs: list[tuple[RewardSpec, str]], memory_gib: float) -> None:
     let_forkserver_end()
     die_with_parent()
-    _functions.extend(RewardFunction(spec, source=source, asks=False) for spec, source in specs)
+    _functions.extend(RewardFunction(spec, file=file, asks=False) for spec, file in specs)
     # data, not address space: libraries map far more than they ever touch
     limit = int(memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

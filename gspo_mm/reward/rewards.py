@@ -40,7 +40,7 @@ class Rewards:
         self._limits = limits
         self._functions = list(dict.fromkeys([default, *self._by_source.values()]))
         self.unmeasured: dict[str, str] = {}  # tasks that no part measures -> the reward file
-        self.told: set[str] = set()  # reasons of failures that the log has in full
+        self.logged: set[str] = set()  # reasons of failures that the log has in full
         self._pool: WorkerPool | None = None
         self._background: Background | None = None
         self._starting = threading.Lock()
@@ -53,13 +53,13 @@ class Rewards:
         except AnswerError as error:
             raise BadSample("unusable answer", f"task {prompt.task}: {error}") from None
         if prompt.task not in self.unmeasured and not function.measures(prompt.task):
-            self.unmeasured[prompt.task] = function.source
+            self.unmeasured[prompt.task] = function.file
             logger.warning(
                 "task %r (first in sample %s) has no part with `accuracy` in %s, though other tasks have one: it counts in "
                 "no accuracy; if the name is misspelt, correct it in the shards, or add it to the tasks of a part",
                 prompt.task,
                 prompt.key,
-                function.source,
+                function.file,
             )
 
     def start(self, group: RolloutGroup) -> Future[RolloutGroup]:
@@ -122,9 +122,9 @@ def fingerprints(files: Iterable[str]) -> dict[str, str]:
         if not Path(path).is_file():
             continue
         modules = [part.python.partition(":")[0] for part in load_reward(path).spec.parts if part.python]
-        for source in [path, *(sys.modules[module].__file__ for module in modules)]:
-            if source:
-                found[os.path.realpath(source)] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        for file in [path, *(sys.modules[module].__file__ for module in modules)]:
+            if file:
+                found[os.path.realpath(file)] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return found
 
 
@@ -142,27 +142,27 @@ def describe_failures(groups: Iterable[RolloutGroup], *, what: str) -> str:
         return ""
     total = sum(len(group.scores) for group in groups)
     (reason, times), *others = reasons.most_common()
-    told = f"{reasons.total()} of {total} rewards of {what} failed, {times} of them so: {reason}"
-    return f"{told} (and {len(others)} other reasons)" if others else told
+    said = f"{reasons.total()} of {total} rewards of {what} failed, {times} of them so: {reason}"
+    return f"{said} (and {len(others)} other reasons)" if others else said
 
 
 def check_failures(
-    groups: Iterable[RolloutGroup], limits: RewardConfig, *, what: str, told: set[str] | None = None
+    groups: Iterable[RolloutGroup], limits: RewardConfig, *, what: str, logged: set[str] | None = None
 ) -> None:
-    """Log failed rewards, a reason in `told` by its first words. Raises GspoError for more of them than `limits` allows."""
+    """Log failed rewards, a reason in `logged` by its first words. Raises GspoError for more of them than `limits` allows."""
     groups = list(groups)
     if not (said := describe_failures(groups, what=what)):
         return
     if limits.on_failure == "fail":
         raise GspoError(
-            f"reward.on_failure=fail, and {said}; mend the reward file, or set reward.on_failure=mask"
+            f"reward.on_failure=fail, and {said}; fix the reward file, or set reward.on_failure=mask"
         )
     limit = limits.max_failed_fraction
     if failed_fraction(groups) > limit:
-        raise GspoError(f"more than reward.max_failed_fraction={limit:g}: {said}; mend the reward file")
+        raise GspoError(f"more than reward.max_failed_fraction={limit:g}: {said}; fix the reward file")
     reasons = {score.error for group in groups for score in group.scores if score.error}
-    if told is not None and reasons <= told:
+    if logged is not None and reasons <= logged:
         said = f"{failed_fraction(groups):.0%} of the rewards of {what} failed, for reasons that stand above"
-    elif told is not None:
-        told |= reasons
+    elif logged is not None:
+        logged |= reasons
     logger.warning(said)

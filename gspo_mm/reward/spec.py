@@ -118,16 +118,16 @@ class Judged:
 class RewardFunction:
     """What a reward file says. Stateless but for what its services keep."""
 
-    def __init__(self, spec: RewardSpec, *, source: str, asks: bool = True) -> None:
+    def __init__(self, spec: RewardSpec, *, file: str, asks: bool = True) -> None:
         """`asks` false leaves services out. Raises RewardFileError for parts that do not fit together."""
         self.spec = spec
-        self.source = source
-        self._kinds = {part.name: _find_kind(part, spec, source) for part in spec.parts}
-        self._args = {part.name: _parse_args(part, self._kinds[part.name], source) for part in spec.parts}
-        _check_parts(spec, source)
-        _check_combination(spec, self._kinds, source)
+        self.file = file
+        self._kinds = {part.name: _find_kind(part, spec, file) for part in spec.parts}
+        self._args = {part.name: _parse_args(part, self._kinds[part.name], file) for part in spec.parts}
+        _check_parts(spec, file)
+        _check_combination(spec, self._kinds, file)
         self._services = {
-            part.name: _make_service(make, self._args[part.name], f"{source}: parts.{part.name}")
+            part.name: _make_service(make, self._args[part.name], f"{file}: parts.{part.name}")
             for part in spec.parts
             if asks and (make := self._kinds[part.name].service)
         }
@@ -196,7 +196,7 @@ class RewardFunction:
         if not parts:
             known = sorted({task for part in self.spec.parts for task in part.tasks or ()})
             raise RewardFileError(
-                f"{self.source}: prompt {prompt.key} has task={prompt.task!r}, which no part covers (tasks "
+                f"{self.file}: prompt {prompt.key} has task={prompt.task!r}, which no part covers (tasks "
                 f"known here: {', '.join(known)}); add it to the tasks of a part"
             )
         return parts
@@ -207,7 +207,7 @@ class RewardFunction:
             try:
                 self._check_answer(part, prompt)
             except Exception as error:  # any: a part is an extension point
-                raise AnswerError(f"part {part.name} of {self.source}: {error}") from None
+                raise AnswerError(f"part {part.name} of {self.file}: {error}") from None
 
     def measures(self, task: str) -> bool:
         """Whether a part decides the accuracy of this task, or none does of any."""
@@ -268,24 +268,22 @@ def load_reward(path: str | Path) -> RewardFunction:
         unquoted = misread(path.read_text())
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise RewardFileError(f"{path} is not a valid YAML file: {' '.join(str(error).split())}") from None
-    if told := faults(unquoted, values, _refused):
-        raise RewardFileError(f"{path}: {told[0]}")
-    return parse_reward(values, source=str(path))
+    if found := faults(unquoted, values, _refused):
+        raise RewardFileError(f"{path}: {found[0]}")
+    return parse_reward(values, file=str(path))
 
 
-def parse_reward(values: Any, *, source: str) -> RewardFunction:
+def parse_reward(values: Any, *, file: str) -> RewardFunction:
     """Build from plain values; raises RewardFileError as `load_reward` does."""
     if not values:
-        raise RewardFileError(
-            f"{source} is empty; give it a name and parts, as in configs/rewards/digits.yaml"
-        )
+        raise RewardFileError(f"{file} is empty; give it a name and parts, as in configs/rewards/digits.yaml")
     if not isinstance(values, dict):
-        raise RewardFileError(f"{source} holds no mapping of keys; start from configs/rewards/digits.yaml")
+        raise RewardFileError(f"{file} holds no mapping of keys; start from configs/rewards/digits.yaml")
     try:
         spec = RewardSpec.model_validate(values)
     except ValidationError as error:
-        raise RewardFileError(first_fault(error, source, "", values)) from None
-    return RewardFunction(spec, source=source)
+        raise RewardFileError(first_fault(error, file, "", values)) from None
+    return RewardFunction(spec, file=file)
 
 
 def _refused(values: Any) -> list[tuple[Any, ...]]:
@@ -298,30 +296,28 @@ def _refused(values: Any) -> list[tuple[Any, ...]]:
     return places
 
 
-def _find_kind(part: PartSpec, spec: RewardSpec, source: str) -> PartType:
+def _find_kind(part: PartSpec, spec: RewardSpec, file: str) -> PartType:
     where = f"parts.{part.name}"
     if part.python is not None:
         try:
             return user_part(part.python, part.args, part.extract or spec.extract)
         except ValueError as error:
-            raise RewardFileError(f"{source}: {where}.python={part.python!r} is refused: {error}") from None
+            raise RewardFileError(f"{file}: {where}.python={part.python!r} is refused: {error}") from None
     if part.type not in PARTS:
-        raise RewardFileError(
-            f"{source}: {where}.type={part.type!r} is unknown; use one of {', '.join(PARTS)}"
-        )
+        raise RewardFileError(f"{file}: {where}.type={part.type!r} is unknown; use one of {', '.join(PARTS)}")
     if PARTS[part.type].whole_text and part.extract is not None:
         raise RewardFileError(
-            f"{source}: {where}.extract={part.extract!r} has no effect, as type {part.type} judges the whole "
+            f"{file}: {where}.extract={part.extract!r} has no effect, as type {part.type} judges the whole "
             "text; remove it"
         )
     return PARTS[part.type]
 
 
-def _parse_args(part: PartSpec, kind: PartType, source: str) -> Args:
+def _parse_args(part: PartSpec, kind: PartType, file: str) -> Args:
     try:
         return kind.args.model_validate(part.args)
     except ValidationError as error:
-        raise RewardFileError(first_fault(error, source, f"parts.{part.name}.args.", part.args)) from None
+        raise RewardFileError(first_fault(error, file, f"parts.{part.name}.args.", part.args)) from None
 
 
 def _make_service(make: Callable[..., Service], args: Args, where: str) -> Service:
@@ -335,37 +331,37 @@ def _failure(part: PartSpec, error: Exception) -> str:
     return f"part {part.name}: {type(error).__name__}: {error}"
 
 
-def _check_parts(spec: RewardSpec, source: str) -> None:
+def _check_parts(spec: RewardSpec, file: str) -> None:
     names = [part.name for part in spec.parts]
     for name in names:
         if names.count(name) > 1:
             raise RewardFileError(
-                f"{source}: parts.{name} is there {names.count(name)} times; give each part its own name"
+                f"{file}: parts.{name} is there {names.count(name)} times; give each part its own name"
             )
     if all(part.weight == 0 for part in spec.parts):
         raise RewardFileError(
-            f"{source}: parts.*.weight=0, so every reward is 0; give at least one part a weight above 0"
+            f"{file}: parts.*.weight=0, so every reward is 0; give at least one part a weight above 0"
         )
     deciding = [part for part in spec.parts if part.accuracy is not False]
     for i, one in enumerate(deciding):
         for other in deciding[i + 1 :]:
             if one.tasks is None or other.tasks is None or set(one.tasks) & set(other.tasks):
                 raise RewardFileError(
-                    f"{source}: parts.{one.name}.accuracy and parts.{other.name}.accuracy are both set for "
+                    f"{file}: parts.{one.name}.accuracy and parts.{other.name}.accuracy are both set for "
                     "the same task; keep one per task"
                 )
 
 
-def _check_combination(spec: RewardSpec, kinds: dict[str, PartType], source: str) -> None:
+def _check_combination(spec: RewardSpec, kinds: dict[str, PartType], file: str) -> None:
     for name in spec.gate:
         if name not in kinds:
             raise RewardFileError(
-                f"{source}: gate={name!r} names no part; use one of {', '.join(kinds)}, or remove it"
+                f"{file}: gate={name!r} names no part; use one of {', '.join(kinds)}, or remove it"
             )
     for part in spec.parts:
         if spec.combine == "product" and part.type and kinds[part.name].lowest < 0:
             raise RewardFileError(
-                f"{source}: parts.{part.name}.type={part.type} is a penalty, which a product cannot hold; "
+                f"{file}: parts.{part.name}.type={part.type} is a penalty, which a product cannot hold; "
                 "use combine: sum"
             )
 

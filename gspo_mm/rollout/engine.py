@@ -42,7 +42,7 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self, reason: str = "the run has ended") -> None:
-        """Free memory, stop servers; `reason` is told to those that run elsewhere. May be called again."""
+        """Free memory, stop servers; `reason` is reported to those that run elsewhere. May be called again."""
         ...
 
 
@@ -74,10 +74,10 @@ class ServingEngine(RolloutEngine, Protocol):
 
 
 class Opening(Protocol):
-    """One rank's part in opening an engine. Made before the model is loaded: what cannot work is told at once."""
+    """One rank's part in opening an engine. Made before the model is loaded: what cannot work is reported at once."""
 
     def __init__(self, config: Config, stop: StopRequest, *, main: bool) -> None:
-        """`main`: on rank 0, which will have the engine. Raises a GspoError naming what a user can mend."""
+        """`main`: on rank 0, which will have the engine. Raises a GspoError naming what a user can fix."""
         ...
 
     def open(self, processor: Processor) -> RolloutEngine | None:

@@ -108,7 +108,7 @@ def check(
 
 
 def versions_of(meta: dict[str, Any], count: int) -> tuple[int, ...]:
-    """Weight version of each token, -1 where none is told."""
+    """Weight version of each token, -1 where none is given."""
     versions = [-1] * count
     for span in meta["weight_versions"]:
         version = int(span["version"]) if str(span["version"]).isdecimal() else -1
@@ -149,8 +149,8 @@ def _check(sample: dict[str, Any], asked: dict[str, Any], vocab_size: int | None
     except (KeyError, TypeError, ValueError, AttributeError):
         versions = ()
     if len(versions) != len(ids) or min(versions) < 0:
-        told = meta.get("weight_versions")
-        raise ReplyError(f"weight version {told!r} is none that the trainer brought, or not of all tokens")
+        given = meta.get("weight_versions")
+        raise ReplyError(f"weight version {given!r} is none that the trainer brought, or not of all tokens")
     return finish
 
 

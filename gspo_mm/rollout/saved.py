@@ -91,7 +91,7 @@ def images_of(group: RolloutGroup) -> list[EncodedImage]:
     return [*group.prompt.images, *seen]
 
 
-def image_in_place(image: EncodedImage) -> dict[str, Any]:
+def image_with_bytes(image: EncodedImage) -> dict[str, Any]:
     """With its bytes, for what has no folder of images."""
     return image_by_key(image) | {"data": base64.b64encode(image.data).decode()}
 
@@ -101,12 +101,12 @@ def image_by_key(image: EncodedImage) -> dict[str, Any]:
     return {"key": image.key, "width": image.width, "height": image.height}
 
 
-def image_from_place(saved: dict[str, Any]) -> EncodedImage:
+def image_from_bytes(saved: dict[str, Any]) -> EncodedImage:
     known: dict[str, Any] = saved | {"data": base64.b64decode(saved["data"])}
     return EncodedImage(**known)
 
 
-def encode_answers(group: RolloutGroup, put_image: PutImage = image_in_place) -> dict[str, Any]:
+def encode_answers(group: RolloutGroup, put_image: PutImage = image_with_bytes) -> dict[str, Any]:
     """{"completions": [...], "scores": [...]}, exact numbers."""
     scores = [
         dataclasses.asdict(s) | {"value": None if math.isnan(s.value) else s.value} for s in group.scores
@@ -119,7 +119,7 @@ def encode_answers(group: RolloutGroup, put_image: PutImage = image_in_place) ->
 
 
 def decode_answers(
-    group: RolloutGroup, saved: dict[str, Any], take_image: TakeImage = image_from_place
+    group: RolloutGroup, saved: dict[str, Any], take_image: TakeImage = image_from_bytes
 ) -> RolloutGroup:
     """`group` with the answers of `encode_answers`, or of an earlier version, which knew one turn only."""
     completions = [

@@ -95,8 +95,8 @@ def _cause(error: BaseException) -> BaseException:
 
 def _number(text: str) -> int | None:
     """The error number that a text speaks of."""
-    if told := re.search(r"\[Errno (\d+)\]", text):
-        return int(told[1])
+    if found := re.search(r"\[Errno (\d+)\]", text):
+        return int(found[1])
     return next((number for number in _FIXES if os.strerror(number).lower() in text.lower()), None)
 
 

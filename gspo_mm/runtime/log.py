@@ -57,7 +57,7 @@ class _Once(logging.Filter):
 
 
 def log_to_file(message: str) -> None:
-    """Put an error into RUN/log.txt alone; whoever watches is told in another way."""
+    """Put an error into RUN/log.txt alone; whoever watches sees it in another way."""
     record = logging.LogRecord("gspo_mm", logging.ERROR, "", 0, message, None, None)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 class Phases:
-    """`with phases("rollout"): ...` adds to time/rollout; `take()` hands the step's times out and starts anew."""
+    """`with phases("rollout"): ...` adds to time/rollout; `take()` hands the step's times out and starts again."""
 
     def __init__(self, on_enter: Callable[[str], None] | None = None) -> None:
         self._on_enter = on_enter

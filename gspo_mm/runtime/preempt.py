@@ -50,7 +50,7 @@ class StopRequest:
     def listen(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
-            threading.Thread(target=self._tell, name="signals", daemon=True).start()
+            threading.Thread(target=self._report, name="signals", daemon=True).start()
         return self
 
     def __enter__(self) -> Self:
@@ -69,7 +69,7 @@ class StopRequest:
         self._received.put(self._name)
         self.requested = True
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         """Not in the handler: the signal may have come while a line was being written, and the log is no place twice."""
         while name := self._received.get():
             logger.warning("%s received: %s", name, self._consequence)

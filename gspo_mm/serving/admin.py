@@ -59,7 +59,7 @@ class Calls:
 
     def all(self, path: str, **body: Any) -> list[dict[str, Any]]:
         """POST to every server and wait. Raises the first ServerError when all have answered."""
-        return answers(self.start(path, **body))
+        return results(self.start(path, **body))
 
     def _post(self, server: Server, path: str, body: Iterable[bytes], timeout: float) -> dict[str, Any]:
         headers = bearer(server.admin_key) | {"Content-Type": "application/json"}
@@ -79,7 +79,7 @@ def call_all(servers: list[Server], path: str, *, timeout: float, **body: Any) -
         return calls.all(path, **body)
 
 
-def answers(calls: list[Future[dict[str, Any]]]) -> list[dict[str, Any]]:
+def results(calls: list[Future[dict[str, Any]]]) -> list[dict[str, Any]]:
     """What all calls returned. Raises the first ServerError when all have ended."""
     faults = [call.exception() for call in calls]
     for fault in faults:
@@ -132,14 +132,14 @@ def is_alive(server: Server) -> bool:
         return False
 
 
-def told(server: Server, *paths: str) -> dict[str, Any]:
+def info_of(server: Server, *paths: str) -> dict[str, Any]:
     """What the first of `paths` that the server knows says; nothing when none does."""
     for path in paths:
         try:
             response = _get(server, path, 60.0)
             said = response.json() if response.status_code == 200 else None
         except (httpx.HTTPError, ValueError) as error:
-            logger.info("server %s does not tell %s: %r", server.name, path, error)
+            logger.info("server %s does not answer %s: %r", server.name, path, error)
             continue
         if isinstance(said, dict):
             return said

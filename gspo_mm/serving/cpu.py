@@ -17,7 +17,7 @@ from gspo_mm.runtime.disk import written_whole
 from gspo_mm.types import GspoError
 
 SWITCH = "GSPO_MM_SGLANG_CPU"
-# what a server on this platform must be told, and what would not work there anyway
+# options of a server on this platform, and what would not work there anyway
 ARGUMENTS = {
     "device": "cpu",
     "attention-backend": "torch_native",

@@ -1,6 +1,6 @@
 """The servers that answer for a run, as the trainer sees them: which are up, and which hold the current weights.
 
-Only a server that holds the current weights is asked. A server that was started anew holds those of model.path, so it
+Only a server that holds the current weights is asked. A server that was started again holds those of model.path, so it
 stands aside until the next push. With more than one server, sglang-router stands in front and spreads the prompts.
 All methods but `close` belong to one event loop.
 """
@@ -47,7 +47,7 @@ class Fleet:
         self._fault: ServerError | None = None
         self._task: asyncio.Task[None] | None = None
         self._host: ServerHost | None = None
-        # at once: a server elsewhere may stop for good before `open` is called, and that has to be told
+        # at once: a server elsewhere may stop for good before `open` is called, and that has to be seen
         forget_ended(self._folder)
         if self._sglang.start != "elsewhere" and not self._sglang.urls:
             self._host = host_beside_trainer(config, self._folder)
@@ -63,7 +63,7 @@ class Fleet:
         if self._wanted > 1:
             self._router = Router(self._folder / "router.log")
         self._task = asyncio.create_task(self._watch())
-        began = told = time.monotonic()
+        began = reported = time.monotonic()
         while len(self._up) < self._wanted:
             if self._fault:
                 raise self._fault
@@ -75,8 +75,8 @@ class Fleet:
                     f"{len(self._up)} of {self._wanted} servers are up after rollout.sglang.start_timeout="
                     f"{self._sglang.start_timeout} s; {self._whereabouts()}"
                 )
-            if now - told > 15:
-                told = now
+            if now - reported > 15:
+                reported = now
                 logger.info("%d of %d servers are up after %.0f s", len(self._up), self._wanted, now - began)
             await asyncio.sleep(_POLL)
         self._complete = True
@@ -136,12 +136,12 @@ class Fleet:
             if not await asyncio.to_thread(is_alive, server) and self._up.get(server.name) is server:
                 logger.warning("server %s does not answer", server.name)
                 del self._up[server.name]
-                if self._sglang.urls:  # nobody tells whether it will come back with these weights
+                if self._sglang.urls:  # nobody knows whether it will come back with these weights
                     self._holdings.pop(server.generation, None)
                 await self._route()
 
     def close(self, reason: str) -> None:
-        """End servers started here, tell the others."""
+        """End servers started here, and report to the others."""
         beat(self._folder, ended=reason)
         if self._router:
             self._router.close()

@@ -1,7 +1,7 @@
 """Starts SGLang servers on this machine and keeps them running, each under a guard so that none outlives us.
 
-A `ServerHost` has one thread per server: start it, wait until it is ready, tell RUN/servers, watch it, and start it
-anew when it is gone. rank 0 runs a host where rollout.sglang.start=here, one rank of each machine where it is beside;
+A `ServerHost` has one thread per server: start it, wait until it is ready, report it in RUN/servers, watch it, and start it
+again when it is gone. rank 0 runs a host where rollout.sglang.start=here, one rank of each machine where it is beside;
 `gspo-mm serve` runs one elsewhere. Every server has its own random keys, listens on one address only, and logs into RUN/servers.
 """
 
@@ -58,7 +58,7 @@ _PASSING = re.compile(
 
 
 class ServerHost:
-    """The servers of this machine. `start` returns at once; RUN/servers tells when each is ready."""
+    """The servers of this machine. `start` returns at once; RUN/servers shows when each is ready."""
 
     def __init__(
         self, config: Config, folder: Path, *, prefix: str, training: int = 0, address: str = LOOPBACK
@@ -139,7 +139,7 @@ class _Keeper:
             self._keep_running()
         except Exception as error:  # in a thread nobody would see it, and the run would wait for this server
             logger.exception("the keeper of server %s failed", self._name)
-            self._tell("stopped", "", f"cannot be kept running: {error!r}")
+            self._report("stopped", "", f"cannot be kept running: {error!r}")
 
     def _keep_running(self) -> None:
         failures, ever_up, last_end = 0, False, ""
@@ -172,11 +172,11 @@ class _Keeper:
             again = failures <= self._sglang.max_restarts and not hopeless
             logger.warning("server %s %s%s", self._name, reason, "; starting it again" if again else "")
             self.why = f"{self._name} {reason}"
-            self._tell("down" if again else "stopped", generation, reason)
+            self._report("down" if again else "stopped", generation, reason)
             if not again or self._ending.wait(min(_BACKOFF * 2.0 ** (failures - 1), 30.0)):
                 break
         if self._ending.is_set():
-            self._tell("stopped", "", self.stop_reason)
+            self._report("stopped", "", self.stop_reason)
 
     def _server(self, generation: str) -> Server:
         return Server(
@@ -220,7 +220,7 @@ class _Keeper:
 
     def _await_ready(self, process: subprocess.Popen[bytes], server: Server) -> str:
         """Returns when the server answers, with "", or with why it will not."""
-        began = told = time.monotonic()
+        began = reported = time.monotonic()
         while not self._ending.wait(_POLL):
             if process.poll() is not None:
                 return f"ended with status {process.returncode} while starting; {self._last_words()}"
@@ -229,13 +229,13 @@ class _Keeper:
                 return f"was not ready within rollout.sglang.start_timeout={self._sglang.start_timeout} s"
             if is_fine(server, "/ready", timeout=2.0):
                 return ""
-            if now - told > 15:
-                told = now
+            if now - reported > 15:
+                reported = now
                 logger.info("server %s has been starting for %.0f s", self._name, now - began)
         return self.stop_reason
 
     def _watch(self, process: subprocess.Popen[bytes], server: Server) -> str:
-        """Returns why the server is to be started anew."""
+        """Returns why the server is to be started again."""
         healthy = asked = time.monotonic()
         while not self._ending.wait(_POLL):
             if process.poll() is not None:
@@ -249,7 +249,7 @@ class _Keeper:
                     return f"has not been healthy for {now - healthy:.0f} s"
         return self.stop_reason
 
-    def _tell(self, state: Any, generation: str, reason: str) -> None:
+    def _report(self, state: Any, generation: str, reason: str) -> None:
         register(self._folder, Server(name=self._name, generation=generation, state=state, reason=reason))
 
     def _log(self) -> Path:

@@ -11,10 +11,10 @@ from typing import Any
 
 from gspo_mm.config import Config
 from gspo_mm.config.server_options import refusal
-from gspo_mm.serving.admin import told
+from gspo_mm.serving.admin import info_of
 from gspo_mm.serving.server import Server, ServerError
 
-# settings that a server is refused for; off are those that it does not tell, and these values
+# settings that a server is refused for; off are those that it does not report, and these values
 _TOLD = (
     "speculative_algorithm", "dllm_algorithm", "preferred_sampling_params", "enable_watermark", "is_embedding",
     "json_model_override_args", "skip_tokenizer_init", "allow_auto_truncate", "language_only",
@@ -26,8 +26,8 @@ def inspect_servers(servers: list[Server], config: Config) -> bool:
     """Whether a server draws by the seeds of its requests alone. Raises ServerError for one that the run cannot use."""
     seeded = False
     for server in servers:
-        info = told(server, "/server_info", "/get_server_info")
-        check_server(server, info | told(server, "/model_info", "/get_model_info"), config)
+        info = info_of(server, "/server_info", "/get_server_info")
+        check_server(server, info | info_of(server, "/model_info", "/get_model_info"), config)
         seeded |= bool(info.get("enable_deterministic_inference"))
     return seeded
 

@@ -15,7 +15,7 @@ from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.serving import cpu
 from gspo_mm.serving.server import Server, ServerError
 
-# what torchrun and Slurm tell the trainer's ranks must not reach a server
+# what torchrun and Slurm set for the trainer's ranks must not reach a server
 _RANK_VARIABLES = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",

@@ -24,7 +24,7 @@ def serve(config: Config, stop: StopRequest) -> str:
     """Run the servers of `config` until the trainer's run has ended; returns the reason.
 
     Raises ServerError when no trainer shows up or stays within rollout.sglang.down_timeout, or when no server can be
-    kept running. A signal ends it in order, one that came before it as well: the trainer is told.
+    kept running. A signal ends it in order, one that came before it as well: the trainer sees it.
     """
     folder = servers_folder(config.run.path)
     host = ServerHost(config, folder, prefix=f"{machine_name()}-{os.getpid()}")

@@ -46,7 +46,7 @@ def served(config: Config) -> Config:
 def served_template(config: Config) -> Path:
     """A folder without weights, for `write_hf`, and for FP8 servers to start from.
 
-    Experts are named one by one, so that nothing larger than a matrix is ever gathered. The folder's name tells its
+    Experts are named one by one, so that nothing larger than a matrix is ever gathered. The folder's name says its
     contents, so it is never changed. Raises BlockSizeError.
     """
     check_blocks(config)

@@ -17,7 +17,7 @@ class Server:
     """How one server is reached, or that it is gone: what RUN/servers holds of it."""
 
     name: str
-    generation: str  # changes whenever the server is started anew: its weights are then those of model.path
+    generation: str  # changes whenever the server is started again: its weights are then those of model.path
     state: Literal["up", "down", "stopped"]  # down: will be started again; stopped: it will not
     reason: str = ""  # why it is not up
     url: str = ""

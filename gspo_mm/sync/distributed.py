@@ -25,7 +25,7 @@ from gspo_mm.types import GspoError
 
 
 class DistributedSender:
-    """Sender over process groups, which are made at the first push and anew when a server was started anew."""
+    """Sender over process groups, which are made at the first push and again when a server was started again."""
 
     def __init__(self, config: Config, policy: Policy) -> None:
         self._policy = policy

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_mm.runtime.net import address_towards
-from gspo_mm.serving.admin import Calls, answers
+from gspo_mm.serving.admin import Calls, results
 from gspo_mm.serving.server import Server, ServerError
 from gspo_mm.sync.buckets import Bucket
 from gspo_mm.sync.compat import join_group
@@ -45,7 +45,7 @@ class UpdateGroup:
 
     def send(self, bucket: Bucket, calls: Calls) -> Sending:
         """Begin to broadcast a bucket to servers that have an update open. They load it before the call returns."""
-        told = calls.start(
+        calls_under_way = calls.start(
             "/update_weights_from_distributed",
             names=bucket.names,
             dtypes=[str(dtype).removeprefix("torch.") for dtype in bucket.dtypes],
@@ -54,7 +54,7 @@ class UpdateGroup:
             load_format="flattened_bucket",
             flush_cache=False,
         )
-        return Sending(self._group.broadcast(bucket.flat, 0), told, calls)
+        return Sending(self._group.broadcast(bucket.flat, 0), calls_under_way, calls)
 
     def close(self, *, broken: bool = False) -> None:
         """Leave the group, and let the servers leave it; with `broken`, whatever is under way in it."""
@@ -74,22 +74,22 @@ class UpdateGroup:
 class Sending:
     """A bucket under way."""
 
-    def __init__(self, work: Any, told: list[Future[dict[str, Any]]], calls: Calls) -> None:
+    def __init__(self, work: Any, loading: list[Future[dict[str, Any]]], calls: Calls) -> None:
         self._work = work
-        self._told = told
+        self._loading = loading
         self._calls = calls
 
     def wait(self) -> None:
         """Until all servers have loaded it. Raises ServerError as soon as one fails, refuses, or takes too long."""
         while not self._work.is_completed():
-            answers([call for call in self._told if call.done()])
+            results([call for call in self._loading if call.done()])
             self._calls.left()
             time.sleep(_POLL)
         try:
             self._work.wait()
         except RuntimeError as error:
             raise ServerError(f"the broadcast of weights failed: {str(error).splitlines()[0]}") from None
-        answers(self._told)
+        results(self._loading)
 
 
 def connect(calls: Calls, *, device: torch.device) -> UpdateGroup:
@@ -116,11 +116,11 @@ def connect(calls: Calls, *, device: torch.device) -> UpdateGroup:
     try:
         group = join_group(name, store, size=size, backend=backend, timeout=timeout)
     except RuntimeError as error:
-        answers([call for call in joined if call.done()])
+        results([call for call in joined if call.done()])
         raise ServerError(f"no group of weight updates came about: {str(error).splitlines()[0]}") from None
     made = UpdateGroup(name, group, calls.servers)
     try:
-        answers(joined)
+        results(joined)
     except ServerError:
         made.close(broken=True)
         raise

@@ -2,7 +2,7 @@
 
 A rotary table that did not follow a change of length, an image put in at the wrong place, a stale vision tower or a
 wrongly merged expert all leave the loss healthy and the answers plausible; here they show at once, and where they
-show tells what is wrong: differences in plain text accuse the decoder, those that begin after an image the vision
+show says what is wrong: differences in plain text accuse the decoder, those that begin after an image the vision
 path or the positions, those in the response only the cache or the sampling.
 """
 

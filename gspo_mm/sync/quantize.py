@@ -1,11 +1,11 @@
 """FP8 on the way to servers that hold their weights so, and an audit that both sides mean the same layers.
 
-`families/served.py` tells the format and which weights it is for. A tensor is quantised when it is whole, on the rank that
+`families/served.py` says the format and which weights it is for. A tensor is quantised when it is whole, on the rank that
 sends it, so that no block straddles a cut between the trainer's ranks; the server cuts blocks, not elements.
 
 A server that gets a layer in another format than it holds does not say so: bytes are cast, scales without a place are
 dropped. Hence the audit. SGLang's POST /weights_checker gives a checksum of every layer with block scales, whatever it
-is told to leave out (utils/weight_checker.py, the same in 0.5.21 to 0.5.23): told to leave out all, it names just those.
+is asked to leave out (utils/weight_checker.py, the same in 0.5.21 to 0.5.23): asked to leave out all, it names just those.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ class SGLangPush:
                 return
             for server in self._engine.fleet.up():
                 try:
-                    self._tell([server], "/pause_generation", mode="abort")  # what was given up may still run
-                    self._tell([server], "/release_memory_occupation", tags=list(_MEMORY))
+                    self._call([server], "/pause_generation", mode="abort")  # what was given up may still run
+                    self._call([server], "/release_memory_occupation", tags=list(_MEMORY))
                     self._engine.fleet.holding(server).asleep = set(_MEMORY)
                 except ServerError:
                     self._leave_out_the_dead([server])
@@ -123,7 +123,7 @@ class SGLangPush:
         checksums = Checksums(self._family)
         with self._ranks.together():
             self._wake(servers, "weights")
-            self._tell(servers, "/pause_generation", mode=self._mode)
+            self._call(servers, "/pause_generation", mode=self._mode)
         self._sender.send(servers, version=version, checksums=checksums)
         of_ranks = self._ranks.gather((checksums.names, checksums.sent))
         names = [name for names, _ in of_ranks for name in names]
@@ -135,7 +135,7 @@ class SGLangPush:
                     compare(servers, sent, timeout=self._sync.timeout)
                     self._audit(servers, names)
                 self._wake(servers, "kv_cache")
-                self._tell(servers, "/continue_generation")
+                self._call(servers, "/continue_generation")
                 self._engine.run(self._engine.fleet.hold(version, servers))
 
     def _audit(self, servers: list[Server], sent: list[str]) -> None:
@@ -153,11 +153,11 @@ class SGLangPush:
             return
         holding = self._engine.fleet.holding
         asleep = [server for server in servers if memory in holding(server).asleep]
-        self._tell(asleep, "/resume_memory_occupation", tags=[memory])
+        self._call(asleep, "/resume_memory_occupation", tags=[memory])
         for server in asleep:
             holding(server).asleep.remove(memory)
 
-    def _tell(self, servers: list[Server], path: str, **body: Any) -> None:
+    def _call(self, servers: list[Server], path: str, **body: Any) -> None:
         if self._engine:
             call_all(servers, path, timeout=self._sync.timeout, **body)
 

@@ -27,7 +27,7 @@ import torch.multiprocessing  # teaches ForkingPickler about tensors
 from gspo_mm.config import Config
 from gspo_mm.policy.engine import Policy
 from gspo_mm.runtime.dist import device
-from gspo_mm.serving.admin import Calls, answers, begin_update, end_update
+from gspo_mm.serving.admin import Calls, begin_update, end_update, results
 from gspo_mm.serving.server import Server, ServerError
 from gspo_mm.sync.buckets import MIB, Bucket, Buffers
 from gspo_mm.sync.checksums import Checksums
@@ -78,12 +78,12 @@ class TensorSender:
             requests = self._requests(bucket, calls.servers)
             with self._ranks.together():
                 if self._ranks.main:
-                    answers(under_way)
+                    results(under_way)
                     under_way = calls.start_raw("/update_weights_from_tensor", requests)
                     if self._by_value:  # there is one buffer only
-                        answers(under_way)
+                        results(under_way)
         with self._ranks.together():
-            answers(under_way)
+            results(under_way)
 
     def _requests(self, bucket: Bucket, servers: list[Server]) -> list[Body]:
         """One body for each server, on rank 0; empty elsewhere."""

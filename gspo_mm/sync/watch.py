@@ -83,8 +83,8 @@ class GapWatch:
         )
         chosen = {group.prompt.key: (gap, group.prompt) for gap, group in found[:_AT_ONCE]}
         self._asked.update(chosen)
-        told = ", ".join(f"{_named(prompt)} by {gap:.2g}" for gap, prompt in chosen.values())
-        logger.info("step %d: asking again what differs most, in nats a token: %s", step, told)
+        listed = ", ".join(f"{_named(prompt)} by {gap:.2g}" for gap, prompt in chosen.values())
+        logger.info("step %d: asking again what differs most, in nats a token: %s", step, listed)
         return [prompt for _, prompt in chosen.values()]
 
     def _advice(self, gap: float) -> str:

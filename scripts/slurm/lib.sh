@@ -75,7 +75,7 @@ free_port() {
 #
 # srun runs in the background because a shell that waits for a foreground command hears no signal before it ends.
 # USR1 (--signal=B:USR1@...: the time limit is near) is passed on to srun, which passes it on to all tasks. TERM
-# (scancel, the time limit itself) Slurm sends to the tasks by its own means; this shell outlives it to tell the end.
+# (scancel, the time limit itself) Slurm sends to the tasks by its own means; this shell outlives it to report the end.
 run_step() {
     local now=0
     # shellcheck disable=SC2034 # the job reads them

@@ -1,4 +1,4 @@
-"""The small random model that most parity tests use; made anew for each module, which may leave gradients in it."""
+"""The small random model that most parity tests use; made again for each module, which may leave gradients in it."""
 
 from pathlib import Path
 from typing import Any

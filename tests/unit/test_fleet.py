@@ -323,7 +323,7 @@ def test_external_servers_are_asked_with_the_keys_of_the_environment(
 def test_an_external_server_that_was_away_gets_the_weights_first(
     loop: Background, external: tuple[Fleet, FakeServer]
 ) -> None:
-    """Nobody tells whether it was started anew."""
+    """Nobody tells whether it was started again."""
     fleet, server = external
     server.said["/ready"] = (502, "gone")
     loop.run(fleet.suspect(server.url))

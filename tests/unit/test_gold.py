@@ -34,7 +34,7 @@ def prompt(answer, *, task="t", key="shard.tar/000001", meta=None) -> Prompt:
 
 def one_part(kind: str, *, extract="<answer>(.*?)</answer>", args=None):
     part = {"name": "p", "type": kind, "args": args or {}}
-    return parse_reward({"name": "n", "extract": extract, "parts": [part]}, source="file.yaml")
+    return parse_reward({"name": "n", "extract": extract, "parts": [part]}, file="file.yaml")
 
 
 # --- math
@@ -500,7 +500,7 @@ def test_the_same_reason_is_logged_in_full_once(caplog: pytest.LogCaptureFixture
             check_failures(
                 failed_groups(3, "cannot be asked: ConnectError"), limits, what=f"step {step}", told=told
             )
-        check_failures(failed_groups(3, "answered 500"), limits, what="step 20", told=told)
+        check_failures(failed_groups(3, "answered 500"), limits, what="step 20", logged=told)
     assert caplog.text.count("ConnectError") == 1
     assert caplog.text.count("answered 500") == 1
     assert "100% of the rewards of step 19 failed" in caplog.text

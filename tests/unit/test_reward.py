@@ -303,7 +303,7 @@ def test_a_completion_cut_off_is_judged_as_it_is():
 
 
 def build(*parts, **more):
-    return parse_reward({"name": "test", "parts": list(parts), **more}, source="file.yaml")
+    return parse_reward({"name": "test", "parts": list(parts), **more}, file="file.yaml")
 
 
 def part(name="p", type="exact", **more):

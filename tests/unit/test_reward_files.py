@@ -34,7 +34,7 @@ RUNNER = CliRunner()
 
 
 def build(*parts, **more):
-    return parse_reward({"name": "test", "parts": list(parts), **more}, source="file.yaml")
+    return parse_reward({"name": "test", "parts": list(parts), **more}, file="file.yaml")
 
 
 def score(reward, response, answer="x", **more):
@@ -136,7 +136,7 @@ def test_counting_tokens_without_tokens_is_no_score():
 )  # fmt: skip
 def test_a_fault_is_one_sentence_with_key_and_value(change, message):
     with pytest.raises(RewardFileError, match=r"file\.yaml: ") as error:
-        parse_reward({"name": "x", "parts": [EXACT, OVERLONG]} | change, source="file.yaml")
+        parse_reward({"name": "x", "parts": [EXACT, OVERLONG]} | change, file="file.yaml")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

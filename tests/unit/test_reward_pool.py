@@ -132,7 +132,7 @@ def test_parts_see_pictures_only_where_they_ask(make: Make, monkeypatch: pytest.
     )
     from gspo_mm.reward.spec import parse_reward
 
-    assert not parse_reward({"name": "n", "parts": [{"name": "s", "type": "sized"}]}, source="s").reads_images
+    assert not parse_reward({"name": "n", "parts": [{"name": "s", "type": "sized"}]}, file="s").reads_images
 
 
 def test_a_task_that_no_part_covers_is_an_error(make: Make) -> None:

@@ -3,7 +3,7 @@
     python tools/bench/load.py --model data/tiny-model --prompts 2000 --group-size 8
 
 Prompts are pictures of digits, made for the purpose. The client's memory is its resident size: before the first prompt, at its
-largest, and what the answers themselves take is told beside it. Every tenth of the work prints a line, so growth shows.
+largest, and what the answers themselves take is shown beside it. Every tenth of the work prints a line, so growth shows.
 """
 
 from __future__ import annotations

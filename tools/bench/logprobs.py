@@ -77,7 +77,7 @@ def extra_memory(path: str, sizes: tuple[Any, ...], threads: int, answer: Any) -
         step(path, tensors)
         peak = torch.cuda.max_memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         before = _resident("VmRSS")
         step(path, tensors)
         peak = _resident("VmHWM")
