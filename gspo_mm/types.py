@@ -75,9 +75,8 @@ class Prompt:
     """One sample of a shard: a question with its images, and what the reward needs to judge an answer."""
 
     key: str  # "<shard file name>/<sample key>" with "<source>/" before it in a mixture, unique in a data set
-    messages: tuple[
-        Mapping[str, Any], ...
-    ]  # chat messages in Hugging Face's form; images are {"type": "image"} parts
+    # chat messages in Hugging Face's form; images are {"type": "image"} parts
+    messages: tuple[Mapping[str, Any], ...]
     images: tuple[EncodedImage, ...]  # [I] in the order of the image parts
     answer: Json  # what rewards compare with
     task: str  # routes to reward parts
@@ -205,9 +204,8 @@ class TrainSequence:
 
     name: str  # "group 12 completion 3 (digits-000001.tar/000042)", for error messages
     token_ids: tuple[int, ...]  # [L] what is read, such as the prompt, and what was sampled, as they followed
-    trained: tuple[
-        bool, ...
-    ]  # [L] whether the policy sampled the token; all else conditions, and is in no loss
+    # [L] whether the policy sampled the token; all else conditions, and is in no loss
+    trained: tuple[bool, ...]
     images: tuple[EncodedImage, ...]  # [I] in the order of their tokens, all of which are read
     advantage: float = 0.0
     rollout_logprobs: tuple[float, ...] | None = None  # [trained tokens] nats
@@ -229,21 +227,18 @@ class MicroBatch:
     names: tuple[str, ...]  # [S] see TrainSequence.name
     token_ids: torch.Tensor  # [N] int64
     cu_seqlens: torch.Tensor  # [S+1] int32, offsets of sequences in N
-    positions: (
-        torch.Tensor
-    )  # [A, N] int64, rotary positions on the family's axes, such as time, height, width
-    response_mask: (
-        torch.Tensor
-    )  # [N] bool, tokens that are trained on, in one run or in several of a sequence
+    # [A, N] int64, rotary positions on the family's axes, such as time, height, width
+    positions: torch.Tensor
+    # [N] bool, tokens that are trained on, in one run or in several of a sequence
+    response_mask: torch.Tensor
     response_cu_seqlens: torch.Tensor  # [S+1] int32, offsets of sequences in R
     advantages: torch.Tensor  # [S] float32
     rollout_logprobs: torch.Tensor | None  # [R] float32 nats
     pixel_values: torch.Tensor | None  # [patches, patch dim] float32, distinct images only
     image_grid_thw: torch.Tensor | None  # [I, 3] int64, distinct images only
     image_keys: tuple[str, ...]  # [I] content hash of each distinct image
-    image_index: (
-        torch.Tensor
-    )  # [occurrences] int64: distinct image shown by each image occurrence, in token order
+    # [occurrences] int64: distinct image shown by each image occurrence, in token order
+    image_index: torch.Tensor
 
     @property
     def num_sequences(self) -> int:
@@ -271,8 +266,7 @@ class Work:
 class Share:
     """One data-parallel rank's part of one optimizer step, with the denominators of the whole step."""
 
-    micro_batches: tuple[
-        tuple[TrainSequence, ...], ...
-    ]  # equally many on every rank; some may hold no sequence
+    # equally many on every rank; some may hold no sequence
+    micro_batches: tuple[tuple[TrainSequence, ...], ...]
     num_sequences: int  # on all ranks together
     num_tokens: int  # trained response tokens on all ranks together

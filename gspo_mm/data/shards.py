@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 FAULT = "__fault__"  # key of a sample that reports damage of its shard instead of bringing data
 SOURCE = "__source__"  # key of the name of the source that a sample comes from
-MAX_MEMBER_BYTES = (
-    256 * 2**20
-)  # a larger one is a damaged header, or a small compressed shard that would fill the memory
+# a larger one is a damaged header, or a small compressed shard that would fill the memory
+MAX_MEMBER_BYTES = 256 * 2**20
 _TRIES = 3  # times that a shard in a store is read from its beginning, 1 and 2 s apart
+# of the content: reading again does not help
 _DAMAGE = (
     tarfile.TarError,
     EOFError,
     zlib.error,
     lzma.LZMAError,
-)  # of the content: reading again does not help
+)
 _BLOCK = 512  # bytes; two blocks of zeros end a whole tar
 
 type RawSample = Mapping[str, Any]  # {"__key__": str, "__url__": str, suffix: bytes, ...}

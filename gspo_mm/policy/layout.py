@@ -33,9 +33,8 @@ class Layout:
     token_ids: torch.Tensor  # [N] int64, of this CP rank
     positions: torch.Tensor  # [A, N] int64, rotary positions of this CP rank
     visual_index: torch.Tensor  # [own I] int64, rows among this TP rank's N/tp that show an image token
-    visual_feature: (
-        torch.Tensor
-    )  # [own I] int64, which image token of the micro-batch stands there, in packed order
+    # [own I] int64, which image token of the micro-batch stands there, in packed order
+    visual_feature: torch.Tensor
     predicting_rows: torch.Tensor  # [own R] int64, rows of N whose next token is a trained response token
     targets: torch.Tensor  # [own R] int64, that token's id
     response_order: torch.Tensor  # [R] int64, place in R of the predictions of CP rank 0, then rank 1, ...

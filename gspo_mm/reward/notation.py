@@ -11,9 +11,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 _LARGEST_POWER = 400  # of ten: a larger one is babble, and costs memory
-_WORD = re.compile(
-    r"[^\W\d_]{3,}|[^\W\d_a-zA-ZͰ-Ͽ]+"
-)  # a single letter only of other scripts; Greek is mathematics
+# a single letter only of other scripts; Greek is mathematics
+_WORD = re.compile(r"[^\W\d_]{3,}|[^\W\d_a-zA-ZͰ-Ͽ]+")
 _FUNCTION_WORDS = re.compile(r"(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|exp|sqrt|deg", re.IGNORECASE)
 # what people type instead of LaTeX
 _TYPED = str.maketrans({"−": "-", "–": "-", "π": r"\pi ", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ",

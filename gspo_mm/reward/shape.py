@@ -50,9 +50,8 @@ class RepetitionArgs(Args):
 
 
 class LanguageArgs(Args):
-    scripts: Annotated[
-        list[str], Field(min_length=1)
-    ]  # Unicode names: Latin, Han, Hiragana, Cyrillic, Arabic ...
+    # Unicode names: Latin, Han, Hiragana, Cyrillic, Arabic ...
+    scripts: Annotated[list[str], Field(min_length=1)]
     at_least: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0  # a smaller share counts as none
 
     @field_validator("scripts")

@@ -58,11 +58,12 @@ def json_schema(text: str, answer: Json, args: JsonSchemaArgs) -> float:
         raise
     except Unresolvable as error:
         raise ValueError(f"the schema refers to what is not there: {error}") from None
+    # no JSON, nested too deeply, or a number beyond a float
     except (
         ValueError,
         RecursionError,
         OverflowError,
-    ):  # no JSON, nested too deeply, or a number beyond a float
+    ):
         return 0.0
 
 

@@ -29,9 +29,8 @@ class Verdicts:
     def __init__(self, path: Path) -> None:
         """Raises OSError or sqlite3.Error where the file cannot be used."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = sqlite3.connect(
-            path, timeout=60, isolation_level=None
-        )  # each statement is on disk when it returns
+        # each statement is on disk when it returns
+        self._file = sqlite3.connect(path, timeout=60, isolation_level=None)
         self._file.execute(_TABLE)
 
     def find(self, request: str) -> Reply | None:

@@ -165,9 +165,8 @@ class Scheduler:
         groups = [group.done for group in sorted(batch, key=lambda g: g.id) if group.done]
         for group in groups:
             stale = staleness(group, version)
-            if (
-                stale > self._config.max_staleness
-            ):  # ours never are: a server does not hold what it was brought
+            # ours never are: a server does not hold what it was brought
+            if stale > self._config.max_staleness:
                 raise ServerError(
                     f"a server answered {group.prompt.key} with weights that are {stale} versions old, and "
                     f"rollout.max_staleness={self._config.max_staleness}; see that nobody else loads weights into it"

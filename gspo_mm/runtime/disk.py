@@ -84,9 +84,8 @@ def _cause(error: BaseException) -> BaseException:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno:
             return seen
-        if failures := getattr(
-            seen, "failures", None
-        ):  # of ranks, as torch.distributed.checkpoint gathers them
+        # of ranks, as torch.distributed.checkpoint gathers them
+        if failures := getattr(seen, "failures", None):
             seen = error = next(iter(failures.values()))[0]
         else:
             seen = seen.__cause__ or seen.__context__

@@ -43,9 +43,8 @@ class StopRequest:
         self._consequence = consequence  # what follows, for the log
         self._name = ""
         self._before: dict[int, object] = {}
-        self._received: SimpleQueue[str] = (
-            SimpleQueue()
-        )  # its put() may be called from a handler, at any moment
+        # its put() may be called from a handler, at any moment
+        self._received: SimpleQueue[str] = SimpleQueue()
 
     def listen(self) -> Self:
         if threading.current_thread() is threading.main_thread():

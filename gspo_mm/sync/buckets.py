@@ -58,9 +58,8 @@ class Buffers:
     def _buffer(self, turn: int, least: int) -> torch.Tensor:
         size, turn = max(self._size, least), turn % len(self._buffers)
         if len(self._buffers[turn]) < size:
-            self._buffers[turn] = torch.empty(
-                0, device=self._device
-            )  # given back before the larger one is taken
+            # given back before the larger one is taken
+            self._buffers[turn] = torch.empty(0, device=self._device)
             self._buffers[turn] = torch.empty(size, dtype=torch.uint8, device=self._device)
         return self._buffers[turn]
 

@@ -21,6 +21,7 @@ from gspo_mm.serving.served import tensor_names
 from gspo_mm.serving.server import Server, ServerError
 from gspo_mm.types import GspoError
 
+# by substring
 _LEFT_OUT = [
     "experts",
     "qkv_proj",
@@ -30,7 +31,7 @@ _LEFT_OUT = [
     "embed_tokens",
     "pos_embed",
     "lm_head",
-]  # by substring
+]
 
 
 _32, _64 = 2**32 - 1, 2**64 - 1

@@ -67,9 +67,8 @@ class DistributedSender:
                 self._group = self._group or connect(calls, device=device())
                 self._send(self._group, checksums.noted(self._on_the_way(tensors)), calls)
         finally:
-            for _ in (
-                tensors
-            ):  # ranks that gather with this one are never left alone, even when sending has failed
+            # ranks that gather with this one are never left alone, even when sending has failed
+            for _ in tensors:
                 pass
 
     def _send(self, group: UpdateGroup, tensors: Iterator[tuple[str, torch.Tensor]], calls: Calls) -> None:

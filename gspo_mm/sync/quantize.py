@@ -75,9 +75,8 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows, columns = weight.shape
     padded = functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(
-        0, (-1, BLOCK)
-    )  # [row blocks, 128, column blocks, 128]
+    # [row blocks, 128, column blocks, 128]
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
     largest = blocks.abs().amax((1, 3))
     factors = torch.where(largest <= _TINY, 1.0, _LARGEST / largest)
     scaled = (blocks * factors[:, None, :, None]).clamp(-_LARGEST, _LARGEST)

@@ -106,9 +106,8 @@ class Report:
     written: Counter[str] = field(default_factory=Counter)  # by split
     refused: Counter[str] = field(default_factory=Counter)  # by reason
     examples: list[dict[str, Any]] = field(default_factory=list)  # row, reason and detail
-    unused: Counter[str] = field(
-        default_factory=Counter
-    )  # rows in which a column holds something that is not used
+    # rows in which a column holds something that is not used
+    unused: Counter[str] = field(default_factory=Counter)
     largest_set: int = 0  # rows that must be in one split, since they share pictures with each other
     paths: list[Path] = field(default_factory=list)
 
