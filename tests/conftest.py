@@ -26,9 +26,12 @@ def run_tool(name: str, *arguments: str | Path | int) -> None:
 
 @pytest.fixture(autouse=True)
 def a_log_of_its_own() -> None:
-    """A command that ran in this process before had Python's warnings logged, and more than warnings."""
+    """A command that ran in this process before had Python's warnings logged, and more than warnings, to its own places."""
     logging.captureWarnings(False)
-    logging.getLogger().setLevel(logging.WARNING)
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    for handler in [h for h in root.handlers if not type(h).__module__.startswith("_pytest")]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

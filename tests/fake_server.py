@@ -111,7 +111,9 @@ def answers(body: dict[str, Any]) -> list[dict[str, Any]]:
     return [reply(body["input_ids"][0], [10 + number]) for number in range(body["sampling_params"]["n"])]
 
 
-def reply(prompt_ids: Iterable[int], output_ids: list[int], **meta: Any) -> dict[str, Any]:
+def reply(
+    prompt_ids: Iterable[int], output_ids: list[int], *, version: str = "0", **meta: Any
+) -> dict[str, Any]:
     prompt_ids = list(prompt_ids)
     return {
         "text": "",
@@ -122,7 +124,7 @@ def reply(prompt_ids: Iterable[int], output_ids: list[int], **meta: Any) -> dict
             "finish_reason": {"type": "length", "length": len(output_ids)},
             "prompt_tokens": len(prompt_ids),
             "completion_tokens": len(output_ids),
-            "weight_version": "0",
+            "weight_versions": [{"version": version, "start": 0, "end": len(output_ids)}],
             "output_token_logprobs": [[-0.5 - token, token, None] for token in output_ids],
         }
         | meta,

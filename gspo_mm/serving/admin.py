@@ -47,10 +47,10 @@ class Calls:
     ) -> list[Future[dict[str, Any]]]:
         """POST to every server; with `bodies`, to each its own. The futures raise ServerError."""
         each = bodies or [body] * len(self.servers)
-        return self.start_raw(path, [[json.dumps(of_server).encode()] for of_server in each])
+        return self.start_raw(path, [json.dumps(of_server).encode() for of_server in each])
 
-    def start_raw(self, path: str, bodies: Sequence[Iterable[bytes]]) -> list[Future[dict[str, Any]]]:
-        """As `start`, with the JSON already written, in pieces."""
+    def start_raw(self, path: str, bodies: Sequence[bytes | Iterable[bytes]]) -> list[Future[dict[str, Any]]]:
+        """As `start`, with the JSON already written, at once or in pieces."""
         timeout = self.left()
         return [
             self._pool.submit(self._post, server, path, body, timeout)
@@ -61,12 +61,17 @@ class Calls:
         """POST to every server and wait. Raises the first ServerError when all have answered."""
         return results(self.start(path, **body))
 
-    def _post(self, server: Server, path: str, body: Iterable[bytes], timeout: float) -> dict[str, Any]:
+    def _post(
+        self, server: Server, path: str, body: bytes | Iterable[bytes], timeout: float
+    ) -> dict[str, Any]:
         headers = bearer(server.admin_key) | {"Content-Type": "application/json"}
         limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
         try:
             response = self._client.post(
-                server.url + path, content=iter(body), headers=headers, timeout=limits
+                server.url + path,
+                content=body if isinstance(body, bytes) else iter(body),
+                headers=headers,
+                timeout=limits,
             )
         except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
             raise ServerError(f"server {server.name} failed at {path}: {error!r}") from None

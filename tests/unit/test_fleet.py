@@ -150,9 +150,10 @@ def test_a_registration_that_nobody_answers_for_is_not_up(
 
 def test_a_run_does_not_begin_without_a_server_that_it_was_promised(loop: Background, folder: Path) -> None:
     """Also when that stopped before anybody watched: while the model was loaded."""
+    fleet = new_fleet(folder)
     register(folder, gone(reason="has no room"))
     with pytest.raises(ServerError, match="1 of 1 servers have stopped for good: a has no room"):
-        loop.run(new_fleet(folder).open())
+        loop.run(fleet.open())
 
 
 def test_a_server_that_its_keeper_took_down_is_not_up(

@@ -115,12 +115,12 @@ def said(**changes: Any) -> dict[str, Any]:
     meta = {
         "finish_reason": {"type": "length", "length": 3},
         "prompt_tokens": 2,
-        "weight_version": "3",
+        "weight_versions": [{"version": "3", "start": 0, "end": 9}],
         "output_token_logprobs": [[-0.5, 1, None], [-1, 2, "b"], [0.0, 3, None]],
     }
     answer: dict[str, Any] = {"output_ids": [1, 2, 3], "prompt_token_ids": [5, 6], "text": "abc"}
     for name, value in changes.items():
-        (meta if name in meta or name == "weight_versions" else answer)[name] = value
+        (meta if name in meta else answer)[name] = value
     answer.setdefault("meta_info", meta)
     return {
         k: {n: v for n, v in value.items() if v is not ...} if isinstance(value, dict) else value
@@ -215,8 +215,11 @@ BAD = {
     "no end": (said(finish_reason=None), "None is none that is known"),
     "no length of the prompt": (said(prompt_tokens=...), "prompt_tokens=None is no number"),
     "a length of the prompt as text": (said(prompt_tokens="2"), "prompt_tokens='2' is no number"),
-    "no weight version": (said(weight_version=...), "weight version None is none"),
-    "weights that nobody brought": (said(weight_version="default"), "weight version 'default' is none"),
+    "no weight version": (said(weight_versions=...), "weight version None is none"),
+    "weights that nobody brought": (
+        said(weight_versions=[{"version": "default", "start": 0, "end": 3}]),
+        "weight version .*'default'.* is none",
+    ),
     "a version for some tokens only": (
         said(weight_versions=[{"version": "3", "start": 0, "end": 2}]),
         "or not of all tokens",

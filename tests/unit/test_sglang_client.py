@@ -349,8 +349,8 @@ def test_a_server_of_another_model_or_sampling_is_refused_before_it_is_asked_any
 def test_a_reply_becomes_completions(server: FakeServer, make_engine: MakeEngine) -> None:
     stop = {"type": "stop", "matched": STOP}
     server.answer = lambda body: [
-        reply(TEXT.token_ids, [4, 5, STOP], finish_reason=stop, weight_version="3"),
-        reply(TEXT.token_ids, [4, 5, 6], weight_version="3"),
+        reply(TEXT.token_ids, [4, 5, STOP], finish_reason=stop, version="3"),
+        reply(TEXT.token_ids, [4, 5, 6], version="3"),
     ]
     stopped, cut = sample(make_engine(server), group_size=2)
     assert stopped.token_ids == (4, 5, STOP)
@@ -371,9 +371,6 @@ def test_prompts_keep_their_order(server: FakeServer, make_engine: MakeEngine) -
 @pytest.mark.parametrize(
     ("meta", "versions"),
     [
-        ({"weight_version": "4"}, (4, 4, 4, 4)),
-        ({"weight_version": "default"}, (-1, -1, -1, -1)),
-        ({"weight_version": "4", "weight_versions": None}, (4, 4, 4, 4)),
         ({"weight_version": "5", "weight_versions": [{"version": "5", "start": 0, "end": 4}]}, (5, 5, 5, 5)),
         (
             {
@@ -488,7 +485,7 @@ def test_an_answer_that_is_always_broken_off_is_a_fault(server: FakeServer, make
         ({"output_token_logprobs": [[None, 4, None]]}, "the log-prob of token 0 is null"),
         ({"finish_reason": {"type": "stop", "matched": "NaN happened"}}, "logits are not finite"),
         ({"finish_reason": {"type": "stop", "matched": 4}}, "stopped by 4 at token 4"),
-        ({"weight_version": "default"}, "weight version 'default'"),
+        ({"version": "default"}, "weight version .*'default'"),
     ],
 )
 def test_a_reply_that_cannot_be_used_is_asked_for_again_counted_and_given_up_in_the_end(
