@@ -120,6 +120,7 @@ def build_stages(
         seed=config.run.seed,
         total_steps=total_steps,
         experts_layout=config.model.experts_layout,
+        ranks=ranks,
     )
     stop.obey(ranks, "when the model was loaded")
     held_out: list[EncodedPrompt] = []

@@ -19,6 +19,7 @@ from gspo_mm.families import HfFolder, read_hf
 from gspo_mm.families.write import Template, copy_template, template_of, write_hf
 from gspo_mm.policy.engine import build_chunks, prepare
 from gspo_mm.policy.model import PolicyModel, padded_vocab
+from gspo_mm.policy.parallel import Groups
 from gspo_mm.policy.precision import DTYPES
 from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.policy.weights import Weights
@@ -88,10 +89,11 @@ def _build(
     dtype = next((name for name, dtype in DTYPES.items() if dtypes == {dtype}), "float32")
     config = PolicyConfig.model_validate({"dtype": dtype, "parallel": parallel.model_dump()})
     family, config_of_model, plan = prepare(str(hf), config, seed=0)
-    chunks = build_chunks(family, config_of_model, config, plan)
+    groups = Groups.current()
+    chunks = build_chunks(family, config_of_model, config, plan, groups)
     vocab = padded_vocab(config_of_model.get_text_config().vocab_size, plan)
     entries = family.weight_map(config_of_model, padded_vocab=vocab, fused=has_fused_modules())
-    return Ranks(), chunks, Weights(chunks, entries, plan)
+    return Ranks(), chunks, Weights(chunks, entries, plan, groups)
 
 
 def _compare(ranks: Ranks, weights: Weights, folder: HfFolder) -> None:

@@ -128,7 +128,8 @@ class SGLangConfig(Section):
 
 def _known_engine(name: str) -> str:
     if name not in ENGINES:
-        raise ValueError(f"rollout.engine={name} is none of {', '.join(ENGINES)}; use one of them")
+        *first, last = map(repr, ENGINES)
+        raise ValueError(f"rollout.engine={name!r} is refused: input should be {', '.join(first)} or {last}")
     return name
 
 

@@ -58,17 +58,24 @@ class Policy:
     """A vision-language model under training on all ranks of the job. Build it with `from_hf`."""
 
     def __init__(
-        self, family: Family, hf: Any, config: PolicyConfig, plan: ParallelPlan, *, total_steps: int
+        self,
+        family: Family,
+        hf: Any,
+        config: PolicyConfig,
+        plan: ParallelPlan,
+        *,
+        total_steps: int,
+        ranks: Ranks | None = None,
     ) -> None:
         """Needs `plan.initialize` to have run. Weights are arbitrary until `load_hf` or a checkpoint is loaded."""
         self.family = family
         self.hf = hf
         self.config = config
         self.plan = plan
-        self.ranks = Ranks()
+        self.ranks = ranks or Ranks()
         self.groups = Groups.current()
         self.dp_rank_of = self.ranks.gather(self.groups.dp.rank())  # data-parallel rank of every rank
-        self.chunks = build_chunks(family, hf, config, plan)
+        self.chunks = build_chunks(family, hf, config, plan, self.groups)
         for chunk in self.chunks:
             freeze(chunk, config.freeze)
         if not self.ranks.any(any(p.requires_grad for p in self.parameters())):
@@ -83,6 +90,7 @@ class Policy:
                 fused=has_fused_modules(),
             ),
             plan,
+            self.groups,
         )
         with quiet_megatron():
             self._ddp = [
@@ -112,15 +120,17 @@ class Policy:
         seed: int,
         total_steps: int,
         experts_layout: str = "auto",
+        ranks: Ranks | None = None,
     ) -> Self:
         """Build the model of the Hugging Face folder `path` and load its weights.
 
-        `total_steps` counts training steps, for the learning-rate schedule. `experts_layout`: see `read_hf`.
+        `total_steps` counts training steps, for the learning-rate schedule. `experts_layout`: see `read_hf`. `ranks`: those
+        of the program, where it has them already.
         Raises ValueError when the folder, the family, the parallel sizes or the number format do not fit.
         """
         folder = read_hf(path, experts_layout)  # before anything is built
         family, hf, plan = prepare(path, config, seed=seed)
-        policy = cls(family, hf, config, plan, total_steps=total_steps)
+        policy = cls(family, hf, config, plan, total_steps=total_steps, ranks=ranks)
         policy.load_hf(folder)
         return policy
 
@@ -313,10 +323,12 @@ def prepare(path: str, config: PolicyConfig, *, seed: int) -> tuple[Family, Any,
     return family, hf, plan
 
 
-def build_chunks(family: Family, hf: Any, config: PolicyConfig, plan: ParallelPlan) -> list[PolicyModel]:
+def build_chunks(
+    family: Family, hf: Any, config: PolicyConfig, plan: ParallelPlan, groups: Groups
+) -> list[PolicyModel]:
     """This rank's part of the model: one module, or plan.vpp of them. Weights are arbitrary."""
     stages = list(range(plan.vpp)) if plan.vpp > 1 else [None]
-    return [PolicyModel(family, hf, config, plan, vp_stage=stage).to(device()) for stage in stages]
+    return [PolicyModel(family, hf, config, plan, groups, vp_stage=stage).to(device()) for stage in stages]
 
 
 def freeze(module: PolicyModel, parts: Sequence[str]) -> None:

@@ -54,11 +54,11 @@ class PolicyModel(MegatronModule):
         hf: Any,
         config: PolicyConfig,
         plan: ParallelPlan,
+        groups: Groups,
         *,
         vp_stage: int | None = None,
     ) -> None:
         """This rank's part; `vp_stage` numbers its model chunks where plan.vpp > 1. Weights are arbitrary."""
-        groups = Groups.current()
         transformer = transformer_config(family, hf, plan, config)
         super().__init__(config=transformer)
         self.model_type = ModelType.encoder_or_decoder

@@ -37,10 +37,12 @@ type Take = Callable[[torch.nn.Parameter], torch.Tensor]
 class Weights:
     """The parameters of this rank's model chunks, by global name."""
 
-    def __init__(self, chunks: list[PolicyModel], weight_map: list[Entry], plan: ParallelPlan) -> None:
+    def __init__(
+        self, chunks: list[PolicyModel], weight_map: list[Entry], plan: ParallelPlan, groups: Groups
+    ) -> None:
         self.entries = weight_map
         self.plan = plan
-        self.groups = Groups.current()
+        self.groups = groups
         self._parameters: dict[str, torch.nn.Parameter] = {}
         for chunk in chunks:
             experts = (chunk.config.num_moe_experts or 0) // plan.ep * self.groups.ep.rank()

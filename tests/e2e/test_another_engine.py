@@ -67,6 +67,6 @@ def test_a_folder_is_evaluated_with_it(config: Config) -> None:
 
 def test_a_name_that_is_in_no_table_is_refused(short_config: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"rollout\.engine=vlm is none of embedded, sglang; use one of them"
+        ConfigError, match=r"rollout\.engine='vlm' is refused: input should be 'embedded' or 'sglang'"
     ):
         load_config(short_config, ["rollout.engine=vlm"])

@@ -12,6 +12,8 @@ import torch
 from gspo_mm.config import ConfigError
 from gspo_mm.families import family_of, read_hf
 from gspo_mm.families.write import write_hf
+from gspo_mm.rollout.embedded import EmbeddedOpening
+from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.serving.launch import server_options
 from gspo_mm.serving.served import (
     SCALE,
@@ -202,6 +204,6 @@ def test_a_model_of_other_dims_is_refused_before_servers_start(tiny_model: Path,
 def test_a_mixture_with_dense_layers_is_refused_for_servers_only(wide: Path, tiny_model: Path) -> None:
     with pytest.raises(GspoError, match=r"^decoder layer 1 is dense .*; set rollout\.engine=embedded$"):
         check_served(config(wide))
-    without = {"engine": "embedded", "sglang": {"fp8": False}}
-    check_served(config(wide, rollout=without))
+    without = config(wide, rollout={"engine": "embedded", "sglang": {"fp8": False}})
+    EmbeddedOpening(without, StopRequest(), main=True)
     check_served(config(tiny_model, rollout={"sglang": {"fp8": False}}))

@@ -498,7 +498,7 @@ def test_the_same_reason_is_logged_in_full_once(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING):
         for step in range(20):
             check_failures(
-                failed_groups(3, "cannot be asked: ConnectError"), limits, what=f"step {step}", told=told
+                failed_groups(3, "cannot be asked: ConnectError"), limits, what=f"step {step}", logged=told
             )
         check_failures(failed_groups(3, "answered 500"), limits, what="step 20", logged=told)
     assert caplog.text.count("ConnectError") == 1

@@ -33,53 +33,37 @@ def names(*shards: int) -> list[str]:
 
 
 class Run:
-    """One source read by `readers`; `resume` is a new process, with whatever the glob finds by then."""
+    """A reader of one source; `resume` is a new process, with whatever the glob finds by then."""
 
-    def __init__(self, pattern: str, *, buffer: int, readers: int = 1, **mixed: str) -> None:
+    def __init__(self, pattern: str, *, buffer: int, **mixed: str) -> None:
         self.patterns = mixed or {"": pattern}
         self.buffer = buffer
-        self.resume(readers, Position())
+        self.resume(Position())
 
-    def resume(self, readers: int = 1, position: Position | None = None) -> list[str]:
+    def resume(self, position: Position | None = None) -> list[str]:
         before = Position.of(json.loads(json.dumps(self.position.state()))) if position is None else position
         sources = [Source(name=n, shards=expand_shards([p])) for n, p in self.patterns.items()]
-        self.mixtures = [
-            Mixture(
-                sources,
-                shuffle_buffer=self.buffer,
-                seed=7,
-                repeat=True,
-                position=before,
-                reader=reader,
-                readers=readers,
-            )
-            for reader in range(readers)
-        ]
-        self.position = before
-        self.readers = [iter(mixture) for mixture in self.mixtures]
-        return self.mixtures[0].notes
+        mixture = Mixture(sources, shuffle_buffer=self.buffer, seed=7, repeat=True, position=before)
+        self.position, self.samples = before, iter(mixture)
+        return mixture.notes
 
-    def take(self, rounds: int) -> list[str]:
+    def take(self, count: int) -> list[str]:
         found = []
-        for _ in range(rounds):
-            for reader in self.readers:
-                sample, self.position = next(reader)
-                found.append(sample["__key__"])
+        for _ in range(count):
+            sample, self.position = next(self.samples)
+            found.append(sample["__key__"])
         return found
 
 
-@pytest.mark.parametrize("readers", [1, 2, 3])
 @pytest.mark.parametrize("buffer", [0, 1, 5, 100])
 @pytest.mark.parametrize("stop", range(0, 13))
-def test_a_shard_that_joins_comes_in_with_the_next_epoch(
-    stop: int, buffer: int, readers: int, tmp_path: Path
-) -> None:
+def test_a_shard_that_joins_comes_in_with_the_next_epoch(stop: int, buffer: int, tmp_path: Path) -> None:
     for number in (1, 3, 5):
         shard(tmp_path, number)
-    run = Run(f"{tmp_path}/*.tar", buffer=buffer, readers=readers)
+    run = Run(f"{tmp_path}/*.tar", buffer=buffer)
     whole = Run(f"{tmp_path}/*.tar", buffer=buffer)
     expected = whole.take(12)
-    first = run.take(stop // readers)
+    first = run.take(stop)
     for number in (0, 4, 9):  # before, between and after the others
         shard(tmp_path, number)
     notes = run.resume()
