@@ -32,6 +32,7 @@ from gspo_mm.policy.model import PolicyModel, quiet_megatron
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import GspoError
 
+_EXTRA = "._extra_state"  # in the names of what Transformer Engine keeps beside weights, one for each of grouped experts
 logger = logging.getLogger(__name__)
 
 
@@ -149,7 +150,16 @@ def _metadata() -> dict[str, Any]:
 
 def _model_part(chunks: list[PolicyModel], metadata: dict[str, Any]) -> dict[str, Any]:
     keys = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in zip(keys, chunks, strict=True)}
+    return {key: _of_chunk(chunk, metadata) for key, chunk in zip(keys, chunks, strict=True)}
+
+
+def _of_chunk(chunk: PolicyModel, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Tensors by name, without the extra state of Transformer Engine's modules, which local ones neither have nor read.
+
+    It holds scales of FP8 that the recipes here work out at each use (`delayed`, which is refused, would need them).
+    """
+    whole = chunk.sharded_state_dict(metadata=metadata)
+    return {name: part for name, part in whole.items() if _EXTRA not in name}
 
 
 def _begin(
@@ -198,7 +208,10 @@ def _quiet() -> Iterator[None]:
 @torch.no_grad()
 def _fill(chunks: list[PolicyModel], found: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(found["model" if len(chunks) == 1 else f"model{index}"])
+        of_chunk = found["model" if len(chunks) == 1 else f"model{index}"]
+        missing, unexpected = chunk.load_state_dict(of_chunk, strict=False)
+        assert not unexpected, unexpected
+        assert all(_EXTRA in name for name in missing), missing
 
 
 def _as_chained(found: dict[Any, Any], count: int) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gspo_mm.config.base import ConfigError, Fraction, NonNegative, Positive, Section
 
@@ -64,7 +64,7 @@ class OptimizerConfig(Section):
 
 
 class Fp8Config(Section):
-    recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = Field(
+    recipe: Literal["tensorwise", "blockwise", "mxfp8"] | None = Field(
         default=None, description="Transformer Engine recipe of the decoder's matrix products; null: off"
     )
     primary_weights: bool = Field(
@@ -74,13 +74,18 @@ class Fp8Config(Section):
     bf16_layers_at_start: NonNegative = Field(default=0, description="first decoder layers left in BF16")
     bf16_layers_at_end: NonNegative = Field(default=0, description="last decoder layers left in BF16")
 
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _can_be_continued(cls, recipe: Any) -> Any:
+        if recipe == "delayed":
+            raise ValueError(
+                "policy.fp8.recipe=delayed scales by a history of values that Transformer Engine hands to no checkpoint of "
+                "ours, so that a run could not be continued; use tensorwise"
+            )
+        return recipe
+
     @model_validator(mode="after")
     def _recipe_fits(self) -> Fp8Config:
-        if self.recipe == "delayed" and self.bf16_layers_at_start + self.bf16_layers_at_end:
-            raise ValueError(
-                "policy.fp8.recipe=delayed keeps one scaling state over all layers and cannot leave some in BF16; use "
-                "tensorwise, or bf16_layers_at_start=0 and bf16_layers_at_end=0"
-            )
         if self.recipe is None and self.primary_weights:
             raise ValueError("policy.fp8.primary_weights=true needs policy.fp8.recipe; set one, or false")
         return self

@@ -100,13 +100,19 @@ class Policy:
                         grad_reduce_in_fp32=True,
                         use_distributed_optimizer=True,
                         overlap_grad_reduce=config.optimizer.overlap,
+                        # without it the optimizer steps its float32 copies, and FP8 weights stay as they were
+                        fp8_param_gather=config.fp8.primary_weights,
                     ),
                     chunk,
                 )
                 for chunk in self.chunks
             ]
         self.optimizer = Optimizer(
-            self._ddp, config.optimizer, total_steps=total_steps, dtype=DTYPES[config.dtype]
+            self._ddp,
+            config.optimizer,
+            total_steps=total_steps,
+            dtype=DTYPES[config.dtype],
+            fp8=config.fp8.recipe,
         )
         self._load = ExpertLoad(self.chunks)
         self._prepare_schedule()

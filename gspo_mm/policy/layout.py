@@ -97,8 +97,8 @@ def lay_out(
 
 
 def padded_tokens(batch: MicroBatch, plan: ParallelPlan, *, multiple: int = 1) -> int:
-    """Np of a micro-batch by itself; `multiple`: what the tokens of a CP rank must be a multiple of (FP8)."""
-    unit = math.lcm(plan.sequence_multiple, plan.cp * math.lcm(plan.tp, multiple))
+    """Np of a micro-batch by itself; `multiple`: what the tokens of a TP rank must be a multiple of (FP8)."""
+    unit = math.lcm(plan.sequence_multiple, plan.cp * plan.tp * multiple)
     tokens = sum(round_up(n, plan.sequence_multiple) for n in batch.cu_seqlens.diff().tolist())
     return max(round_up(tokens, unit), unit)
 

@@ -55,7 +55,9 @@ class Optimizer:
         *,
         total_steps: int,
         dtype: torch.dtype,
+        fp8: str | None = None,
     ) -> None:
+        """`fp8`: the recipe that FP8 primary weights are rounded by."""
         self._config = config
         self._total_steps = total_steps
         self.step_count = 0  # updates made
@@ -71,6 +73,7 @@ class Optimizer:
                     clip_grad=config.grad_clip,
                     bf16=dtype is torch.bfloat16,
                     params_dtype=dtype,
+                    fp8_recipe=fp8,
                     use_distributed_optimizer=True,
                     **_memory_arguments(config),
                 ),

@@ -16,9 +16,9 @@ from gspo_mm.types import GspoError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # compute capability from which a recipe's kernels exist, and that of the devices it is meant for
-_CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 # rows of a matrix product must be a multiple of this
-_ROWS = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
+_ROWS = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 
 class PrecisionError(GspoError, ValueError):
@@ -30,7 +30,10 @@ def check_fp8(config: PolicyConfig) -> None:
     recipe = config.fp8.recipe
     if recipe is None:
         return
-    if not torch.cuda.is_available():
+    from gspo_mm.policy.spec import has_fused_modules
+
+    fused = has_fused_modules()
+    if not fused and not torch.cuda.is_available():
         raise PrecisionError(
             f"policy.fp8.recipe={recipe} needs a CUDA device with FP8 (Hopper or newer) and Transformer Engine; this "
             "machine has none: set policy.fp8.recipe=null"
@@ -40,11 +43,9 @@ def check_fp8(config: PolicyConfig) -> None:
         raise PrecisionError(
             f"policy.fp8.recipe={recipe} needs compute capability {need[0]}.{need[1]} but "
             f"{torch.cuda.get_device_name()} has {have[0]}.{have[1]}; "
-            + ("use blockwise, tensorwise or delayed" if have >= (9, 0) else "set policy.fp8.recipe=null")
+            + ("use blockwise or tensorwise" if have >= (9, 0) else "set policy.fp8.recipe=null")
         )
-    from gspo_mm.policy.spec import has_fused_modules
-
-    if not has_fused_modules():
+    if not fused:
         raise PrecisionError(
             f"policy.fp8.recipe={recipe} needs Transformer Engine, which is not installed: pip install 'gspo-mm[te]'"
         )
@@ -56,11 +57,11 @@ def fp8_arguments(config: PolicyConfig) -> dict[str, Any]:
     if fp8.recipe is None:
         return {}
     return {
-        "fp8": "hybrid" if fp8.recipe in ("tensorwise", "delayed") else "e4m3",
+        "fp8": "hybrid" if fp8.recipe == "tensorwise" else "e4m3",
         "fp8_recipe": fp8.recipe,
         "fp8_param": fp8.primary_weights,
-        "fp8_amax_history_len": 1024 if fp8.recipe == "delayed" else 1,
-        "fp8_amax_compute_algo": "max" if fp8.recipe == "delayed" else "most_recent",
+        "fp8_amax_history_len": 1,
+        "fp8_amax_compute_algo": "most_recent",
         "first_last_layers_bf16": fp8.bf16_layers_at_start + fp8.bf16_layers_at_end > 0,
         "num_layers_at_start_in_bf16": fp8.bf16_layers_at_start,
         "num_layers_at_end_in_bf16": fp8.bf16_layers_at_end,

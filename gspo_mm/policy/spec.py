@@ -31,9 +31,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from gspo_mm.policy.collectives import GatherTokens
 from gspo_mm.policy.layout import zigzag
 
+FUSED: bool | None = None  # whether Transformer Engine's layers are used; None: where CUDA and it are there
+
 
 def has_fused_modules() -> bool:
-    """Whether Transformer Engine's layers are used."""
+    """Whether Transformer Engine's layers are used. All that depends on it asks here."""
+    if FUSED is not None:
+        return FUSED
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
 
 
@@ -92,6 +96,9 @@ def block_spec(
             attention.core_attention = LocalAttention
         if getattr(layer.submodules.mlp, "func", None) is MoELayer:
             layer.submodules.mlp.keywords["submodules"].router = Router
+            # names of checkpoints: the local spec renames this norm as if the MLP's first layer held it, which in a mixture
+            # neither it nor Transformer Engine's spec does (gpt_layer_specs.py of megatron-core 0.19)
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         if attention_bias and not isinstance(attention.linear_proj, partial):
             attention.linear_proj = partial(_with_bias, attention.linear_proj)
     return block

@@ -38,7 +38,7 @@ WIDE: dict[str, Any] = {
         "mrope_interleaved": True,
     },
 }
-RECIPES = ["tensorwise", "delayed", "blockwise"]
+RECIPES = ["tensorwise", "blockwise"]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from gspo_mm.families import family_of, read_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving import host
+from gspo_mm.serving.admin import call_all
 from gspo_mm.serving.fleet import Fleet
 from gspo_mm.serving.served import served
 from gspo_mm.serving.server import ServerError
@@ -82,11 +83,7 @@ def push_of(config: Config, policy: Policy, engine: SGLangEngine) -> SGLangPush:
 def held(engine: SGLangEngine) -> dict[str, str]:
     """Checksums of the layers that the server holds in FP8, turned back into bfloat16."""
     (server,) = engine.fleet.up()
-    (reply,) = engine.run(
-        engine.control_all(
-            [server], "/weights_checker", timeout=600, action="checksum", skip_tensor_list=[""]
-        )
-    )
+    (reply,) = call_all([server], "/weights_checker", timeout=600, action="checksum", skip_tensor_list=[""])
     (rank,) = reply["ranks"]
     return rank["checksums"]
 

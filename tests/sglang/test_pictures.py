@@ -32,9 +32,9 @@ SENT = [
 ]
 
 
-def as_it_came(image: EncodedImage) -> str:
+def as_it_came(data: bytes, *, lossless: bool) -> str:
     """What SGLang would have to decode in its own way."""
-    return "data:image/any;base64," + base64.b64encode(image.data).decode()
+    return "data:image/any;base64," + base64.b64encode(data).decode()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_the_preflight_finds_the_odd_pictures_of_the_training_data(
     )
     usual = [encoded(processor, "held out", image_bytes(scene()))]
     given: Any = SimpleNamespace(
-        policy=policy, engine=engine, processor=processor, canary=usual, ranks=policy.ranks
+        policy=policy, servers=engine, processor=processor, canary=usual, ranks=policy.ranks
     )
     check_servers(config, given)
     monkeypatch.setattr(client, "data_url", as_it_came)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 
-FORMATS = ["bf16", "tensorwise", "delayed", "blockwise"]
+FORMATS = ["bf16", "tensorwise", "blockwise"]
 
 
 def slice_config(layers: int) -> Any:
