@@ -77,6 +77,9 @@ def fp8_engine(fp8_config: Config) -> Iterator[SGLangEngine]:
 
 
 def push_of(config: Config, policy: Policy, engine: SGLangEngine) -> SGLangPush:
+    """Of a run that has just found its server."""
+    for server in engine.fleet.up():
+        engine.fleet.holding(server).audited = False
     return SGLangPush(config, policy, engine)
 
 
