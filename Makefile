@@ -5,6 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
+TE := transformer_engine==2.20.2 nvdlfw-inspect==0.2.2 onnx==1.23.2 onnxscript==0.7.2 onnx-ir==1.1.0
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +22,8 @@ help:  ## show this list
 
 .venv/dev: pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --quiet -e '.[quickstart,sglang,dev]'
+# apart: its library needs a GPU, and where Python finds it megatron-core imports it (tests/te runs it without)
+	$(BIN)/pip install --quiet --upgrade --no-deps --target .venv/te $(TE)
 	@touch .venv/quickstart $@
 
 quickstart: .venv/quickstart  ## teach a small model to read handwritten digits (about 6 minutes on 2 CPU cores)

@@ -291,7 +291,7 @@ def _moe_arguments(config: PolicyConfig, plan: ParallelPlan) -> dict[str, Any]:
         "moe_token_dispatcher_type": moe.dispatcher,
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": has_fused_modules(),
-        "moe_permute_fusion": has_fused_modules(),
+        "moe_permute_fusion": has_fused_modules() and torch.cuda.is_available(),  # by kernels of Triton
         "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss else "none",
         "moe_aux_loss_coeff": moe.aux_loss,
     }
