@@ -47,6 +47,32 @@ VISION: dict[str, Any] = {
 }
 
 
+# widths that FP8 kernels take: multiples of 128
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 384,  # half the hidden size would make both layouts of experts equal in shape
+    "head_dim": 64,
+    "num_hidden_layers": 4,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [16, 8, 8],
+        "mrope_interleaved": True,
+    },
+}
+
+
+def wide_vl(*, moe: bool = True) -> Any:
+    """Of these widths, with weights of the size that real models have, 0.02: larger ones amplify what BF16 rounds."""
+    model = tiny_vl(moe=moe, **WIDE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(0.2)
+    return model
+
+
 def tiny_vl(*, moe: bool = True, tied: bool = False, seed: int = 0, vision: Any = None, **text: Any) -> Any:
     """transformers' model in float32 with weights that hide no fault: no norm is 1, no bias 0."""
     text_config = {**TEXT, **(EXPERTS if moe else {}), "tie_word_embeddings": tied, **text}

@@ -33,8 +33,10 @@ def load_processor(path: str) -> tuple[Any, Any]:
         )
     _check_tokens(path, processor, hf)
     for ours, theirs in _PATCHES.items():
-        made, wanted = getattr(processor.image_processor, ours, None), getattr(hf.vision_config, theirs, None)
-        if None not in (made, wanted) and made != wanted:
+        if not (hasattr(processor.image_processor, ours) and hasattr(hf.vision_config, theirs)):
+            continue  # not every family has all of them
+        made, wanted = getattr(processor.image_processor, ours), getattr(hf.vision_config, theirs)
+        if made != wanted:
             raise HfFolderError(
                 f"{path}: the image processor has {ours}={made} but vision_config.{theirs} of config.json is {wanted}; "
                 "use preprocessor_config.json of this model"
@@ -50,9 +52,9 @@ def _check_tokens(path: str, processor: Any, hf: Any) -> None:
             f"model's own tokenizer, or give it more rows with transformers' resize_token_embeddings({tokens}) and save it"
         )
     for name in _SPECIAL:
-        token, wanted = getattr(processor, name, None), getattr(hf, f"{name}_id", None)
-        if token is None or wanted is None:  # a family has not all of them
+        if not (hasattr(processor, name) and hasattr(hf, f"{name}_id")):
             continue
+        token, wanted = getattr(processor, name), getattr(hf, f"{name}_id")
         found = processor.tokenizer.get_vocab().get(token)
         if found != wanted:
             has = "has no such token" if found is None else f"has {found}"

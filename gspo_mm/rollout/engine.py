@@ -85,7 +85,7 @@ class Opening(Protocol):
         ...
 
     def close(self, reason: str) -> None:
-        """End what `open` began, with the engine."""
+        """End what `open` began on a rank that has no engine; where there is one, its own `close` ends all."""
         ...
 
 

@@ -88,7 +88,7 @@ def server_options(config: Config, server: Server, *, on_gpus: bool) -> dict[str
         "enable-priority-scheduling": True,  # evaluation goes first
     }
     if sglang.fp8:
-        # model.path has no weights then (families/served.py); a push brings them before anything is asked. Scales of the
+        # model.path has no weights then (served.py); a push brings them before anything is asked. Scales of the
         # key/value cache are drawn as well, from seed 1234: negative on CPU and CUDA, which SGLang takes for none
         options["load-format"] = "dummy"
     if sglang.dp > 1:

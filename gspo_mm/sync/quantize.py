@@ -1,6 +1,6 @@
 """FP8 on the way to servers that hold their weights so, and an audit that both sides mean the same layers.
 
-`families/served.py` says the format and which weights it is for. A tensor is quantised when it is whole, on the rank that
+`serving/served.py` says the format and which weights it is for. A tensor is quantised when it is whole, on the rank that
 sends it, so that no block straddles a cut between the trainer's ranks; the server cuts blocks, not elements.
 
 A server that gets a layer in another format than it holds does not say so: bytes are cast, scales without a place are

@@ -18,38 +18,18 @@ from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.sft import sft
 from tests.conftest import run_tool
-from tests.tiny_vl import save, tiny_vl
+from tests.tiny_vl import save, wide_vl
 from tools.check_parity import random_batch, reference_logprobs
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 
-# widths that FP8 kernels take: multiples of 128
-WIDE: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 384,  # half the hidden size would make both layouts of experts equal in shape
-    "head_dim": 64,
-    "num_hidden_layers": 4,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [16, 8, 8],
-        "mrope_interleaved": True,
-    },
-}
 RECIPES = ["tensorwise", "blockwise"]
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """Weights of the size that real models have, 0.02: larger ones amplify what BF16 rounds."""
-    model = tiny_vl(**WIDE)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(0.2)
-    return model
+    return wide_vl()
 
 
 @pytest.fixture(scope="module")

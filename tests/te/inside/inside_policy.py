@@ -20,34 +20,15 @@ from gspo_mm.policy.layout import padded_tokens
 from gspo_mm.policy.parallel import ParallelPlan
 from gspo_mm.policy.precision import token_multiple
 from gspo_mm.types import MicroBatch
-from tests.tiny_vl import save, tiny_vl
+from tests.tiny_vl import save, wide_vl
 from tools.check_parity import compare, random_batch, random_batches
 
-# widths that all recipes can cut into blocks of 128
-WIDE: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 384,
-    "head_dim": 64,
-    "num_hidden_layers": 4,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [16, 8, 8],
-        "mrope_interleaved": True,
-    },
-}
 RECIPES = ["tensorwise", "blockwise"]
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["mixture", "dense"])
 def model(request: pytest.FixtureRequest) -> Any:
-    made = tiny_vl(moe=request.param, **WIDE)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(0.2)
-    return made
+    return wide_vl(moe=request.param)
 
 
 @pytest.fixture(scope="module")
