@@ -178,14 +178,27 @@ def reward_score(
 
 @app.command()
 def doctor(
+    config: Annotated[Path | None, typer.Argument(help="YAML config of a run to look at")] = None,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="GPUs that the run is for; default: as few as its layout takes", min=1)
+    ] = None,
     sglang_url: Annotated[
         str | None, typer.Option(help="a server to reach, such as http://127.0.0.1:30000")
     ] = None,
 ) -> None:
-    """Show versions, devices, which fused parts are active, and whether SGLang can be reached."""
-    from gspo_mm.commands.doctor import doctor as examine
+    """Show versions, devices and whether SGLang can be reached; with a config, what makes its run fast here, and what not.
 
-    raise typer.Exit(examine(sglang_url))
+    For each way of being faster or smaller it says whether the run has it on this machine and why; `policy.megatron`
+    overrides megatron's settings by their names.
+
+    Example: gspo-mm doctor configs/qwen3_vl_30b_a3b.yaml --ranks 16
+    """
+    from gspo_mm.commands.doctor import doctor as examine
+    from gspo_mm.config import load_config
+
+    loaded = load_config(config, overrides, any_world=True) if config else None  # its data may be elsewhere
+    raise typer.Exit(examine(sglang_url, config=loaded, ranks=ranks))
 
 
 def main() -> None:

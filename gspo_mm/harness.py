@@ -23,6 +23,7 @@ from gspo_mm.observe.metrics import MetricsWriter, read_metrics
 from gspo_mm.observe.progress import Progress
 from gspo_mm.observe.report import write_report
 from gspo_mm.policy.canary import check_sight
+from gspo_mm.policy.speed import prepare_process
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Phases
@@ -38,6 +39,7 @@ def run_training(kind: type[Training], config: Config, stop: StopRequest) -> dic
 
     Raises a GspoError with one sentence for anything a user can fix, and for a stop that was asked for.
     """
+    prepare_process(config)
     ranks = Ranks()
     run = RunDir.open(config, ranks, command=kind.command)
     setup_logging(run.path, rank=ranks.rank)

@@ -10,11 +10,13 @@ import urllib.request
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from gspo_mm.config import Config
 
 _COLORS = {"ok": "green", "info": "blue", "warning": "yellow", "error": "red"}
 
@@ -29,9 +31,9 @@ class Check:
     hint: str = ""
 
 
-def doctor(sglang_url: str | None = None) -> int:
-    """Print the findings; returns the exit status."""
-    checks = diagnose(sglang_url)
+def doctor(sglang_url: str | None = None, *, config: Config | None = None, ranks: int | None = None) -> int:
+    """Print the findings; returns the exit status. Raises ConfigError or PlanError where the run does not fit `ranks`."""
+    checks = diagnose(sglang_url, config=config, ranks=ranks)
     table = Table(box=None, pad_edge=False)
     for column in ("", "what", "found", "hint"):
         table.add_column(column, overflow="fold")
@@ -43,7 +45,9 @@ def doctor(sglang_url: str | None = None) -> int:
     return int(any(check.status == "error" for check in checks))
 
 
-def diagnose(sglang_url: str | None = None) -> list[Check]:
+def diagnose(
+    sglang_url: str | None = None, *, config: Config | None = None, ranks: int | None = None
+) -> list[Check]:
     """All findings, in the order they are shown."""
     return [
         _python(),
@@ -55,9 +59,9 @@ def diagnose(sglang_url: str | None = None) -> list[Check]:
         _transformer_engine(),
         _apex(),
         _flash_attention(),
-        *_fused(),
         *_sglang(sglang_url),
         *_machine(),
+        *_speed(config, ranks),
     ]
 
 
@@ -113,9 +117,8 @@ def _transformer_engine() -> Check:
 def _apex() -> Check:
     """NVIDIA's apex has no PyPI release; the package of that name there is a web framework's helper."""
     if find_spec("apex") is None:
-        return Check(
-            name="apex", status="info", found="missing", hint="optional; from NVIDIA's containers or source"
-        )
+        hint = "not needed: Transformer Engine has its optimizer, and adds up weight gradients itself"
+        return Check(name="apex", status="info", found="missing", hint=hint)
     if find_spec("amp_C") is None and find_spec("apex.optimizers") is None:
         return Check(
             name="apex",
@@ -135,27 +138,20 @@ def _flash_attention() -> Check:
     return Check(name="flash-attn", status="ok", found=found)
 
 
-def _fused() -> list[Check]:
-    """Which implementation each part of the policy will use here."""
-    cuda = _has_cuda()
-    layers = cuda and find_spec("transformer_engine") is not None
-    gradients = cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None
-    parts = {
-        "layers": "Transformer Engine" if layers else "torch (local)",
-        "attention": "Transformer Engine" if layers else "torch SDPA",
-        "experts": "grouped GEMM" if layers else "one by one",
-        "weight gradients": "accumulated by apex's kernel" if gradients else "accumulated by torch",
-        "optimizer": "fused" if cuda and (layers or find_spec("amp_C")) else "torch AdamW",
-    }
-    slow = cuda and not layers
+def _speed(config: Config | None, ranks: int | None) -> list[Check]:
+    """What the policy of a run has on this machine for its speed; without a config, of a mixture on one rank."""
+    if find_spec("torch") is None or find_spec("megatron") is None:
+        return []
+    from gspo_mm.policy.speed import choices_of_run
+
     return [
         Check(
-            name=f"policy {part}",
-            status="warning" if slow and part == "layers" else "info",
-            found=found,
-            hint="a GPU is here but Transformer Engine is not" if slow and part == "layers" else "",
+            name=choice.name,
+            status="ok" if choice.on else "warning" if choice.missed else "info",
+            found="on" if choice.on else "off",
+            hint=choice.why,
         )
-        for part, found in parts.items()
+        for choice in choices_of_run(config, ranks)
     ]
 
 
@@ -191,14 +187,6 @@ def _machine() -> list[Check]:
             hint="" if free > 5 else "checkpoints may not fit; move run.dir",
         ),
     ]
-
-
-def _has_cuda() -> Any:
-    if find_spec("torch") is None:
-        return False
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _version(name: str) -> str | None:

@@ -58,8 +58,9 @@ class OptimizerConfig(Section):
     precision_aware: bool = Field(
         default=False, description="moments in BF16 instead of float32 (Transformer Engine's or apex's Adam)"
     )
-    overlap: bool = Field(
-        default=False, description="reduce gradients during backward and gather parameters during forward"
+    overlap: bool | None = Field(
+        default=None,
+        description="reduce gradients during backward and gather parameters during forward; null: on GPUs",
     )
 
 
@@ -113,13 +114,20 @@ class PolicyConfig(Section):
     )
     micro_batch_tokens: Positive = Field(default=16384, description="packed tokens per forward/backward pass")
     recompute: Literal["none", "selective", "full"] = Field(
-        default="none", description="activations recomputed in backward: none, attention only, whole layers"
+        default="none",
+        description="activations recomputed in backward; selective: norms and experts' activations (without Transformer "
+        "Engine attention's scores), full: whole layers",
     )
     fp8: Fp8Config = Fp8Config()
     moe: MoeConfig = MoeConfig()
     vision_cache_mb: NonNegative = Field(
         default=2048,
         description="memory per rank for features of images, where vision and projector are frozen",
+    )
+    megatron: dict[str, Any] = Field(
+        default={},
+        description="settings of megatron-core's TransformerConfig by their names there, over those that `gspo-mm doctor "
+        "CONFIG` shows",
     )
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ To look at when the bounds in pyproject.toml move: megatron-core 0.20, Transform
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,27 @@ def own_range(optimizer: Any, parameter: torch.nn.Parameter) -> slice | None:
         return None
     own = optimizer._get_model_param_range_map(parameter)["param"]
     return slice(own.start, own.end)
+
+
+def fuse_weight_gradients(decoder: torch.nn.Module) -> None:
+    """Have Transformer Engine's products add weight gradients to the float32 sums themselves.
+
+    megatron-core 0.19 has one setting for them and for its own output layer, which then refuses to be built without apex,
+    though its product is not used here.
+    """
+    modules: Iterator[Any] = decoder.modules()
+    for module in modules:
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+def await_parameters(module: torch.nn.Module) -> None:
+    """Wait until a module's parameters are gathered, for one whose weight is used without its forward.
+
+    megatron's DistributedDataParallel waits in hooks before a module's forward.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
 
 
 def make_optimizer_state(optimizer: Any) -> None:

@@ -36,6 +36,7 @@ from gspo_mm.policy.optimizer import Optimizer
 from gspo_mm.policy.parallel import Groups, ParallelPlan
 from gspo_mm.policy.precision import DTYPES, check_fp8
 from gspo_mm.policy.spec import has_fused_modules
+from gspo_mm.policy.speed import overlaps_reduction
 from gspo_mm.policy.weights import Weights, gradient_of
 from gspo_mm.runtime.dist import Ranks, device
 from gspo_mm.types import GspoError, MicroBatch
@@ -92,6 +93,8 @@ class Policy:
             plan,
             self.groups,
         )
+        self._overlaps = overlaps_reduction(config, plan)
+        self._gathered = not self._overlaps  # whether all of a parameter is up to date on this rank
         with quiet_megatron():
             self._ddp = [
                 DistributedDataParallel(
@@ -99,9 +102,12 @@ class Policy:
                     DistributedDataParallelConfig(
                         grad_reduce_in_fp32=True,
                         use_distributed_optimizer=True,
-                        overlap_grad_reduce=config.optimizer.overlap,
+                        overlap_grad_reduce=self._overlaps,
+                        overlap_param_gather=self._overlaps,
                         # without it the optimizer steps its float32 copies, and FP8 weights stay as they were
                         fp8_param_gather=config.fp8.primary_weights,
+                        # gradients that experts compute after their backward are waited for
+                        delay_wgrad_compute=chunk.config.overlap_dispatch_backward_with_experts_wgrad,
                     ),
                     chunk,
                 )
@@ -113,6 +119,7 @@ class Policy:
             total_steps=total_steps,
             dtype=DTYPES[config.dtype],
             fp8=config.fp8.recipe,
+            overlap=self._overlaps,
         )
         self._load = ExpertLoad(self.chunks)
         self._prepare_schedule()
@@ -146,6 +153,7 @@ class Policy:
 
         if not micro_batches:
             return []
+        self._gather_parameters()
 
         def keep(_: int, output: Any) -> tuple[torch.Tensor, dict[str, Any]]:
             return output[0].new_zeros(()), {"logprobs": output[0]}
@@ -168,17 +176,25 @@ class Policy:
         *,
         temperature: float = 1.0,
         done: float | None = None,
+        last: bool = True,
     ) -> UpdateStats:
         """One optimizer step on the sum of all micro-batches' losses, whose denominators are the whole step's.
 
-        `done` training steps with this update, which decides the learning rate: see `Optimizer.step`.
+        `done` training steps with this update, which decides the learning rate: see `Optimizer.step`. Not `last`: another
+        update is the next thing that reads the weights, so that they may be gathered in its forward.
 
         `loss_fn` is called on the last pipeline stage. Raises NonFiniteError, on every rank and with the weights
         untouched, when the gradient norm is NaN or infinite, or whatever GspoError `loss_fn` raised on any rank.
         """
-        loss, metrics = self.backward(micro_batches, loss_fn, temperature=temperature)
-        with self.ranks.together():
-            grad_norm, rate = self.optimizer.step(done)
+        try:
+            loss, metrics = self.backward(micro_batches, loss_fn, temperature=temperature)
+            with self.ranks.together():
+                grad_norm, rate = self.optimizer.step(done)
+        except GspoError:
+            self._gather_parameters()
+            raise
+        if last:
+            self._gather_parameters()
         return UpdateStats(loss=loss, grad_norm=grad_norm, lr=rate, metrics=metrics)
 
     def backward(
@@ -189,6 +205,7 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._weigh_aux_loss(micro_batches)
+        self._gathered = not self._overlaps
         faults: list[GspoError] = []
 
         def loss_of(index: int, output: Any) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -245,13 +262,24 @@ class Policy:
             if chunk.pre_process:
                 chunk.features.forget()
 
+    @torch.no_grad()
+    def _gather_parameters(self) -> None:
+        """Finish what the optimizer's step leaves to the next forward of a training pass.
+
+        In other passes ranks may differ in which modules they run, and so in the order of what they gather.
+        """
+        if not self._gathered:
+            for chunk in self._ddp:
+                chunk.start_param_sync(force_sync=True)
+            self._gathered = True
+
     def _prepare_schedule(self) -> None:
         config: Any = self.chunks[0].config
         # denominators are in the loss already, so megatron's own count of tokens is left out
         config.finalize_model_grads_func = lambda chunks, num_tokens=None, **kwargs: finalize_model_grads(
             chunks, None, **kwargs
         )
-        if self.config.optimizer.overlap:
+        if self._overlaps:
             config.no_sync_func = [chunk.no_sync for chunk in self._ddp]
             if len(self._ddp) == 1:
                 config.no_sync_func = config.no_sync_func[0]

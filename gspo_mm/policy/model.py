@@ -33,11 +33,13 @@ from gspo_mm.config import PolicyConfig
 from gspo_mm.families.base import Family
 from gspo_mm.loss.logprobs import linear_logprobs
 from gspo_mm.policy.collectives import InResponseOrder, in_response_order
+from gspo_mm.policy.compat import await_parameters, fuse_weight_gradients
 from gspo_mm.policy.layout import Layout, lay_out, padded_tokens
 from gspo_mm.policy.parallel import Groups, ParallelPlan, PlanError, round_up
 from gspo_mm.policy.precision import DTYPES, fp8_arguments, token_multiple
 from gspo_mm.policy.spec import PackedSequences, block_spec, has_fused_modules, pack_params
-from gspo_mm.policy.vision import Features, deepstack_leaves
+from gspo_mm.policy.speed import arguments, choices, overridden, packs_vision, recomputed_modules
+from gspo_mm.policy.vision import Features, attend_to_all_images, deepstack_leaves
 from gspo_mm.runtime.dist import device
 from gspo_mm.types import MicroBatch
 
@@ -73,6 +75,8 @@ class PolicyModel(MegatronModule):
         self.visual = None
         if self.pre_process:
             self.visual = _replicated(family.build_vision(hf), DTYPES[config.dtype])
+            if packs_vision(config):
+                attend_to_all_images(self.visual)
             if config.recompute == "full":
                 recompute_blocks(cast(PreTrainedModel, self.visual))
             self.features = Features(
@@ -128,9 +132,7 @@ class PolicyModel(MegatronModule):
     def _embed(self, batch: MicroBatch, layout: Layout, packed: PackedSequences) -> torch.Tensor:
         """Token embeddings [N/tp, 1, D] with image features in place of image tokens; fills DeepStack in `packed`."""
         target = device()
-        embeddings_N1D = self.language.embedding(
-            input_ids=layout.token_ids[None].to(target), position_ids=None
-        )
+        ids = layout.token_ids[None].to(target)
         image_tokens = int(((batch.token_ids == self.hf.image_token_id) & ~batch.response_mask).sum())
         grids = torch.empty(0, 3, dtype=torch.int64) if batch.image_grid_thw is None else batch.image_grid_thw
         shown = occurrence_rows(self.family.tokens_per_image(self.hf, grids), batch.image_index.tolist())
@@ -139,9 +141,12 @@ class PolicyModel(MegatronModule):
                 f"{image_tokens} image tokens but {len(shown)} image features in the micro-batch of {batch.names}"
             )
         if not image_tokens and not (self.features.trained and torch.is_grad_enabled()):
-            return embeddings_N1D  # every rank of the group sees the same, so none waits for another's images
+            # every rank of the group sees the same, so none waits for another's images
+            return self.language.embedding(input_ids=ids, position_ids=None)
         rows = shown[layout.visual_feature].to(target)
+        # the tower first: parameters are gathered in the order in which they were made
         features_I = self.features.of(batch, target).index_select(0, rows)
+        embeddings_N1D = self.language.embedding(input_ids=ids, position_ids=None)
         first, *levels = features_I.split(embeddings_N1D.shape[-1], dim=-1)
         first, packed.deepstack = deepstack_leaves(first, levels)
         packed.visual_index = layout.visual_index.to(target)
@@ -157,6 +162,7 @@ class PolicyModel(MegatronModule):
             # its backward sums the parts of the gradient that each rank's rows of the vocabulary give
             hidden_N1D = gather_from_sequence_parallel_region(hidden_N1D, tensor_parallel_output_grad=True)
         target = hidden_N1D.device
+        await_parameters(output_layer)
         own_R, own_entropy_R = linear_logprobs(
             hidden_N1D[:, 0].index_select(0, layout.predicting_rows.to(target)),
             output_layer.weight if output_weight is None else output_weight,
@@ -191,7 +197,7 @@ def build_decoder(
     """
     spec: Any = block_spec(config, attention_bias=config.add_qkv_bias, vp_stage=owner.vp_stage)
     with quiet_megatron():
-        return GPTModel(
+        decoder = GPTModel(
             config=config,
             transformer_layer_spec=spec,
             vocab_size=padded_vocab(hf.get_text_config().vocab_size, plan),
@@ -203,49 +209,65 @@ def build_decoder(
             parallel_output=True,
             vp_stage=owner.vp_stage,
         )
+    if has_fused_modules():
+        fuse_weight_gradients(decoder)
+    return decoder
 
 
 def transformer_config(
     family: Family, hf: Any, plan: ParallelPlan, config: PolicyConfig
 ) -> TransformerConfig:
     """megatron's configuration: the family says the architecture, the plan the spread, the rest is here."""
-    dtype = DTYPES[config.dtype]
+    architecture = family.transformer_arguments(hf)
+    fixed = {
+        **architecture,
+        **fp8_arguments(config),
+        **_recompute_arguments(config, architecture),
+        **_moe_arguments(config, plan),
+        **_spread_arguments(plan),
+        **_numeric_arguments(DTYPES[config.dtype]),
+    }
+    chosen = overridden(arguments(choices(config, plan, architecture)), fixed, config.megatron)
     with quiet_megatron():
-        return TransformerConfig(
-            **family.transformer_arguments(hf),
-            **fp8_arguments(config),
-            **_recompute_arguments(config),
-            **_moe_arguments(config, plan),
-            tensor_model_parallel_size=plan.tp,
-            pipeline_model_parallel_size=plan.pp,
-            virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
-            num_layers_in_first_pipeline_stage=plan.first_stage_layers,
-            num_layers_in_last_pipeline_stage=plan.last_stage_layers,
-            context_parallel_size=plan.cp,
-            expert_model_parallel_size=plan.ep,
-            expert_tensor_parallel_size=plan.etp,
-            sequence_parallel=plan.tp > 1,
-            params_dtype=dtype,
-            pipeline_dtype=dtype,
-            bf16=dtype is torch.bfloat16,
-            attention_softmax_in_fp32=True,
-            # gradients are summed over ranks, not averaged: the loss already has its global denominator
-            calculate_per_token_loss=True,
-            # stages tell each other the shapes, except in the interleaved schedule: with two stages next and previous
-            # are one peer, whose messages megatron-core 0.19 mixes up unless shapes are known and sends overlap
-            variable_seq_lengths=plan.vpp == 1,
-            overlap_p2p_comm=plan.vpp > 1,
-            batch_p2p_comm=plan.vpp == 1,
-            deallocate_pipeline_outputs=True,
-            use_cpu_initialization=not torch.cuda.is_available(),
-            perform_initialization=False,  # weights come from a Hugging Face folder
-            bias_dropout_fusion=False,
-            bias_activation_fusion=False,
-            masked_softmax_fusion=False,
-            apply_rope_fusion=False,  # rotary is in spec.py
-            gradient_accumulation_fusion=has_fused_wgrad(),
-            persist_layer_norm=False,
-        )
+        return TransformerConfig(**fixed, **chosen)
+
+
+def _spread_arguments(plan: ParallelPlan) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": plan.tp,
+        "pipeline_model_parallel_size": plan.pp,
+        "virtual_pipeline_model_parallel_size": plan.vpp if plan.vpp > 1 else None,
+        "num_layers_in_first_pipeline_stage": plan.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": plan.last_stage_layers,
+        "context_parallel_size": plan.cp,
+        "expert_model_parallel_size": plan.ep,
+        "expert_tensor_parallel_size": plan.etp,
+        "sequence_parallel": plan.tp > 1,
+        # stages tell each other the shapes, except in the interleaved schedule: with two stages next and previous
+        # are one peer, whose messages megatron-core 0.19 mixes up unless shapes are known and sends overlap
+        "variable_seq_lengths": plan.vpp == 1,
+        "overlap_p2p_comm": plan.vpp > 1,
+        "batch_p2p_comm": plan.vpp == 1,
+        "deallocate_pipeline_outputs": True,
+    }
+
+
+def _numeric_arguments(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "attention_softmax_in_fp32": True,
+        # gradients are summed over ranks, not averaged: the loss already has its global denominator
+        "calculate_per_token_loss": True,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "perform_initialization": False,  # weights come from a Hugging Face folder
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,  # rotary is in spec.py
+        "gradient_accumulation_fusion": False,  # see compat.fuse_weight_gradients
+        "persist_layer_norm": False,
+    }
 
 
 def recompute_blocks(tower: PreTrainedModel) -> None:
@@ -254,23 +276,13 @@ def recompute_blocks(tower: PreTrainedModel) -> None:
     (new or tower.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def has_fused_wgrad() -> bool:
-    """Whether apex's kernel that adds weight gradients straight into the float32 buffer is there."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        import fused_weight_gradient_mlp_cuda  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return False
-    return True
-
-
-def _recompute_arguments(config: PolicyConfig) -> dict[str, Any]:
+def _recompute_arguments(config: PolicyConfig, architecture: dict[str, Any]) -> dict[str, Any]:
     match config.recompute:
         case "full":
             return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         case "selective":
-            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+            modules = recomputed_modules(architecture)
+            return {"recompute_granularity": "selective", "recompute_modules": modules}
         case "none":
             return {}
 
@@ -287,17 +299,14 @@ def _moe_arguments(config: PolicyConfig, plan: ParallelPlan) -> dict[str, Any]:
             "policy.moe.dispatcher=flex sends tokens between ranks, and policy.parallel has tp=1 and ep=1; set "
             "policy.moe.dispatcher=alltoall, or raise policy.parallel.ep"
         )
-    arguments: dict[str, Any] = {
+    backend = {"moe_flex_dispatcher_backend": "deepep"} if moe.dispatcher == "flex" else {}
+    return {
         "moe_token_dispatcher_type": moe.dispatcher,
         "moe_router_dtype": "fp32",
-        "moe_grouped_gemm": has_fused_modules(),
-        "moe_permute_fusion": has_fused_modules() and torch.cuda.is_available(),  # by kernels of Triton
         "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss else "none",
         "moe_aux_loss_coeff": moe.aux_loss,
+        **backend,
     }
-    if moe.dispatcher == "flex":
-        arguments |= {"moe_flex_dispatcher_backend": "deepep"}
-    return arguments
 
 
 def padded_vocab(vocab_size: int, plan: ParallelPlan) -> int:

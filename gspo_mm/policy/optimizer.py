@@ -56,8 +56,9 @@ class Optimizer:
         total_steps: int,
         dtype: torch.dtype,
         fp8: str | None = None,
+        overlap: bool = False,
     ) -> None:
-        """`fp8`: the recipe that FP8 primary weights are rounded by."""
+        """`fp8`: the recipe that FP8 primary weights are rounded by. `overlap`: the next forward gathers the parameters."""
         self._config = config
         self._total_steps = total_steps
         self.step_count = 0  # updates made
@@ -75,6 +76,7 @@ class Optimizer:
                     params_dtype=dtype,
                     fp8_recipe=fp8,
                     use_distributed_optimizer=True,
+                    overlap_param_gather=overlap,
                     **_memory_arguments(config),
                 ),
                 list(chunks),

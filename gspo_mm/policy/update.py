@@ -66,6 +66,7 @@ def update_policy(
                     loss_config(config),
                     temperature,
                     done,
+                    last=share is shares[-1],
                 )
             )
             start += len(batches)
@@ -96,6 +97,8 @@ def _step(
     config: LossConfig,
     temperature: float,
     done: float,
+    *,
+    last: bool,
 ) -> dict[str, Any]:
     def loss_fn(
         index: int, logprobs_R: torch.Tensor, entropy_R: torch.Tensor
@@ -121,7 +124,7 @@ def _step(
         )
         return output.loss, {**output.metrics, **_sequence_gaps(batch, old_R)}
 
-    stats = policy.update(batches, loss_fn, temperature=temperature, done=done)
+    stats = policy.update(batches, loss_fn, temperature=temperature, done=done, last=last)
     return {**reduce_metrics(stats.metrics), "loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
 
 

@@ -17,13 +17,16 @@ Dims: I image tokens of the micro-batch, D hidden, K DeepStack levels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.attention.varlen as varlen
 from cachetools import LRUCache
+from transformers import AttentionInterface
 
 from gspo_mm.families.base import Family
 from gspo_mm.policy.collectives import GatherRows
@@ -108,6 +111,44 @@ class Features:
         dims = self._family.dims(self._hf)
         width, dtype = dims.hidden * (1 + dims.deepstack_levels), next(self._tower.parameters()).dtype
         return torch.empty(0, width, dtype=dtype, device=device)
+
+
+# transformers gives the images' offsets to implementations that have "flash" in their name, to others one image a call
+_PACKED = "packed_flash"
+
+
+def attend_to_all_images(tower: torch.nn.Module) -> None:
+    """Have the tower's blocks attend within all images of a call by one kernel, torch's for variable lengths.
+
+    Left as it is: a tower whose images are all of one size, which needs no offsets.
+    """
+    if "grid_thw" not in inspect.signature(tower.forward).parameters:
+        return
+    AttentionInterface.register(_PACKED, _packed_attention)
+    modules: Iterator[Any] = tower.modules()
+    for module in modules:
+        if hasattr(module, "config"):  # set_attn_implementation would look for a package of this name
+            module.config._attn_implementation = _PACKED
+
+
+def _packed_attention(
+    module: torch.nn.Module,
+    query_1AIH: torch.Tensor,
+    key_1AIH: torch.Tensor,
+    value_1AIH: torch.Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """[1, I, A, H], as transformers takes it, of A heads for the I patches of all images."""
+    query, key, value = (t[0].transpose(0, 1).contiguous() for t in (query_1AIH, key_1AIH, value_1AIH))
+    offsets = cu_seq_lens_q.to(torch.int32)
+    assert scaling == query.shape[-1] ** -0.5, "torch 2.11's function knows no other"
+    output_IAH = varlen.varlen_attn(query, key, value, offsets, offsets, max_length_q, max_length_q)
+    return output_IAH.unsqueeze(0), None
 
 
 class Port(torch.autograd.Function):

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from gspo_mm.config import PolicyConfig
+from gspo_mm.policy import engine
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
 from tools.check_parity import positions_model, random_batches
@@ -32,7 +36,7 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "cp2": (2, "moe", {"parallel": {"cp": 2}}),
     "cp2 ep2": (2, "moe", {"parallel": {"cp": 2, "ep": 2}}),
     "dp2": (2, "moe", {"parallel": {"dp": 2}}),
-    "dp2 overlapping reduction": (2, "moe", {"parallel": {"dp": 2}, "optimizer": {"overlap": True}}),
+    "dp2 overlapping": (2, "moe", {"parallel": {"dp": 2}, "optimizer": {"overlap": True}, "bucket": 20_000}),
     "dp2 frozen vision": (2, "moe", {"parallel": {"dp": 2}, "freeze": ["vision", "projector"]}),
     "tp2 frozen vision": (2, "moe", {"parallel": {"tp": 2}, "freeze": ["vision", "projector"]}),
     "tp2 ep2 etp2": (4, "moe", {"parallel": {"tp": 2, "ep": 2, "etp": 2}}),
@@ -42,6 +46,11 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "tp2 cp2": (4, "moe", {"parallel": {"tp": 2, "cp": 2}}),
     "tp2 cp2 aux loss": (4, "moe", {"parallel": {"tp": 2, "cp": 2}, "moe": {"aux_loss": 0.05}}),
     "pp2 ep2 aux loss": (4, "moe", {"parallel": {"pp": 2, "ep": 2}, "moe": {"aux_loss": 0.05}}),
+    "pp2 interleaved dp2 overlapping": (
+        4,
+        "moe",
+        {"parallel": {"pp": 2, "vpp": 2, "dp": 2}, "optimizer": {"overlap": True}, "bucket": 20_000},
+    ),
     "ep4": (4, "moe", {"parallel": {"ep": 4}}),
 }
 
@@ -70,7 +79,12 @@ def loss_of(mine: list[int], batches: list[MicroBatch]) -> Callable[..., tuple[t
 
 def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Log-probs, loss and gradients of four micro-batches, and the weights after two optimizer steps on them."""
-    policy = Policy.from_hf(str(folder), policy_config(changes), seed=0, total_steps=4)
+    changes = dict(changes)
+    with pytest.MonkeyPatch.context() as patched:
+        # numbers that ranks exchange at once: many pieces, as a large model has
+        ddp = partial(DistributedDataParallelConfig, bucket_size=changes.pop("bucket", None))
+        patched.setattr(engine, "DistributedDataParallelConfig", ddp)
+        policy = Policy.from_hf(str(folder), policy_config(changes), seed=0, total_steps=4)
     everything = batches_of(policy)
     mine = list(range(len(everything)))[policy.groups.dp.rank() :: policy.plan.dp]
     batches = [everything[i] for i in mine]
@@ -79,7 +93,7 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     numbered = policy.ranks.gather(list(zip(mine, logprobs, strict=True)))
     loss, metrics = policy.backward(batches, loss_fn, temperature=0.7)
     gradients = {name: tensor.clone() for name, tensor in policy.export_gradients()}
-    steps = [policy.update(batches, loss_fn, temperature=0.7) for _ in range(2)]
+    steps = [policy.update(batches, loss_fn, temperature=0.7, last=number == 1) for number in range(2)]
     return {
         "logprobs": [dict(pair for of_rank in numbered for pair in of_rank)[i] for i in range(len(everything))],
         "loss": loss,

@@ -45,6 +45,7 @@ def install() -> None:
     _replace_in_transformer_engine()
     names.define(importlib.import_module("tests.te.stand_in.quantizing"))
     names.define(importlib.import_module("tests.te.stand_in.kernels"))
+    names.define(importlib.import_module("tests.te.stand_in.routing"))
 
 
 class _Properties:
