@@ -205,10 +205,16 @@ class Family(ABC):
     # --- the language decoder
 
     def load_config(self, path: str) -> Any:
-        """The Hugging Face config of folder `path`. Raises HfFolderError for a variant that is not supported."""
+        """The Hugging Face config of folder `path`. Raises HfFolderError for a variant that is not supported.
+
+        How the files hold the weights is left out of it: models are built in the format that they train in.
+        """
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(path)
+        hf = AutoConfig.from_pretrained(path)
+        if hasattr(hf, "quantization_config"):
+            del hf.quantization_config
+        return hf
 
     def dims(self, hf: Any) -> ModelDims:
         made = self.transformer_arguments(hf)

@@ -3,7 +3,7 @@
 A trap lies in fused experts. Published checkpoints store `gate_up_proj` [E, D, 2F] and `down_proj` [E, F, D];
 transformers keeps [E, 2F, D] and [E, D, F] in memory, and saves a model that it did not load in just that layout.
 Everything inside the program is in transformers' in-memory layout; reading decides by dims against config.json and
-refuses to guess. write.py writes.
+refuses to guess. write.py writes, stored.py reads what is in yet other forms.
 
 E experts, D hidden, F inner size of an expert.
 """
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 
+from gspo_mm.families.stored import Stored
 from gspo_mm.families.table import family_of
-from gspo_mm.hf.headers import Header, HfFolderError, read_headers
+from gspo_mm.hf.headers import Header, HfFolderError
 
 type Layout = Literal["published", "transformers"]
 
@@ -31,9 +31,6 @@ _COMPUTED = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.inv_freq$|(^|\.)posi
 
 # tensors that tell what a folder is: what their names look like -> what that means and what to do
 _TELLING = {
-    r"\.experts\.\d+\.": "its experts are stored one by one, and read are fused ones: take the checkpoint with fused "
-    "experts, or stack the transposed matrices of a layer, gate and up side by side, into experts.gate_up_proj "
-    "[experts, hidden_size, 2*moe_intermediate_size] and experts.down_proj [experts, moe_intermediate_size, hidden_size]",
     r"\.lora_|^base_model\.": "it holds an adapter beside its model: merge it with peft's merge_and_unload and save again",
     r"\.weight_scale|\.qweight$|\.qzeros$|\.scales$|\.input_scale$|\.absmax$": "its weights are quantised: take the "
     "checkpoint in BF16 that it was made from",
@@ -54,10 +51,12 @@ class HfFolder:
     def __init__(self, path: Path, experts_layout: str = "auto") -> None:
         self.path = path
         self._family = family_of(path)
-        self._headers = read_headers(path)
         self._hf = self._family.load_config(str(path))
+        vocab = self._hf.get_text_config().vocab_size
+        self._entries = self._family.weight_map(self._hf, padded_vocab=vocab, fused=False)
+        self._stored = Stored(path, self._entries)
+        self._headers = self._stored.headers
         self.expert_shapes = self._family.expert_shapes(self._hf)
-        self._handles: dict[Path, Any] = {}
         self.experts_layout: Layout | None = None
         self._compare_with_config()
         if self.expert_shapes:
@@ -68,7 +67,8 @@ class HfFolder:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor. Raises HfFolderError for a name that the folder does not have."""
-        tensor = self._handle(name).get_tensor(name)
+        self._header(name)
+        tensor = self._stored.tensor(name)
         if self.experts_layout == "published" and expert_kind(name) in self.expert_shapes:
             return tensor.transpose(1, 2)
         return tensor
@@ -91,9 +91,7 @@ class HfFolder:
         """
         reference = _reference(self._hf)
         self._drop_tied(reference.all_tied_weights_keys)
-        vocab = self._hf.get_text_config().vocab_size
-        entries = self._family.weight_map(self._hf, padded_vocab=vocab, fused=False)
-        needed = {name for entry in entries for name in entry.hf}
+        needed = {name for entry in self._entries for name in entry.hf}
         if computed := [name for name in self._headers.keys() - needed if _COMPUTED.search(name)]:
             logger.warning(
                 "%s: %s is computed, not read, and not written again", self.path, ", ".join(sorted(computed))
@@ -159,12 +157,6 @@ class HfFolder:
                 f"{self.path} has no tensor {name}; it is not the model that its config.json describes"
             )
         return self._headers[name]
-
-    def _handle(self, name: str) -> Any:
-        file = self._header(name).file
-        if file not in self._handles:
-            self._handles[file] = safe_open(file, framework="pt")
-        return self._handles[file]
 
     def _decide_layout(self, wanted: str) -> Layout:
         """From the shape of every fused expert tensor: none may contradict. One of the two kinds is never square."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from gspo_mm.families.folder import HfFolder, expert_kind, read_hf
 from gspo_mm.families.table import family_of
-from gspo_mm.hf.headers import INDEX, SINGLE, HfFolderError
+from gspo_mm.hf.headers import INDEX, SINGLE, HfFolderError, read_json
 from gspo_mm.runtime.disk import refusal, sync
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ def write_hf(
 
     `source` is a Hugging Face folder, or the files of one without its weights (`copy_template`).
 
-    Fused experts go out in the published layout, each tensor in the dtype it has in `source`; configuration,
-    tokenizer, processor and chat template are copied. The folder appears under its name only when it is whole, and
+    Fused experts go out in the published layout, each tensor in the dtype it has in `source` (BF16 for FP8);
+    configuration, tokenizer, processor and chat template are copied. The folder appears under its name only when it is whole, and
     replaces one that was there. `experts_layout` is that of `source`, as in `read_hf`;
     with `durable` false the files need not outlive a crash of the machine.
     Raises HfFolderError when the names are not those of `source`, or when the disk refuses.
@@ -94,6 +94,7 @@ def copy_template(origin: HfFolder, folder: Path) -> None:
     """Everything of a Hugging Face folder but the weights, whose names and dtypes are noted."""
     folder.mkdir(parents=True)
     copy_files(origin.path, folder)
+    unquantize_config(folder)
     dtypes = {name: str(origin.dtype(name)).removeprefix("torch.") for name in origin.names()}
     (folder / TEMPLATE).write_text(json.dumps(dtypes, indent=1) + "\n")
 
@@ -104,6 +105,14 @@ def copy_files(origin: Path, folder: Path) -> None:
         weights = file.name.endswith(_WEIGHT_SUFFIXES) or file.name == TEMPLATE
         if file.is_file() and not file.name.startswith(".") and not weights:
             shutil.copyfile(file, folder / file.name)
+
+
+def unquantize_config(folder: Path) -> None:
+    """Have config.json say that the weights are in the format that the tensors have."""
+    file = folder / "config.json"
+    settings = read_json(file)
+    if settings.pop("quantization_config", None):
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _fill(
@@ -117,6 +126,8 @@ def _fill(
         )
     _name_shards(folder, shards)
     copy_files(origin.path, folder)
+    if isinstance(origin, HfFolder):
+        unquantize_config(folder)
 
 
 def _warn_of_square_experts(origin: HfFolder | Template) -> None:

@@ -1,7 +1,8 @@
 """The weight files of a Hugging Face folder, by their headers: no torch is imported and no tensor read.
 
 A folder that transformers, SGLang and we could read as different weights is refused: an index beside a
-`model.safetensors` of its own, an index that is not of its files, an adapter, weights in a quantised format.
+`model.safetensors` of its own, an index that is not of its files, an adapter, weights in a quantised format other than FP8
+blocks (families/stored.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gspo_mm.types import GspoError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
+FP8 = "F8_E4M3"
 
 _FULL = "take the checkpoint in BF16 that it was made from"
 
@@ -30,7 +32,7 @@ class Header:
     """What a file says about one tensor."""
 
     file: Path
-    # safetensors' word, one of FLOATS
+    # safetensors' word, one of FLOATS or FP8
     dtype: str
     shape: tuple[int, ...]
 
@@ -52,8 +54,9 @@ def read_headers(path: Path) -> dict[str, Header]:
         raise HfFolderError(f"{path}: {files[0].name} holds no tensors; download or copy it again")
     if index is not None:
         _compare_with_index(path, found, index)
+    readable = (*FLOATS, FP8) if fp8_block(path) else FLOATS
     for name, header in found.items():
-        if header.dtype not in FLOATS:
+        if header.dtype not in readable:
             raise HfFolderError(
                 f"{path}: {name} is stored as {header.dtype}, and only {', '.join(FLOATS)} can be trained; {_FULL}"
             )
@@ -71,6 +74,23 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def fp8_block(path: Path) -> tuple[int, int] | None:
+    """Size of the blocks that the folder's FP8 matrices have a scale for; None: it has no such matrices."""
+    settings = read_json(path / "config.json").get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "fp8":
+        return None
+    block = settings.get("weight_block_size")
+    is_dynamic = settings.get("activation_scheme", "dynamic") == "dynamic"
+    if (
+        not is_dynamic
+        or settings.get("fmt", "e4m3") != "e4m3"
+        or not isinstance(block, list)
+        or len(block) != 2
+    ):
+        return None
+    return block[0], block[1]
+
+
 def _refuse_other_formats(path: Path) -> None:
     if (path / "adapter_config.json").is_file() or (path / "adapter_model.safetensors").is_file():
         raise HfFolderError(
@@ -78,6 +98,8 @@ def _refuse_other_formats(path: Path) -> None:
             "into its model (peft's merge_and_unload, then save_pretrained), or take it away where the weights "
             "beside it are to be used without it"
         )
+    if fp8_block(path):
+        return
     config = read_json(path / "config.json")
     for settings in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
@@ -85,7 +107,7 @@ def _refuse_other_formats(path: Path) -> None:
                 method = settings[key].get("quant_method", "?") if isinstance(settings[key], dict) else "?"
                 raise HfFolderError(
                     f"{path} is quantised (quant_method={method} in the {key} of config.json), and such weights cannot "
-                    f"be read or trained; {_FULL}"
+                    f"be read or trained, but for FP8 in blocks with dynamic activations; {_FULL}"
                 )
 
 

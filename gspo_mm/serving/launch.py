@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_mm.config import Config, SGLangConfig
+from gspo_mm.families.write import TEMPLATE
 from gspo_mm.runtime.dist import ranks_here, world_size
 from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.serving import cpu
@@ -87,7 +88,7 @@ def server_options(config: Config, server: Server, *, on_gpus: bool) -> dict[str
         "skip-server-warmup": True,
         "enable-priority-scheduling": True,  # evaluation goes first
     }
-    if sglang.fp8:
+    if (Path(config.model.path) / TEMPLATE).is_file():
         # model.path has no weights then (served.py); a push brings them before anything is asked. Scales of the
         # key/value cache are drawn as well, from seed 1234: negative on CPU and CUDA, which SGLang takes for none
         options["load-format"] = "dummy"

@@ -18,13 +18,14 @@ from typing import Any
 
 from gspo_mm.config import Config
 from gspo_mm.families.base import Entry, Family, StackExperts
+from gspo_mm.families.stored import SCALE
 from gspo_mm.families.table import family_of
 from gspo_mm.families.write import TEMPLATE, copy_files
+from gspo_mm.hf.headers import fp8_block
 from gspo_mm.serving.registry import servers_folder
 from gspo_mm.types import GspoError
 
 BLOCK = 128
-SCALE = "_scale_inv"  # of the scales' name, after that of the weight
 
 
 class BlockSizeError(GspoError, ValueError):
@@ -32,19 +33,20 @@ class BlockSizeError(GspoError, ValueError):
 
 
 def served(config: Config) -> Config:
-    """`config` for whoever starts servers: with rollout.sglang.fp8, model.path is a folder that they load as FP8.
+    """`config` for whoever starts servers: where model.path says another format than theirs, it is another folder.
 
-    That folder is model.path without its weights; servers start with random ones and get the right ones by a push.
+    So with rollout.sglang.fp8, and without it for a model that is stored in FP8. The folder is model.path without its
+    weights; servers start with random ones and get the right ones by a push.
     Raises BlockSizeError when SGLang could not cut the model into blocks.
     """
-    if not config.rollout.sglang.fp8:
+    if not config.rollout.sglang.fp8 and not fp8_block(Path(config.model.path)):
         return config
     path = str(served_template(config))
     return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
 
 
 def served_template(config: Config) -> Path:
-    """A folder without weights, for `write_hf`, and for FP8 servers to start from.
+    """A folder without weights, for `write_hf`, and for servers to start from.
 
     Experts are named one by one, so that nothing larger than a matrix is ever gathered. The folder's name says its
     contents, so it is never changed. Raises BlockSizeError.
@@ -54,6 +56,7 @@ def served_template(config: Config) -> Path:
     family = family_of(source)
     hf = family.load_config(str(source))
     settings = json.loads((source / "config.json").read_text())
+    settings.pop("quantization_config", None)
     quantized: Collection[str] = ()
     if config.rollout.sglang.fp8:
         settings["quantization_config"] = quantization_config(family, hf)

@@ -191,34 +191,6 @@ def test_tensors_that_are_computed_are_named_and_left_out(
     assert_reads_as_transformers(write_hf(tmp_path / "out", folder, read_hf(folder)))
 
 
-def test_experts_one_by_one_are_refused_with_advice_that_works(saved: Path, folder: Path) -> None:
-    def take_apart(tensors: Tensors) -> None:
-        for name in [n for n in tensors if ".experts." in n]:
-            for number, expert in enumerate(tensors.pop(name).mT):
-                parent, kind = name.rsplit(".", 1)
-                parts = expert.chunk(2) if kind == "gate_up_proj" else [expert]
-                for part, proj in zip(parts, ("gate", "up") if len(parts) == 2 else ("down",), strict=True):
-                    tensors[f"{parent}.{number}.{proj}_proj.weight"] = part.clone()
-
-    def follow_the_advice(tensors: Tensors) -> None:
-        for layer in range(3):
-            parent = f"model.language_model.layers.{layer}.mlp.experts"
-            gate, up, down = (
-                torch.stack([tensors.pop(f"{parent}.{e}.{proj}_proj.weight").mT for e in range(8)])
-                for proj in ("gate", "up", "down")
-            )
-            tensors |= {f"{parent}.gate_up_proj": torch.cat([gate, up], 2), f"{parent}.down_proj": down}
-
-    rewrite(folder, take_apart)
-    with pytest.raises(
-        HfFolderError, match=r"experts\.0\.down_proj\.weight: its experts are stored one by one"
-    ):
-        read_hf(folder)
-    rewrite(folder, follow_the_advice)
-    assert_reads_as_transformers(folder)
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(read_hf(folder), read_hf(saved), strict=True))
-
-
 # the configuration
 
 

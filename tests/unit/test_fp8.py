@@ -99,10 +99,10 @@ def test_servers_start_from_a_folder_that_says_fp8_and_has_no_weights(wide: Path
     assert served(other) is other
 
 
-def test_only_servers_of_such_a_run_start_with_random_weights(wide: Path) -> None:
+def test_only_servers_of_such_a_run_start_with_random_weights(wide: Path, tmp_path: Path) -> None:
     here = Server(name="a", generation="b", state="up", url="http://127.0.0.1:1")
     options = [
-        server_options(config(wide, rollout={"sglang": {"fp8": fp8}}), here, on_gpus=False)
+        server_options(served(config(wide, tmp_path, rollout={"sglang": {"fp8": fp8}})), here, on_gpus=False)
         for fp8 in (True, False)
     ]
     assert [o.get("load-format") for o in options] == ["dummy", None]
