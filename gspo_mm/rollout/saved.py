@@ -33,7 +33,7 @@ def save_rollouts(run_dir: Path, step: int, groups: list[RolloutGroup]) -> Path:
             with written_whole(path) as file:
                 file.write_bytes(image.data)
     final = folder / f"step-{step:08d}.jsonl.gz"
-    with written_whole(final) as temporary, gzip.open(temporary, "wt", encoding="utf-8") as file:
+    with written_whole(final) as temporary, gzip.open(temporary, "wt", 1, encoding="utf-8") as file:
         for group in groups:
             file.write(json.dumps(_encode(group)) + "\n")
     return final

@@ -78,6 +78,7 @@ class _Group:
     scoring: Future[RolloutGroup] | None = None
     arrived: Event = field(default_factory=Event)  # scored, or failed; not looked at yet
     done: RolloutGroup | None = None  # scored
+    dead: bool | None = None  # its answers all got one reward; None: not looked at yet
 
     def state(self, *, again: bool) -> dict[str, Any]:
         """`again`: without its answers."""
@@ -286,8 +287,11 @@ class Scheduler:
         if not self._config.drop_dead_groups:
             return
         limit = _MAX_DROPPED * self._batch - self._dropped
-        dead = [group for group in self._open if group.done and self._is_dead(group.done)][:limit]
-        self._open = [group for group in self._open if group not in dead]
+        for group in self._open:
+            if group.done and group.dead is None:
+                group.dead = self._is_dead(group.done)
+        dead = [group for group in self._open if group.dead][:limit]
+        self._open = _without(self._open, dead)
         self._dropped += len(dead)
         self._counts["dropped"] += len(dead)
 
@@ -297,7 +301,7 @@ class Scheduler:
         batch = sorted(finished, key=lambda g: (g.version, not g.kept, g.id))[: self._batch]
         if len(batch) < self._batch:
             return None
-        rest = [group for group in self._open if group not in batch]
+        rest = _without(self._open, batch)
         rest.sort(key=lambda g: (not g.kept, g.version, g.id))
         room = self._config.max_staleness * self._batch
         left, tail = rest[:room], rest[room:]
@@ -313,9 +317,16 @@ class Scheduler:
         group.cancel()
         self._counts["given_up"] += 1
         self._waiting.append(
-            dataclasses.replace(group, kept=True, future=None, scoring=None, arrived=Event(), done=None)
+            dataclasses.replace(
+                group, kept=True, future=None, scoring=None, arrived=Event(), done=None, dead=None
+            )
         )
         self._waiting.sort(key=lambda g: g.place)
+
+
+def _without(groups: list[_Group], others: list[_Group]) -> list[_Group]:
+    taken = set(map(id, others))
+    return [group for group in groups if id(group) not in taken]
 
 
 def staleness(group: RolloutGroup, version: int) -> int:

@@ -417,6 +417,18 @@ def test_dead_groups_are_replaced_by_others() -> None:
     assert world.books.dropped == 3
 
 
+def test_a_group_is_judged_dead_or_not_once() -> None:
+    asked: list[int] = []
+    world = World(
+        rollout(prompts_per_step=6, max_staleness=1, drop_dead_groups=True),
+        dead=lambda number: asked.append(number) is not None,
+    )
+    world.on_wait = lambda: bool(world.finish(*world.running()[:1]))
+    for _ in range(4):
+        world.batch()
+    assert len(asked) == len(set(asked)) >= 4 * 6
+
+
 def test_dead_groups_are_kept_when_there_is_nothing_else() -> None:
     world = World(rollout(prompts_per_step=2, drop_dead_groups=True), dead=lambda number: True)
     world.on_wait = lambda: bool(world.finish(*world.running()))
