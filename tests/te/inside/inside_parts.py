@@ -205,3 +205,25 @@ def test_there_and_back_by_way_of_a_run(
         locally(megatron_to_hf, tmp_path / f"run{steps}", tmp_path / f"hf{steps}", hf=folder)
         after = read_hf(tmp_path / f"hf{steps}")
         assert {n for n in names if torch.equal(before.tensor(n), after.tensor(n))} == expected
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "tensorwise", *PRIMARY])
+def test_a_run_goes_on_by_way_of_local_layers_as_if_it_had_not_stopped(
+    form: str, folder: Path, batch: MicroBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = policy(folder, form)
+    update(first, batch)
+    save_policy(first, tmp_path / "a").finish()
+    with monkeypatch.context() as context:
+        context.setattr(spec, "FUSED", False)
+        local = policy(folder, "bfloat16")
+        load_policy(local, tmp_path / "a")
+        save_policy(local, tmp_path / "b").finish()
+        step = update(local, batch)
+    second = policy(folder, form)
+    load_policy(second, tmp_path / "b")
+    following = update(first, batch)
+    # BF16 holds what whole tensors' scales make of FP8 with a rounding; blocks' scales are powers of two
+    exact = form != "tensorwise primary"
+    assert update(second, batch) == pytest.approx(following, rel=0 if exact else 0.01, abs=0)
+    assert step == pytest.approx(following, rel=0.02 if form == "bfloat16" else 0.1)
