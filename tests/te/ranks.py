@@ -24,7 +24,7 @@ PRIMARY = ["tensorwise primary", "blockwise primary"]
 # name -> (ranks, policy.parallel, formats)
 LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
     "alone": (1, {}, list(FORMATS)),
-    "tp2": (2, {"tp": 2}, ["float32", *FP8, *PRIMARY]),
+    "tp2": (2, {"tp": 2}, ["float32", "blockwise", *PRIMARY]),
     "ep2": (2, {"ep": 2}, ["float32", "tensorwise", "blockwise primary"]),
     "tp2 ep2 etp1": (2, {"tp": 2, "ep": 2, "etp": 1}, ["float32", "blockwise", "tensorwise primary"]),
     "pp2": (2, {"pp": 2}, ["float32", "bfloat16", "tensorwise"]),
@@ -32,7 +32,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
     "dp2": (2, {"dp": 2}, ["float32", "bfloat16", *PRIMARY]),
     "cp2": (2, {"cp": 2}, ["bfloat16", "tensorwise"]),
     "tp4": (4, {"tp": 4}, ["float32", *FP8]),
-    "tp2 ep2 etp2": (4, {"tp": 2, "ep": 2, "etp": 2}, ["float32", "blockwise primary"]),
+    "tp2 ep2 etp2": (4, {"tp": 2, "ep": 2, "etp": 2}, ["blockwise primary"]),
 }
 
 
