@@ -7,15 +7,37 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.fp8_utils import post_all_gather_processing
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:
     """Whether it is one of Transformer Engine's FP8 tensors, which have no public class in common."""
     return hasattr(parameter, "_fp8_dtype") or hasattr(parameter, "_quantizer")
+
+
+def held_by(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold a parameter's value: its own, or of an FP8 one the bytes and their inverse scales.
+
+    Copies of those that the two gradients need are left out where they are the same bytes turned: see `refresh`.
+    """
+    if not is_quantized(parameter):
+        return [parameter.data]
+    both = type(parameter).__name__.startswith("MXFP8")  # its columns are not its rows turned
+    parts = ["_data", "_scale_inv", "_rowwise_data", "_rowwise_scale_inv"]
+    parts += ["_columnwise_data", "_columnwise_scale_inv"] if both else []
+    return [tensor for part in parts if (tensor := getattr(parameter, part, None)) is not None]
+
+
+def refresh(parameter: torch.Tensor) -> None:
+    """To call when what `held_by` gave was changed, as after a gather of parameters."""
+    if is_quantized(parameter):
+        if hasattr(parameter, "_reset_caches"):
+            cast(Any, parameter)._reset_caches()
+        post_all_gather_processing([parameter])
 
 
 def own_range(optimizer: Any, parameter: torch.nn.Parameter) -> slice | None:

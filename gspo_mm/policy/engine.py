@@ -34,7 +34,7 @@ from gspo_mm.policy.layout import padded_tokens
 from gspo_mm.policy.model import PolicyModel, padded_vocab, quiet_megatron
 from gspo_mm.policy.optimizer import Optimizer
 from gspo_mm.policy.parallel import Groups, ParallelPlan
-from gspo_mm.policy.precision import DTYPES, check_fp8
+from gspo_mm.policy.precision import DTYPES, check_attention, check_fp8, check_widths
 from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.policy.speed import overlaps_reduction
 from gspo_mm.policy.weights import Weights, gradient_of
@@ -352,6 +352,8 @@ def prepare(path: str, config: PolicyConfig, *, seed: int) -> tuple[Family, Any,
     plan = ParallelPlan.from_config(config.parallel)
     plan.check_model(family.dims(hf))
     check_fp8(config)
+    check_attention(config)
+    check_widths(config, family.transformer_arguments(hf), tp=plan.tp, etp=plan.etp)
     cpu.install()
     plan.initialize(seed)
     return family, hf, plan

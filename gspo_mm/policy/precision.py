@@ -6,6 +6,7 @@ decoder layers only, the router's product is its own float32 one, and the log-pr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # compute capability from which a recipe's kernels exist, and that of the devices it is meant for
 _CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-# rows of a matrix product must be a multiple of this
-_ROWS = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+# all sides of a matrix product must be multiples of this: cuBLAS, and for mxfp8 its blocks
+_SIDES = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 
 class PrecisionError(GspoError, ValueError):
@@ -51,6 +52,53 @@ def check_fp8(config: PolicyConfig) -> None:
         )
 
 
+def check_attention(config: PolicyConfig) -> None:
+    """Raise PrecisionError when Transformer Engine has no attention over ranks in the format: in float32 it has none."""
+    from gspo_mm.policy.spec import has_fused_modules
+
+    cp = config.parallel.cp
+    if cp > 1 and config.dtype == "float32" and has_fused_modules():
+        raise PrecisionError(
+            f"policy.dtype=float32 with policy.parallel.cp={cp}: Transformer Engine's attention over several ranks is for "
+            "bfloat16; set policy.dtype=bfloat16, or policy.parallel.cp=1"
+        )
+
+
+def check_widths(config: PolicyConfig, arguments: Mapping[str, Any], *, tp: int, etp: int) -> None:
+    """Raise PrecisionError when FP8 kernels do not take a matrix of the decoder, as it is cut over `tp` or `etp` ranks.
+
+    `arguments`: `Family.transformer_arguments`. Both sides of every weight are somewhere the last one of a product: forward,
+    or in one of the two gradients.
+    """
+    if config.fp8.recipe is None:
+        return
+    heads, groups, head = (
+        arguments[key] for key in ("num_attention_heads", "num_query_groups", "kv_channels")
+    )
+    has_dense = 0 in arguments.get("moe_layer_freq", [0])  # layers without experts
+    unit = _SIDES[config.fp8.recipe]
+    for what, width, key, size in (
+        ("hidden_size", arguments["hidden_size"], "tp", 1),
+        ("width of queries, keys and values", (heads + 2 * groups) * head, "tp", tp),
+        ("num_attention_heads * head_dim", heads * head, "tp", tp),
+        ("intermediate_size", arguments["ffn_hidden_size"] if has_dense else 0, "tp", tp),
+        (
+            "shared_expert_intermediate_size",
+            arguments.get("moe_shared_expert_intermediate_size", 0),
+            "tp",
+            tp,
+        ),
+        ("moe_intermediate_size", arguments.get("moe_ffn_hidden_size", 0), "etp", etp),
+    ):
+        if width % (unit * size):
+            cut = f" over policy.parallel.{key}={size} is {width / size:g}, which" if size > 1 else ""
+            fix = f"lower policy.parallel.{key}, or " if size > 1 and width % unit == 0 else ""
+            raise PrecisionError(
+                f"policy.fp8.recipe={config.fp8.recipe}: the model's {what}={width}{cut} is no multiple of {unit}, as its "
+                f"kernels want it; {fix}set policy.fp8.recipe=null"
+            )
+
+
 def fp8_arguments(config: PolicyConfig) -> dict[str, Any]:
     """Keyword arguments of megatron's TransformerConfig."""
     fp8 = config.fp8
@@ -72,4 +120,4 @@ def fp8_arguments(config: PolicyConfig) -> dict[str, Any]:
 
 def token_multiple(config: PolicyConfig) -> int:
     """Tokens of a rank's micro-batch are padded to a multiple of this."""
-    return 1 if config.fp8.recipe is None else _ROWS[config.fp8.recipe]
+    return 1 if config.fp8.recipe is None else _SIDES[config.fp8.recipe]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gspo_mm.policy.compat import held_by, refresh
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
 
@@ -13,7 +14,7 @@ class Reference:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._weights = [p.detach().to("cpu", copy=True) for p in policy.parameters()]
+        self._weights = [[t.to("cpu", copy=True) for t in held_by(p)] for p in policy.parameters()]
 
     @torch.no_grad()
     def logprobs(self, batches: list[MicroBatch], temperature: float) -> list[torch.Tensor]:
@@ -25,7 +26,9 @@ class Reference:
             self._swap()
 
     def _swap(self) -> None:
-        for parameter, other in zip(self._policy.parameters(), self._weights, strict=True):
-            mine = parameter.detach().to("cpu", copy=True)
-            parameter.data.copy_(other)
-            other.copy_(mine)
+        for parameter, others in zip(self._policy.parameters(), self._weights, strict=True):
+            for mine, other in zip(held_by(parameter), others, strict=True):
+                kept = mine.to("cpu", copy=True)
+                mine.copy_(other)
+                other.copy_(kept)
+            refresh(parameter)

@@ -58,7 +58,12 @@ class PackedSequences(PackedSeqParams):
 
 
 def pack_params(cu_seqlens: torch.Tensor, angles_NH: torch.Tensor) -> PackedSequences:
-    """From offsets [S+1] int32 (on the host) of the sequences over all context-parallel ranks."""
+    """From offsets [S+1] int32 (on the host) of the sequences over all context-parallel ranks.
+
+    Padding counts as tokens, behind the real ones, which never attend to it. Offsets of the real tokens beside those
+    (`cu_seqlens_*_padded`) would save Transformer Engine a few rows, at the price of FlashAttention 2; without them it takes
+    the one kind for both (dot_product_attention/backends.py of version 2.20).
+    """
     lengths = cu_seqlens.diff().tolist()
     offsets = cu_seqlens.to(angles_NH.device)
     return PackedSequences(

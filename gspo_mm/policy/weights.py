@@ -101,7 +101,7 @@ class Weights:
         Tensors may share memory with the policy: use them before the next update.
         """
         take = take or value_of
-        shapes = self._exchange_shapes(experts_apart) if self.plan.pp > 1 else []
+        shapes = self._exchange_shapes(take, experts_apart) if self.plan.pp > 1 else []
         for number, entry in enumerate(self.entries):
             for names, tensors in self._pieces(entry, take, experts_apart):
                 if self.plan.pp > 1:
@@ -182,14 +182,19 @@ class Weights:
             received.append(tensor)
         return received
 
-    def _exchange_shapes(self, experts_apart: bool) -> list[list[tuple[int, torch.Size, torch.dtype]]]:
-        """Owner stage, shape and dtype of every Hugging Face tensor of a piece of every entry, worked out without data."""
+    def _exchange_shapes(
+        self, take: Take, experts_apart: bool
+    ) -> list[list[tuple[int, torch.Size, torch.dtype]]]:
+        """Owner stage, shape and dtype of every Hugging Face tensor of a piece of every entry, worked out without data.
+
+        The dtype is that of what is taken: gradients of BF16 weights are float32.
+        """
         own: dict[int, list[tuple[torch.Size, torch.dtype]]] = {}
         for number, entry in enumerate(self.entries):
             local = [self._parameters[name] for name in entry.megatron if name in self._parameters]
             if local:
                 size, _ = self._place(entry)
-                part = torch.empty(local[0].shape, dtype=local[0].dtype, device="meta")
+                part = torch.empty(local[0].shape, dtype=take(local[0]).dtype, device="meta")
                 whole = entry.op.unshard([part] * size)
                 if experts_apart and isinstance(entry.op, StackExperts):
                     hf = entry.op.apart(whole) * self.plan.ep

@@ -27,6 +27,6 @@ def test_inside(file: str) -> None:
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{SITE}", "PYTEST_ADDOPTS": "", "TORCHDYNAMO_DISABLE": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

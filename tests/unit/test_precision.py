@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from gspo_mm.config import ConfigError, PolicyConfig, parse_config
-from gspo_mm.policy.precision import PrecisionError, check_fp8, fp8_arguments, token_multiple
+from gspo_mm.policy import spec
+from gspo_mm.policy.precision import (
+    PrecisionError,
+    check_attention,
+    check_fp8,
+    check_widths,
+    fp8_arguments,
+    token_multiple,
+)
 
 
 def policy(**values: Any) -> PolicyConfig:
@@ -85,3 +93,54 @@ def test_optimizer_memory_options_need_a_device(key: str) -> None:
 
 def test_freezing_language_and_pipelines_exclude_each_other() -> None:
     assert "nothing to train; use pp=1" in refused(freeze=["language"], parallel={"pp": 2})
+
+
+WIDTHS = {"hidden_size": 2048, "ffn_hidden_size": 6144, "moe_ffn_hidden_size": 768, "moe_layer_freq": [1, 1]}
+WIDTHS |= {"num_attention_heads": 32, "num_query_groups": 4, "kv_channels": 128}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "tp", "etp", "said"),
+    [
+        (
+            "tensorwise",
+            {},
+            1,
+            64,
+            r"_size=768 over policy\.parallel\.etp=64 is 12, .*lower policy\.parallel\.etp",
+        ),
+        ("mxfp8", {}, 1, 16, r"is 48, which is no multiple of 32, .*lower policy\.parallel\.etp"),
+        ("blockwise", {"kv_channels": 8}, 8, 1, r"keys and values=320 over policy\.parallel\.tp=8 is 40"),
+        ("tensorwise", {"hidden_size": 2056}, 1, 1, r"hidden_size=2056 is no multiple of 16, .*want it; set"),
+        (
+            "tensorwise",
+            {"ffn_hidden_size": 6152, "moe_layer_freq": [0, 1]},
+            1,
+            1,
+            r"'s intermediate_size=6152 is no",
+        ),
+    ],
+)
+def test_a_width_that_the_kernels_do_not_take_is_named_with_what_cuts_it(
+    recipe: str, change: dict[str, Any], tp: int, etp: int, said: str
+) -> None:
+    config = policy(fp8={"recipe": recipe})
+    with pytest.raises(PrecisionError, match=said):
+        check_widths(config, {**WIDTHS, **change}, tp=tp, etp=etp)
+
+
+def test_widths_of_layers_that_are_not_there_are_not_looked_at() -> None:
+    check_widths(policy(fp8={"recipe": "mxfp8"}), {**WIDTHS, "ffn_hidden_size": 6145}, tp=4, etp=8)
+    check_widths(policy(), {**WIDTHS, "hidden_size": 3}, tp=1, etp=1)
+
+
+def test_attention_over_ranks_is_not_for_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = policy(dtype="float32", parallel={"cp": 2})
+    check_attention(asked)  # of local layers, which have it
+    monkeypatch.setattr(spec, "FUSED", True)
+    with pytest.raises(
+        PrecisionError, match=r"float32 with policy\.parallel\.cp=2: .*set policy\.dtype=bfloat16"
+    ):
+        check_attention(asked)
+    check_attention(policy(parallel={"cp": 2}))
+    check_attention(policy(dtype="float32"))

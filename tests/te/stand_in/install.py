@@ -46,6 +46,11 @@ def install() -> None:
     names.define(importlib.import_module("tests.te.stand_in.quantizing"))
     names.define(importlib.import_module("tests.te.stand_in.kernels"))
     names.define(importlib.import_module("tests.te.stand_in.routing"))
+    backends: Any = importlib.import_module(
+        "transformer_engine.pytorch.attention.dot_product_attention.backends"
+    )
+    backends.attn_forward_func_with_cp = importlib.import_module("tests.te.stand_in.attention").over_ranks
+    _gather_bytes()
 
 
 class _Properties:
@@ -116,3 +121,14 @@ def _replace_in_transformer_engine() -> None:
             module.canonicalize_device = lambda device: torch.device("cpu" if device is None else device)  # pyright: ignore[reportAttributeAccessIssue]
     flash: Any = importlib.import_module(f"{root}.attention.dot_product_attention.utils").FlashAttentionUtils
     flash.is_installed = flash.v3_is_installed = flash.v4_is_installed = False  # sglang brings one, for GPUs
+
+
+def _gather_bytes() -> None:
+    """megatron gathers FP8 and BF16 parameters in one coalesced call, of which gloo would make values of one type."""
+    buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    gather = buffers.dist_all_gather_func
+
+    def gather_bytes(output: torch.Tensor, own: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return gather(output.view(torch.uint8), own.view(torch.uint8), *args, **kwargs)
+
+    buffers.dist_all_gather_func = gather_bytes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 import transformer_engine_torch as tex  # pyright: ignore[reportMissingImports]
+from megatron.core import parallel_state
 
 from tests.te.stand_in.names import DType
 from tests.te.stand_in.quantizing import TORCH, quantize
@@ -160,6 +162,9 @@ def convert_bshd_to_thd(padded: torch.Tensor, cu_seqlens: torch.Tensor, tokens: 
 
 
 def get_fused_attn_backend(*_: Any) -> tuple[Any, str]:
+    """None, so that Transformer Engine computes attention by torch, except where it cannot: see attention.py."""
+    if parallel_state.get_context_parallel_world_size() > 1:
+        return tex.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
     return tex.NVTE_Fused_Attn_Backend.NVTE_No_Backend, "no GPU"
 
 
@@ -207,14 +212,23 @@ def multi_tensor_scale_tensor(
     multi_tensor_scale(chunk, noop, lists, float(scale))
 
 
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
 def _plain(tensor: Any) -> torch.Tensor:
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
-        return tensor
-    return tensor.dequantize(dtype=torch.float32)
+    return tensor if _is_plain(tensor) else tensor.dequantize(dtype=torch.float32)
 
 
 def _product(a: Any, transa: bool, b: Any, transb: bool) -> torch.Tensor:
-    """op(b) @ op(a) in rows: the kernels count in columns."""
+    """op(b) @ op(a) in rows: the kernels count in columns.
+
+    In FP8 cuBLAS wants the sides that lie together in memory, which are those that it sums over, in multiples of 16
+    (common/gemm/cublaslt_gemm.cu: CanonicalizeGemmInput).
+    """
+    for one, side in ((a, -1 if transa else 0), (b, 0 if transb else -1)):
+        length = math.prod(one.size()[:-1]) if side == 0 else one.size()[-1]
+        assert _is_plain(one) or length % 16 == 0, f"{tuple(one.size())}: Caller must pad."
     left, right = _plain(a).float(), _plain(b).float()
     left = left.reshape(-1, left.shape[-1])
     right = right.reshape(-1, right.shape[-1]) if right.dim() > 2 and transb else right
