@@ -40,6 +40,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from importlib import metadata
@@ -55,9 +56,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from tools.bench.card.parts import PARTS, STAGES, Part  # noqa: E402
 from tools.bench.card.results import Job, Line, RefusedError, Report, Results, markdown, say, summary  # noqa: E402
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 _PACKAGES = ("torch", "transformers", "megatron-core", "transformer-engine", "sglang", "triton")
+_SLOWER = 4  # times the deadline in a dry run, on whatever CPU
 _TOLD = 12  # last lines of a failed part's log
 # on a CPU Transformer Engine's Python code is where other programs do not see it: tests/te
 _TE = Path(sys.prefix) / "te"
@@ -145,11 +147,15 @@ def run_part(part: Part, job: Job, results: Results) -> Line:
     command = [sys.executable, __file__, "one", part.name, str(results.folder), json.dumps(values)]
     env = {**os.environ, "PYTHONPATH": ":".join(str(path) for path in paths if path)}
     before, began = len(results.lines()), time.monotonic()
-    with subprocess.Popen(command, env=env, start_new_session=True) as process:
+    deadline = part.deadline * (_SLOWER if job.dry else 1)
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+        subprocess.Popen(command, env={**env, "TMPDIR": scratch}, start_new_session=True) as process,
+    ):
         try:
-            status: Any = process.wait(part.deadline)
+            status = f"its process ended with status {process.wait(deadline)}"
         except subprocess.TimeoutExpired:
-            status = f"no end within {part.deadline} s"
+            status = f"no end within {deadline} s"
         finally:
             _kill(process)
     mine = [line for line in results.lines()[before:] if job.is_of(line)]
@@ -157,7 +163,7 @@ def run_part(part: Part, job: Job, results: Results) -> Line:
         return mine[-1]
     known = {name: value for line in mine for name, value in line["numbers"].items()}
     told = log.read_text(errors="replace").splitlines() if log.exists() else []
-    error = [*told[-_TOLD:], *([] if status == 1 else [f"its process ended with {status}"])]
+    error = [*told[-_TOLD:], *([] if status.endswith("status 1") else [status])]
     say(job, f"failed: {error[-1] if error else status}  (all of it: {log})", sys.stdout)
     return results.add(job, "failed", known, seconds=time.monotonic() - began, error=error)
 
@@ -228,6 +234,7 @@ def stand_in_for_te() -> None:
     from tests.te.stand_in import install
 
     install()
+    os.environ["PYTHONPATH"] = str(ROOT)  # servers and tools are started without it
     from gspo_mm.policy import spec
 
     spec.FUSED = True

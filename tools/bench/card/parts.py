@@ -80,10 +80,10 @@ def _push(mode: str) -> Part:
         function="servers.measure",
         deadline=240,
         settings={"mode": mode, "gb": 3.0, "pushes": 5, "bucket_mb": 512, "dtype": "bfloat16"}
-        | {"mem_fraction": 0.2, "attention_backend": "fa3", "max_gap": 0.1},
+        # heads of a size that attention kernels have
+        | {"mem_fraction": 0.2, "attention_backend": "fa3", "max_gap": 0.1, "text": {"head_dim": 64}},
         dry={"gb": 0.03, "pushes": 1, "bucket_mb": 16, "dtype": "float32", "attention_backend": None}
-        | {"max_gap": 1e-4},
-        te=mode == "tensor",
+        | {"max_gap": 1e-4, "text": {"head_dim": 64, "hidden_size": 256, "moe_intermediate_size": 384}},
     )
 
 
@@ -107,8 +107,9 @@ PARTS = [
         function="quickstart.measure",
         deadline=480,
         settings={"dtype": "bfloat16", "sft_steps": 120, "steps": 100, "prompts": 32, "eval_prompts": 500}
-        | {"samples": 8000, "held_out": 500},
-        dry={"sft_steps": 3, "steps": 2, "prompts": 4, "eval_prompts": 8, "samples": 200, "held_out": 20},
+        | {"samples": 8000, "held_out": 500, "reward": "configs/rewards/digits.yaml"},
+        dry={"sft_steps": 3, "steps": 2, "prompts": 4, "eval_prompts": 8, "samples": 200, "held_out": 20}
+        | {"reward": "tools/bench/card/dry_reward.yaml"},
         te=True,
     ),
 ]

@@ -23,6 +23,7 @@ def measure(
     eval_prompts: int,
     samples: int,
     held_out: int,
+    reward: str,
 ) -> None:
     """Warm start and GSPO by the configs of `make quickstart`, with these settings over theirs."""
     from gspo_mm.config import load_config
@@ -40,7 +41,7 @@ def measure(
             f"run.dir={folder}/runs",
             f"data.train=[{folder}/digits/train-*.tar]",
             f"data.validation=[{folder}/digits/validation-*.tar]",
-            f"reward.file={ROOT}/configs/rewards/digits.yaml",
+            f"reward.file={ROOT / reward}",
             f"policy.dtype={dtype}",
             f"train.eval_prompts={eval_prompts}",
             "checkpoint.every=0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import tempfile
 import time
@@ -15,7 +16,10 @@ from tools.bench.card.results import RefusedError, Report
 from tools.bench.sync import config_of, make_model, push_once
 
 if TYPE_CHECKING:
+    from gspo_mm.config import Config
     from gspo_mm.data.processor import Processor
+    from gspo_mm.policy.engine import Policy
+    from gspo_mm.rollout.sglang import SGLangEngine
     from gspo_mm.types import EncodedPrompt
 
 GIB = 2**30
@@ -26,6 +30,7 @@ def measure(
     report: Report,
     mode: str,
     gb: float,
+    text: dict[str, Any],
     pushes: int,
     bucket_mb: int,
     dtype: str,
@@ -33,60 +38,64 @@ def measure(
     attention_backend: str | None,
     max_gap: float,
 ) -> None:
-    """Pushes with and without comparing checksums, memory that the server gives back, and whether it then answers right."""
+    """A policy and a server with a random model of this size."""
     if mode == "distributed":
         check_two_ranks()
     from gspo_mm.data.processor import Processor
     from gspo_mm.policy.engine import Policy
     from gspo_mm.rollout.sglang import SGLangEngine
     from gspo_mm.serving.fleet import Fleet
-    from gspo_mm.sync.parity import check_parity
-    from gspo_mm.sync.sglang import SGLangPush
 
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        make_model(folder / "model", gb, head_dim=64)  # a size that attention kernels have
+        make_model(folder / "model", gb, **text)
         extra = {"attention-backend": attention_backend} if attention_backend else {}
         server = {"mem_fraction": mem_fraction, "colocate": True, "extra_args": extra}
-        configs = [
-            config_of(folder, mode, bucket_mb, verify=verify, dtype=dtype, **server)
-            for verify in (False, True)
-        ]
-        config = configs[-1]
+        config = config_of(folder, mode, bucket_mb, dtype=dtype, **server)
         policy = Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=1)
-        size = sum(tensor.nbytes for _, tensor in policy.export())
-        copied = copy_speed(size, 3)
-        report(weights_gb=size / 1e9, copy_gb_per_s=copied)
         processor = Processor(config.model.path, config.data)
         began = time.perf_counter()
         engine = SGLangEngine(config, processor, Fleet(config))
         try:
             report(server_start_s=time.perf_counter() - began)
-            plain, verified = (SGLangPush(each, policy, engine) for each in configs)
-            version = time_pushes(report, plain, "", size, copied, pushes)
-            version = time_pushes(report, verified, "verified_", size, copied, pushes, version)
-            before = free_memory()
-            verified.make_room()
-            report(given_back_gib=(free_memory() - before) / GIB)
-            seconds, _ = push_once(verified, version)
-            report(waking_push_s=seconds, missing_after_gib=(before - free_memory()) / GIB)
-            gaps = check_parity(policy, engine, processor, prompts(processor), threshold=max_gap)
-            report(logprob_gap={place: gap.mean for place, gap in gaps.items()})
-            plain.close()
-            verified.close()
+            push(report, config, policy, engine, processor, pushes=pushes, max_gap=max_gap)
         finally:
             engine.close()
 
 
-def time_pushes(
-    report: Report, push: Any, prefix: str, size: int, copied: float, pushes: int, version: int = 1
-) -> int:
-    """The first is not counted: it connects. Returns the version after the last."""
-    seconds = [push_once(push, number)[0] for number in range(version, version + pushes + 1)]
-    speed = size / median(seconds[1:]) / 1e9
-    report(**{f"{prefix}push_s": median(seconds[1:]), f"{prefix}push_gb_per_s": speed})
-    report.target(f"{prefix}push_of_copy", speed / copied, 0.5)
-    return version + pushes + 1
+def push(
+    report: Report,
+    config: Config,
+    policy: Policy,
+    engine: SGLangEngine,
+    processor: Processor,
+    *,
+    pushes: int,
+    max_gap: float,
+) -> None:
+    """Pushes with and without comparing checksums, memory that the server gives back, and whether it then answers right."""
+    from gspo_mm.sync.parity import check_parity
+    from gspo_mm.sync.sglang import SGLangPush
+
+    size = sum(tensor.nbytes for _, tensor in policy.export())
+    copied = copy_speed(size, 3)
+    report(weights_gb=size / 1e9, copy_gb_per_s=copied)
+    versions = itertools.count(1)
+    for name, verify in (("push", False), ("verified_push", True)):
+        sync = config.sync.model_copy(update={"verify": verify})
+        way = SGLangPush(config.model_copy(update={"sync": sync}), policy, engine)
+        # the first is not counted: it connects
+        seconds = median([push_once(way, next(versions))[0] for _ in range(pushes + 1)][1:])
+        report(**{f"{name}_s": seconds, f"{name}_gb_per_s": size / seconds / 1e9})
+        report.target(f"{name}_of_copy", size / seconds / 1e9 / copied, 0.5)
+        if verify:
+            before = free_memory()
+            way.make_room()
+            report(given_back_gib=(free_memory() - before) / GIB)
+            report(waking_push_s=push_once(way, next(versions))[0])
+        way.close()
+    gaps = check_parity(policy, engine, processor, prompts(processor), threshold=max_gap)
+    report(logprob_gap={place: gap.mean for place, gap in gaps.items()})
 
 
 def free_memory() -> int:
