@@ -54,7 +54,6 @@ def _parity(number_format: str) -> Part:
         function="parity.measure",
         deadline=120,
         settings={"number_format": number_format, "updates": 3},
-        dry={"updates": 1},
         te=True,
     )
 
