@@ -21,6 +21,8 @@ from tools.bench.card import servers
 from tools.bench.card.parts import LIMIT, PARTS, STAGES
 from tools.bench.card.results import RefusedError, Results
 
+pytestmark = pytest.mark.timeout(1800)
+
 _PARITY = {"mixture", "dense"}
 _TRAINED = {f"{kind} {way}" for kind in _PARITY for way in ("beside", "primary")}
 _SPEED = {"ms", "tokens_per_second", "tflops", "peak_gib", "kernels", "first_update_s"}
@@ -67,7 +69,6 @@ def ends(folder: Path) -> dict[str, dict[str, Any]]:
     return {line["part"]: line for line in Results(folder).lines() if line["state"] != "known"}
 
 
-@pytest.mark.timeout(1800)
 def test_every_part_of_a_dry_run_leaves_its_numbers(
     first: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
