@@ -23,10 +23,11 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gspo_mm.policy.compat import make_optimizer_state, write_checkpoints_by_thread
+from gspo_mm.policy.compat import is_quantized, make_optimizer_state, write_checkpoints_by_thread
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.model import PolicyModel, quiet_megatron
 from gspo_mm.runtime.dist import Ranks
@@ -130,6 +131,7 @@ def _load_all(policy: Policy, folder: Path) -> None:
             make_optimizer_state(part)
     model = _model_part(policy.chunks, metadata)
     wanted = {**model, "optimizer": inner.sharded_state_dict(model, is_loading=True, metadata=metadata)}
+    _dequantize(model)
     found = _read(wanted, folder)
     _fill(policy.chunks, found)
     policy.optimizer.load_state(_as_chained(found["optimizer"], len(inner.chained_optimizers)))
@@ -137,7 +139,20 @@ def _load_all(policy: Policy, folder: Path) -> None:
 
 def load_weights(chunks: list[PolicyModel], folder: Path) -> None:
     """Fill the model from a checkpoint of weights, or from a run's, whose optimizer is left out."""
-    _fill(chunks, _read(_model_part(chunks, _metadata()), folder))
+    wanted = _model_part(chunks, _metadata())
+    _dequantize(wanted)
+    _fill(chunks, _read(wanted, folder))
+
+
+def _dequantize(model: dict[str, Any]) -> None:
+    """Make what is read in pieces a plain tensor.
+
+    An MLP's first weight is cut into gate and up; in FP8 each would be read with a scale of its own, and both put together
+    with that of one.
+    """
+    for part in (part for of_chunk in model.values() for part in of_chunk.values()):
+        if isinstance(part, ShardedTensorFactory) and is_quantized(part.data):
+            part.data = part.data.dequantize()
 
 
 def _metadata() -> dict[str, Any]:

@@ -1,230 +1,244 @@
-"""One card: a slice of Qwen3-VL-30B-A3B in BF16 and in FP8, tokens/s, MFU and peak memory."""
+"""The first hour on a card: is it right, how fast is it, and what takes the time. Stages a to e of card/parts.py.
+
+    python tools/bench/gpu.py run --out card          # all stages; again: only what is not there yet
+    python tools/bench/gpu.py run --out card --stage c --set layers=4 --minutes 9
+    python tools/bench/gpu.py run --out card --markdown
+    python tools/bench/gpu.py run --out dry --dry     # the same on a CPU, in small: says nothing about a card
+
+Every part runs in a process of its own and has a deadline; a stage's are 8 minutes together. Each number is printed and
+written to OUT/results.jsonl as soon as it is known. A part is not run again while that file has its end for the same card,
+versions and settings; one that failed is. What a part's process wrote besides is in OUT/logs. Exit status: 0; 1 when a part
+failed or was left for want of time; 2 when there is nothing to measure on.
+
+Taking it to a bare machine
+---------------------------
+With a network: a CUDA 13 driver, Python 3.12, `pip install -e '.[quickstart,sglang,te,dev]'`. On a machine without network, copy
+the wheels. Make a folder of them where there is one, for the same Python and platform:
+
+1. Choose torch first, since the others are bound to it: sglang pins it exactly (0.5.15 to 0.5.17: 2.11, 0.5.23: 2.14.1) and
+   Transformer Engine's extension is compiled against it. If torch is there already, take the sglang that pins its version.
+2. `pip download megatron-core sglang==VERSION sglang-router scikit-learn pytest -d wheels` with `-c` a file of the versions
+   that are there (`pip freeze`), so that nothing large comes twice. megatron-core is 2.4 MB. flashinfer-cubin is large and not
+   needed: attention backends `fa3` (Hopper) and `triton` do without (`--set attention_backend='"triton"'`).
+3. `pip download --no-deps transformer_engine==V transformer_engine_cu13==V nvdlfw-inspect onnx onnxscript -d wheels`;
+   transformer_engine_cu13 2.20.2 is 277 MB and has all kernels.
+4. transformer_engine_torch has no wheel; it is C++ that needs CUDA's headers, not a card, and is compiled ahead on a machine
+   with the same torch: `NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE pip wheel --no-deps
+   --no-build-isolation transformer_engine_torch==V -w wheels`, about 20 minutes of processor time. CPLUS_INCLUDE_PATH must
+   have the toolkit's include and include/cccl.
+
+There, `pip install --no-index --no-deps` in this order: torch and what it needs, unless it is there; transformer_engine_cu13,
+transformer_engine_torch, transformer_engine; the rest (`wheels/*.whl`); last `--no-build-isolation -e .` in the project's folder.
+Without --no-deps a missing package that nothing here uses (flashinfer-cubin) would stop it.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from itertools import accumulate
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-if TYPE_CHECKING:
-    from gspo_mm.policy.engine import Policy
-    from gspo_mm.types import MicroBatch
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
+from tools.bench.card.parts import PARTS, STAGES, Part  # noqa: E402
+from tools.bench.card.results import Job, Line, RefusedError, Report, Results, markdown, say, summary  # noqa: E402
 
-FORMATS = ["bf16", "tensorwise", "blockwise"]
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
-
-def slice_config(layers: int) -> Any:
-    """Widths, experts, vocabulary and vision tower of Qwen3-VL-30B-A3B (its config.json), fewer decoder layers."""
-    from transformers import Qwen3VLMoeConfig
-
-    return Qwen3VLMoeConfig(
-        text_config={
-            "vocab_size": 151_936,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "max_position_embeddings": 262_144,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 5_000_000.0,
-                "mrope_section": [24, 20, 20],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": 27,
-            "hidden_size": 1152,
-            "num_heads": 16,
-            "intermediate_size": 4304,
-            "out_hidden_size": 2048,
-            "patch_size": 16,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-        tie_word_embeddings=False,
-    )
-
-
-def build(layers: int, number_format: str, recompute: str, freeze_vision: bool) -> Policy:
-    import torch
-
-    from gspo_mm.config import PolicyConfig
-    from gspo_mm.families import FAMILIES
-    from gspo_mm.policy import cpu
-    from gspo_mm.policy.engine import Policy
-    from gspo_mm.policy.parallel import ParallelPlan
-    from gspo_mm.policy.precision import check_fp8
-
-    config = PolicyConfig.model_validate(
-        {
-            "dtype": "bfloat16",
-            "recompute": recompute,
-            "fp8": {"recipe": None if number_format == "bf16" else number_format},
-            "freeze": ["vision", "projector"] if freeze_vision else [],
-            "optimizer": {"lr": 1e-6},
-        }
-    )
-    check_fp8(config)
-    cpu.install()
-    plan = ParallelPlan()
-    plan.initialize(0)
-    policy = Policy(FAMILIES["qwen3_vl_moe"], slice_config(layers), config, plan, total_steps=1000)
-    generator = torch.Generator(device=next(policy.parameters()).device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02, generator=generator)
-    policy.optimizer.take_over_parameters()
-    return policy
-
-
-def make_batch(policy: Policy, sequences: int, length: int, patches: int) -> MicroBatch:
-    """Sequences with one square image each, half of the text trained."""
-    import torch
-
-    from gspo_mm.types import MicroBatch
-
-    hf, side = policy.hf, int(patches**0.5) // 2 * 2
-    image_tokens = side * side // 4
-    generator = torch.Generator().manual_seed(1)
-    text = torch.randint(1000, (sequences, length - image_tokens), generator=generator)
-    image = torch.full((sequences, image_tokens), hf.image_token_id)
-    ids = torch.cat([image, text], dim=1)
-    response = (length - image_tokens) // 2
-    mask = torch.arange(length) >= length - response
-    patch_dim = 3 * 2 * hf.vision_config.patch_size**2
-    offsets = list(accumulate([length] * sequences, initial=0))
-    responses = list(accumulate([response] * sequences, initial=0))
-    return MicroBatch(
-        names=tuple(f"sequence {i}" for i in range(sequences)),
-        token_ids=ids.flatten(),
-        cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
-        positions=torch.arange(length).repeat(sequences).expand(3, -1),
-        response_mask=mask.repeat(sequences),
-        response_cu_seqlens=torch.tensor(responses, dtype=torch.int32),
-        advantages=torch.zeros(sequences),
-        rollout_logprobs=None,
-        pixel_values=torch.randn(sequences * side * side, patch_dim, generator=generator),
-        image_grid_thw=torch.tensor([[1, side, side]] * sequences),
-        image_keys=tuple(map(str, range(sequences))),
-        image_index=torch.arange(sequences),
-    )
-
-
-@app.command()
-def one(
-    number_format: str,
-    layers: int,
-    sequences: int,
-    length: int,
-    patches: int,
-    steps: int,
-    recompute: str,
-    freeze: bool,
-) -> None:
-    """Measure one number format; a line of JSON. Called by `run`, in a process of its own."""
-    import torch
-
-    from gspo_mm.observe.throughput import peak_flops
-
-    policy = build(layers, number_format, recompute, freeze)
-    batch = make_batch(policy, sequences, length, patches)
-    cost = policy.family.flops(policy.hf).training(policy.config.freeze).of_batch(batch)
-    seconds, losses = [], []
-    for step in range(steps + 3):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        stats = policy.update([batch], lambda _, lp, __: (-lp.mean(), {}))
-        torch.cuda.synchronize()
-        losses.append(stats.loss)
-        if step >= 3:
-            seconds.append(time.perf_counter() - began)
-    fastest = median(seconds)
-    bf16_peak, own_peak = peak_flops(), peak_flops(fp8=number_format != "bf16")
-    typer.echo(
-        json.dumps(
-            {
-                "format": number_format,
-                "ms": 1000 * fastest,
-                "tokens_per_second": batch.num_tokens / fastest,
-                "tflops": cost / fastest / 1e12,
-                "mfu": cost / fastest / own_peak if own_peak else None,
-                "mfu_of_bf16_peak": cost / fastest / bf16_peak if bf16_peak else None,
-                "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-                "loss": losses[-1],
-            }
-        )
-    )
+_PACKAGES = ("torch", "transformers", "megatron-core", "transformer-engine", "sglang", "triton")
+_SLOWER = 4  # times the deadline in a dry run, on whatever CPU
+_TOLD = 12  # last lines of a failed part's log
+# on a CPU Transformer Engine's Python code is where other programs do not see it: tests/te
+_TE = Path(sys.prefix) / "te"
 
 
 @app.command()
 def run(
-    layers: Annotated[int, typer.Option(help="Decoder layers; 6 fit 141 GB with optimizer.", min=3)] = 6,
-    sequences: Annotated[int, typer.Option(help="Sequences in the micro-batch.", min=1)] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence, image tokens included.", min=256)] = 4096,
-    patches: Annotated[
-        int, typer.Option(help="Patches of a sequence's image, before merging.", min=4)
-    ] = 4096,
-    steps: Annotated[int, typer.Option(help="Timed updates after three to warm up.", min=1)] = 10,
-    recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "selective",
-    freeze_vision: Annotated[bool, typer.Option(help="Vision tower and projector frozen.")] = True,
-    formats: Annotated[list[str] | None, typer.Option("--format", help=f"Of {', '.join(FORMATS)}.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results.jsonl and logs.")] = Path("runs/card"),
+    stage: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(STAGES)}; all if left out.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="Single parts, by name.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=JSON of all parts with such a setting.")
+    ] = None,
+    dry: Annotated[bool, typer.Option(help="On a CPU, in small.")] = False,
+    again: Annotated[bool, typer.Option(help="Also what has a result.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no part that could take longer than what is left of this.")
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print rows for RESULTS.md.")] = False,
 ) -> None:
-    """Whole updates (forward, backward, optimizer) of a slice of Qwen3-VL-30B-A3B on this card, per number format.
-
-    FLOPs count active experts and the vision tower, no recomputation (batch/cost.py). Targets for one H200: MFU of
-    40 % in BF16, FP8 at least 1.3 times as fast.
-
-    Example:
-
-        python tools/bench/gpu.py run --layers 6 --format bf16 --format tensorwise
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        typer.secho("no CUDA device on this machine: nothing to measure", fg="red", err=True)
-        raise typer.Exit(2)
-    results: list[dict[str, Any]] = []
-    for number_format in formats or FORMATS:
-        settings = (number_format, layers, sequences, length, patches, steps, recompute, freeze_vision)
-        done = subprocess.run(
-            [sys.executable, __file__, "one", *map(str, settings)], capture_output=True, text=True
-        )
-        if done.returncode:
-            typer.secho(f"{number_format}: {done.stderr[-1500:]}", fg="red", err=True)
+    """Measure what has no result yet, and show all results of this card, these versions and settings."""
+    parts = chosen(stage or [], part or [])
+    settings = changed(parts, set_ or [], dry=dry)
+    card, versions = ("CPU", {}) if dry else find_card()
+    versions |= find_versions()
+    jobs = [
+        Job(stage=p.stage, part=p.name, dry=dry, card=card, versions=versions, settings=s)
+        for p, s in zip(parts, settings, strict=True)
+    ]
+    results, began = Results(out), time.monotonic()
+    failed = left = 0
+    for each, job in zip(parts, jobs, strict=True):
+        end = results.end_of(job)
+        if end and end["state"] != "failed" and not again:
             continue
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    table = Table(title=f"{torch.cuda.get_device_name()}, {layers} layers, {sequences} x {length} tokens")
-    for column in ("", "ms / update", "tokens/s", "TFLOP/s", "MFU", "of BF16 peak", "peak GiB"):
-        table.add_column(column, justify="right")
-    for r in results:
-        shares = [f"{r[key]:.1%}" if r[key] else "?" for key in ("mfu", "mfu_of_bf16_peak")]
-        numbers = [f"{r['ms']:.0f}", f"{r['tokens_per_second']:,.0f}", f"{r['tflops']:.0f}"]
-        table.add_row(r["format"], *numbers, *shares, f"{r['peak_gib']:.1f}")
-    Console().print(table)
-    typer.echo(json.dumps(results))
+        if minutes is not None and time.monotonic() - began + each.deadline > 60 * minutes:
+            say(job, f"left for another time: it may take {each.deadline} s", sys.stdout)
+            left += 1
+            continue
+        failed += run_part(each, job, results)["state"] == "failed"
+    ends = [end for job in jobs if (end := results.end_of(job))]
+    title = f"{'dry run, ' if dry else ''}{card}; {', '.join(f'{k} {v}' for k, v in versions.items())}"
+    if as_markdown:
+        typer.echo(markdown(ends, title))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(summary(ends, title))
+    raise typer.Exit(int(failed + left > 0))
+
+
+@app.command(hidden=True)
+def one(name: str, out: Path, job: str) -> None:
+    """One part, in this process. Called by `run`."""
+    from gspo_mm.runtime.parent import die_with_parent
+
+    die_with_parent()
+    shown = os.fdopen(os.dup(1), "w")
+    results, of = Results(out), Job(**json.loads(job))
+    with _log(out, name).open("a") as log:
+        for number in (1, 2):
+            os.dup2(log.fileno(), number)
+    began = time.monotonic()
+    (part,) = (p for p in PARTS if p.name == name)
+    if of.dry and part.te:
+        stand_in_for_te()
+    module, function = part.function.split(".")
+    report = Report(of, results, shown)
+    try:
+        getattr(importlib.import_module(f"tools.bench.card.{module}"), function)(report, **of.settings)
+    except RefusedError as refusal:
+        results.add(of, "refused", report.numbers, seconds=time.monotonic() - began, error=[str(refusal)])
+        say(of, f"refused: {refusal}", shown)
+        return
+    report.end()
+    results.add(of, "done", report.numbers, seconds=time.monotonic() - began)
+
+
+def run_part(part: Part, job: Job, results: Results) -> Line:
+    """The line of its end, whatever that was."""
+    log = _log(results.folder, part.name)
+    log.parent.mkdir(exist_ok=True)
+    log.unlink(missing_ok=True)
+    paths = [ROOT, ROOT / "tools", *([_TE] if job.dry and part.te else []), os.environ.get("PYTHONPATH")]
+    values = {"stage": job.stage, "part": job.part, "dry": job.dry, "card": job.card}
+    values |= {"versions": job.versions, "settings": job.settings}
+    command = [sys.executable, __file__, "one", part.name, str(results.folder), json.dumps(values)]
+    env = {**os.environ, "PYTHONPATH": ":".join(str(path) for path in paths if path)}
+    before, began = len(results.lines()), time.monotonic()
+    deadline = part.deadline * (_SLOWER if job.dry else 1)
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+        subprocess.Popen(command, env={**env, "TMPDIR": scratch}, start_new_session=True) as process,
+    ):
+        try:
+            status = f"its process ended with status {process.wait(deadline)}"
+        except subprocess.TimeoutExpired:
+            status = f"no end within {deadline} s"
+        finally:
+            _kill(process)
+    mine = [line for line in results.lines()[before:] if job.is_of(line)]
+    if mine and mine[-1]["state"] != "known":
+        return mine[-1]
+    known = {name: value for line in mine for name, value in line["numbers"].items()}
+    told = log.read_text(errors="replace").splitlines() if log.exists() else []
+    error = [*told[-_TOLD:], *([] if status.endswith("status 1") else [status])]
+    say(job, f"failed: {error[-1] if error else status}  (all of it: {log})", sys.stdout)
+    return results.add(job, "failed", known, seconds=time.monotonic() - began, error=error)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """With all that it started and left."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _log(out: Path, name: str) -> Path:
+    return out / "logs" / f"{name}.log"
+
+
+def chosen(stages: list[str], names: list[str]) -> list[Part]:
+    known = {part.name for part in PARTS}
+    for option, given, those in (("stage", stages, STAGES), ("part", names, known)):
+        for value in given:
+            if value not in those:
+                raise typer.BadParameter(f"--{option} {value} is none of {', '.join(those)}")
+    return [p for p in PARTS if (not stages or p.stage in stages) and (not names or p.name in names)]
+
+
+def changed(parts: list[Part], changes: list[str], *, dry: bool) -> list[dict[str, Any]]:
+    """Each part's settings, with what --set says over them."""
+    settings = [part.settings_of(dry=dry) for part in parts]
+    for change in changes:
+        key, equals, text = change.partition("=")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            raise typer.BadParameter(f"--set {change}: write KEY=JSON, texts as '\"fa3\"'") from None
+        having = [each for each in settings if key in each]
+        if not equals or not having:
+            raise typer.BadParameter(f"--set {change}: none of these parts has {key}")
+        for each in having:
+            each[key] = value
+    return settings
+
+
+def find_versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def find_card() -> tuple[str, dict[str, str]]:
+    """Name of the first device, and CUDA's version and the driver's, asked in another process: this one holds no memory there."""
+    ask = "import torch; print(torch.cuda.get_device_name() + '|' + torch.version.cuda)"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    if done.returncode:
+        typer.secho(
+            "no CUDA device on this machine: nothing to measure; --dry runs on a CPU", fg="red", err=True
+        )
+        raise typer.Exit(2)
+    card, cuda = done.stdout.strip().splitlines()[-1].split("|")
+    file = Path("/proc/driver/nvidia/version")
+    driver = file.read_text().splitlines()[0] if file.exists() else "unknown"
+    return card, {"cuda": cuda, "driver": driver}
+
+
+def stand_in_for_te() -> None:
+    """Transformer Engine's Python code with its kernels emulated, and its layers in the policy."""
+    from tests.te.stand_in import install
+
+    install()
+    os.environ["PYTHONPATH"] = str(ROOT)  # servers and tools are started without it
+    from gspo_mm.policy import spec
+
+    spec.FUSED = True
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     app()

@@ -57,14 +57,14 @@ def main(
         typer.echo("| " + " | ".join(row) + " |")
 
 
-def make_model(path: Path, gb: float) -> None:
-    """Almost all of it are experts of 9.4 MB each, as wide as those of Qwen3-VL-30B-A3B."""
+def make_model(path: Path, gb: float, **text: Any) -> None:
+    """Almost all of it are experts of 9.4 MB each, as wide as those of Qwen3-VL-30B-A3B. `text`: over its settings."""
     from make_tiny_model import make_tiny_model
 
     layers = 4
     experts = max(2, round(gb * GB / (layers * 4 * 3 * 1024 * 768)))
-    text = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_hidden_layers": layers}
-    make_tiny_model(path, text={**text, "num_experts": experts})
+    widths = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_hidden_layers": layers}
+    make_tiny_model(path, text={**widths, "num_experts": experts, **text})
 
 
 def measure(folder: Path, modes: list[str], *, bucket_mb: int, pushes: int) -> list[list[str]]:
@@ -97,19 +97,22 @@ def measure(folder: Path, modes: list[str], *, bucket_mb: int, pushes: int) -> l
     return [row(way, seconds, extra, size, bucket_mb) for way in ("copy", *modes)]
 
 
-def config_of(folder: Path, mode: str, bucket_mb: int) -> Any:
+def config_of(
+    folder: Path, mode: str, bucket_mb: int, *, verify: bool = True, dtype: str = "float32", **sglang: Any
+) -> Any:
+    """Of a run in `folder`. `sglang`: settings of its servers."""
     from gspo_mm.config import parse_config
 
-    server = {"mem_fraction": 0.3, "max_tokens": 4096, "context_length": 512, "start_timeout": 600}
+    server = {"mem_fraction": 0.3, "max_tokens": 4096, "context_length": 512, "start_timeout": 600, **sglang}
     return parse_config(
         {
             "run": {"name": "bench", "dir": str(folder)},
             "model": {"path": str(folder / "model")},
             "data": {"train": ["unused.tar"]},
             "rollout": {"engine": "sglang", "sglang": server},
-            "sync": {"mode": mode, "bucket_mb": bucket_mb},
+            "sync": {"mode": mode, "bucket_mb": bucket_mb, "verify": verify},
             "reward": {"file": "unused.yaml"},
-            "policy": {"dtype": "float32"},
+            "policy": {"dtype": dtype},
         }
     )
 
