@@ -11,8 +11,9 @@ Dims: N packed tokens of this context-parallel rank, S sequences, L longest of t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -55,6 +56,12 @@ class PackedSequences(PackedSeqParams):
     visual_index: torch.Tensor | None = None  # [image tokens] int64: their rows in this rank's hidden states
     deepstack: list[torch.Tensor] = field(default_factory=list)  # per level [image tokens, D]
     padding: torch.Tensor | None = None  # [1, N/tp] bool: this rank's hidden states that stand for nothing
+
+    @cached_property
+    def turns(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the angles, [N, 1, F] float32; the same for all layers."""
+        assert self.angles is not None
+        return self.angles.cos().unsqueeze(1), self.angles.sin().unsqueeze(1)
 
 
 def pack_params(cu_seqlens: torch.Tensor, angles_NH: torch.Tensor) -> PackedSequences:
@@ -160,9 +167,9 @@ class LayerNorm(torch.nn.LayerNorm):
 class LocalAttention(MegatronModule):
     """Causal attention over packed sequences by torch's scaled_dot_product_attention.
 
-    Sequences are moved to a right-padded [S, L] and back, so that the cost is S*L^2, not N^2. Padding keys stand
-    after every real query, so the causal mask is the only one needed. Under context parallelism every rank gathers
-    all keys and values and answers its own queries: simple, and only meant for machines without CUDA.
+    Neighbours of equal length go together, others one by one: on a CPU a call costs less than padding them would. Under
+    context parallelism every rank gathers all keys and values and answers its own queries: simple, and only meant for
+    machines without CUDA.
     """
 
     def __init__(
@@ -197,14 +204,28 @@ class LocalAttention(MegatronModule):
         assert packed_seq_params is not None
         assert attention_mask is None
         assert attention_bias is None
-        angles_NH, lengths, size = packed_seq_params.angles, packed_seq_params.lengths, self._cp.size()
-        query, key = rotate(query_NAH, angles_NH), rotate(key_NGH, angles_NH)
-        value, mask = value_NGH, None
+        lengths, size = packed_seq_params.lengths, self._cp.size()
+        query, key = (rotate(t, *packed_seq_params.turns) for t in (query_NAH, key_NGH))
+        value = value_NGH
         if size > 1:
             key, value = (GatherTokens.apply(t, lengths, self._cp) for t in (key, value))
-            mask = _causal_mask(lengths, size, self._cp.rank())
-        query = _pad(query, [n // size for n in lengths])
-        key, value = _pad(key, lengths), _pad(value, lengths)
+        runs = [(length, len(list(equal))) for length, equal in groupby(lengths) if length]
+        own, whole = ([length * count // by for length, count in runs] for by in (size, 1))
+        outputs = [
+            self._attend(*parts, length=length, count=count)
+            for (length, count), *parts in zip(
+                runs, query.split(own), key.split(whole), value.split(whole), strict=True
+            )
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend(self, *parts: torch.Tensor, length: int, count: int) -> torch.Tensor:
+        """[own tokens, A*H] of `count` sequences of `length` tokens from their queries, keys and values."""
+        query, key, value = (t.view(count, -1, *t.shape[1:]).transpose(1, 2) for t in parts)
+        size = self._cp.size()
+        mask = None
+        if size > 1:
+            mask = zigzag([length], size, self._cp.rank())[:, None] >= torch.arange(length)
         output_SAQH = F.scaled_dot_product_attention(
             query,
             key,
@@ -215,7 +236,7 @@ class LocalAttention(MegatronModule):
             dropout_p=self._dropout if self.training else 0.0,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return _unpad(output_SAQH, [n // size for n in lengths])
+        return output_SAQH.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 @cache
@@ -235,47 +256,13 @@ def _fused_attention() -> type:
     return FusedAttention
 
 
-def rotate(states_NAH: torch.Tensor, angles_NH: torch.Tensor | None) -> torch.Tensor:
+def rotate(states_NAH: torch.Tensor, cos_N1F: torch.Tensor, sin_N1F: torch.Tensor) -> torch.Tensor:
     """Rotary embedding: every pair (h, h + F/2) turned by its angle, of the first F dims that have one."""
-    assert angles_NH is not None
-    cos, sin = (f(angles_NH).to(states_NAH.dtype).unsqueeze(1) for f in (torch.cos, torch.sin))
+    cos, sin = cos_N1F.to(states_NAH.dtype), sin_N1F.to(states_NAH.dtype)
     turned, rest = states_NAH.split([cos.shape[-1], states_NAH.shape[-1] - cos.shape[-1]], dim=-1)
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
-
-
-def _causal_mask(lengths: tuple[int, ...], size: int, rank: int) -> torch.Tensor:
-    """[S, 1, L/size, L] bool: which keys each of this rank's queries sees; rows of padding see the first key."""
-    longest = max(lengths)
-    mask = torch.zeros(len(lengths), longest // size, longest, dtype=torch.bool)
-    mask[:, :, 0] = True
-    for row, length in enumerate(lengths):
-        places = zigzag([length], size, rank)
-        mask[row, : len(places)] = places[:, None] >= torch.arange(longest)
-    return mask.unsqueeze(1)
-
-
-def _padded_index(lengths: tuple[int, ...] | list[int]) -> torch.Tensor | None:
-    """[N] int64: place of each token in [S*L]; None where all lengths are equal."""
-    counts, longest = torch.tensor(lengths), max(lengths)
-    if min(lengths) == longest:
-        return None
-    shift = torch.arange(len(counts)) * longest - (counts.cumsum(0) - counts)
-    return torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)
-
-
-def _pad(packed_NAH: torch.Tensor, lengths: tuple[int, ...] | list[int]) -> torch.Tensor:
-    if (index := _padded_index(lengths)) is not None:
-        zeros = packed_NAH.new_zeros(len(lengths) * max(lengths), *packed_NAH.shape[1:])
-        packed_NAH = zeros.index_copy(0, index.to(zeros.device), packed_NAH)
-    return packed_NAH.view(len(lengths), max(lengths), *packed_NAH.shape[1:]).transpose(1, 2)
-
-
-def _unpad(padded_SALH: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    rows = padded_SALH.transpose(1, 2).flatten(2).flatten(0, 1)
-    index = _padded_index(lengths)
-    return rows if index is None else rows.index_select(0, index.to(rows.device))
 
 
 def _with_bias(linear: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:

@@ -151,7 +151,8 @@ class EmbeddedEngine:
         from transformers import DynamicCache
 
         longest = max(len(p.token_ids) for p in prompts)
-        ids_QP = torch.full((len(prompts), longest), self._processor.stop_token_ids[0])  # no image token
+        no_image = int(self._hf.image_token_id == 0)
+        ids_QP = torch.full((len(prompts), longest), no_image)
         mask_QP = torch.zeros_like(ids_QP)
         positions_AQP = torch.ones(self._axes, len(prompts), longest, dtype=torch.int64)
         for i, prompt in enumerate(prompts):
