@@ -59,7 +59,7 @@ class EmbeddedEngine:
         self._model: Any = model.eval().requires_grad_(False)
         share_keys_in_decoding(self._model)
         use_torch_norms(self._model)
-        self._decode = Decoder(self._model)
+        self._decode: Any = Decoder(self._model)
         self._parameters = dict(model.named_parameters())
         self._tied = set(model.state_dict()) - set(self._parameters)  # second names of shared tensors
         self._processor = processor
