@@ -311,7 +311,8 @@ class Policy:
         Returns the second halves of what `finish` gave: one per micro-batch there, none on other stages.
         """
         for chunk in self._ddp:
-            chunk.train(not forward_only)  # there is no dropout; recomputation of activations asks for it
+            if chunk.training == forward_only:
+                chunk.train(not forward_only)  # there is no dropout; recomputation of activations asks for it
 
         def forward_step(
             numbered: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module

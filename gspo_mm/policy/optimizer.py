@@ -81,6 +81,12 @@ class Optimizer:
                 ),
                 list(chunks),
             )
+        for part in self._inner.chained_optimizers:
+            if isinstance(
+                part.optimizer, torch.optim.Adam
+            ):  # what megatron takes where there is neither apex nor TE
+                for group in part.optimizer.param_groups:
+                    group["fused"] = True
 
     @torch.no_grad()
     def step(self, done: float | None = None) -> tuple[float, float]:

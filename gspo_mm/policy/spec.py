@@ -11,8 +11,9 @@ Dims: N packed tokens of this context-parallel rank, S sequences, L longest of t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -55,6 +56,12 @@ class PackedSequences(PackedSeqParams):
     visual_index: torch.Tensor | None = None  # [image tokens] int64: their rows in this rank's hidden states
     deepstack: list[torch.Tensor] = field(default_factory=list)  # per level [image tokens, D]
     padding: torch.Tensor | None = None  # [1, N/tp] bool: this rank's hidden states that stand for nothing
+
+    @cached_property
+    def turns(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the angles, [N, 1, F] float32; the same for all layers."""
+        assert self.angles is not None
+        return self.angles.cos().unsqueeze(1), self.angles.sin().unsqueeze(1)
 
 
 def pack_params(cu_seqlens: torch.Tensor, angles_NH: torch.Tensor) -> PackedSequences:
@@ -153,6 +160,34 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if x.is_cuda else Normalized.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
+
+
+class Normalized(torch.autograd.Function):
+    """x / rms(x) * weight over the last dim, in float32 at least; half the passes over memory of what torch does on a CPU.
+
+    With n = x / rms(x) and p = g * n for a gradient g of [..., D]:
+
+        d weight = Σ p        d x = (g * weight − n * (p · weight) / D) / rms(x)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        normal = wide * scale
+        ctx.save_for_backward(normal, scale, weight)
+        return (normal * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        normal, scale, weight = ctx.saved_tensors
+        product, wide = gradient * normal, weight.to(normal.dtype)
+        along = (product @ wide).div_(len(weight)).unsqueeze(-1)
+        of_x = (gradient * wide).addcmul_(normal, along, value=-1).mul_(scale)
+        return of_x.to(gradient.dtype), product.flatten(0, -2).sum(0).to(weight.dtype), None
+
 
 class LayerNorm(torch.nn.LayerNorm):
     """torch's LayerNorm, tagged as `RMSNorm` is."""
@@ -165,9 +200,9 @@ class LayerNorm(torch.nn.LayerNorm):
 class LocalAttention(MegatronModule):
     """Causal attention over packed sequences by torch's scaled_dot_product_attention.
 
-    Sequences are moved to a right-padded [S, L] and back, so that the cost is S*L^2, not N^2. Padding keys stand
-    after every real query, so the causal mask is the only one needed. Under context parallelism every rank gathers
-    all keys and values and answers its own queries: simple, and only meant for machines without CUDA.
+    Neighbours of equal length go together, others one by one: on a CPU a call costs less than padding them would. Under
+    context parallelism every rank gathers all keys and values and answers its own queries: simple, and only meant for
+    machines without CUDA.
     """
 
     def __init__(
@@ -202,14 +237,27 @@ class LocalAttention(MegatronModule):
         assert packed_seq_params is not None
         assert attention_mask is None
         assert attention_bias is None
-        angles_NH, lengths, size = packed_seq_params.angles, packed_seq_params.lengths, self._cp.size()
-        query, key = rotate(query_NAH, angles_NH), rotate(key_NGH, angles_NH)
-        value, mask = value_NGH, None
+        lengths, size = packed_seq_params.lengths, self._cp.size()
+        query, key = (Rotate.apply(t, *packed_seq_params.turns) for t in (query_NAH, key_NGH))
+        value = value_NGH
         if size > 1:
             key, value = (GatherTokens.apply(t, lengths, self._cp) for t in (key, value))
-            mask = _causal_mask(lengths, size, self._cp.rank())
-        query = _pad(query, [n // size for n in lengths])
-        key, value = _pad(key, lengths), _pad(value, lengths)
+        runs = [(length, len(list(equal))) for length, equal in groupby(lengths) if length]
+        if len(runs) == 1:
+            return self._attend(query, key, value, *runs[0])
+        own, whole = ([length * count // by for length, count in runs] for by in (size, 1))
+        parts = zip(query.split(own), key.split(whole), value.split(whole), runs, strict=True)
+        return torch.cat([self._attend(q, k, v, *run) for q, k, v, run in parts])
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, count: int
+    ) -> torch.Tensor:
+        """[own tokens, A*H] of `count` sequences of `length` tokens from their queries, keys and values."""
+        query, key, value = (t.view(count, -1, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
+        size = self._cp.size()
+        mask = None
+        if size > 1:
+            mask = zigzag([length], size, self._cp.rank())[:, None] >= torch.arange(length)
         output_SAQH = F.scaled_dot_product_attention(
             query,
             key,
@@ -220,7 +268,7 @@ class LocalAttention(MegatronModule):
             dropout_p=self._dropout if self.training else 0.0,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return _unpad(output_SAQH, [n // size for n in lengths])
+        return output_SAQH.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 @cache
@@ -240,47 +288,30 @@ def _fused_attention() -> type:
     return FusedAttention
 
 
-def rotate(states_NAH: torch.Tensor, angles_NH: torch.Tensor | None) -> torch.Tensor:
-    """Rotary embedding: every pair (h, h + F/2) turned by its angle, of the first F dims that have one."""
-    assert angles_NH is not None
-    cos, sin = (f(angles_NH).to(states_NAH.dtype).unsqueeze(1) for f in (torch.cos, torch.sin))
-    turned, rest = states_NAH.split([cos.shape[-1], states_NAH.shape[-1] - cos.shape[-1]], dim=-1)
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+class Rotate(torch.autograd.Function):
+    """Rotary embedding of states [N, A, H]: every pair (h, h + F/2) turned by its angle, of the first F dims that have one.
+
+    Cosine and sine are [N, 1, F]. Backward turns the gradient by the negative angle, and keeps no state for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(states, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradient, cos, -sin), None, None
+
+
+def _turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    (num, half), rest = (cos.shape[-1], cos.shape[-1] // 2), states[..., cos.shape[-1] :]
+    turned = states[..., :num] * cos
+    turned[..., :half].addcmul_(states[..., half:num], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(states[..., :half], sin[..., half:])
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
-
-
-def _causal_mask(lengths: tuple[int, ...], size: int, rank: int) -> torch.Tensor:
-    """[S, 1, L/size, L] bool: which keys each of this rank's queries sees; rows of padding see the first key."""
-    longest = max(lengths)
-    mask = torch.zeros(len(lengths), longest // size, longest, dtype=torch.bool)
-    mask[:, :, 0] = True
-    for row, length in enumerate(lengths):
-        places = zigzag([length], size, rank)
-        mask[row, : len(places)] = places[:, None] >= torch.arange(longest)
-    return mask.unsqueeze(1)
-
-
-def _padded_index(lengths: tuple[int, ...] | list[int]) -> torch.Tensor | None:
-    """[N] int64: place of each token in [S*L]; None where all lengths are equal."""
-    counts, longest = torch.tensor(lengths), max(lengths)
-    if min(lengths) == longest:
-        return None
-    shift = torch.arange(len(counts)) * longest - (counts.cumsum(0) - counts)
-    return torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)
-
-
-def _pad(packed_NAH: torch.Tensor, lengths: tuple[int, ...] | list[int]) -> torch.Tensor:
-    if (index := _padded_index(lengths)) is not None:
-        zeros = packed_NAH.new_zeros(len(lengths) * max(lengths), *packed_NAH.shape[1:])
-        packed_NAH = zeros.index_copy(0, index.to(zeros.device), packed_NAH)
-    return packed_NAH.view(len(lengths), max(lengths), *packed_NAH.shape[1:]).transpose(1, 2)
-
-
-def _unpad(padded_SALH: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    rows = padded_SALH.transpose(1, 2).flatten(2).flatten(0, 1)
-    index = _padded_index(lengths)
-    return rows if index is None else rows.index_select(0, index.to(rows.device))
 
 
 def _with_bias(linear: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:

@@ -15,7 +15,9 @@ import torch
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.families import family_of
+from gspo_mm.rollout.cache import make_room, share_keys_in_decoding, use_torch_norms
 from gspo_mm.rollout.engine import TokenSide
+from gspo_mm.rollout.traced import Decoder
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.types import Completion, EncodedPrompt, Finish, SamplingParams
 
@@ -55,8 +57,9 @@ class EmbeddedEngine:
         with torch.random.fork_rng(), device:
             model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype)
         self._model: Any = model.eval().requires_grad_(False)
-        if device.type == "cpu" and hasattr(model, "set_experts_implementation"):
-            self._model.set_experts_implementation("eager")
+        share_keys_in_decoding(self._model)
+        use_torch_norms(self._model)
+        self._decode: Any = Decoder(self._model)
         self._parameters = dict(model.named_parameters())
         self._tied = set(model.state_dict()) - set(self._parameters)  # second names of shared tensors
         self._processor = processor
@@ -100,17 +103,20 @@ class EmbeddedEngine:
         return answers
 
     def close(self, reason: str = "") -> None:
-        self._parameters, self._model = {}, None
+        self._parameters, self._model, self._decode = {}, None, None
 
     @torch.inference_mode()
     def _generate_chunk(
         self, prompts: list[EncodedPrompt], group_size: int, sampling: SamplingParams, uniforms: torch.Tensor
     ) -> list[list[Completion]]:
         logits_QV, cache, mask_QP, next_position_Q = self._prefill(prompts)
-        cache.batch_repeat_interleave(group_size)
+        make_room(cache, copies=group_size, tokens=sampling.max_new_tokens)
         logits_BV, mask_BP, position_B = (
             x.repeat_interleave(group_size, dim=0) for x in (logits_QV, mask_QP, next_position_Q)
         )
+        seen_BT = torch.nn.functional.pad(mask_BP.bool(), (0, sampling.max_new_tokens), value=True)
+        mask_B11T = torch.zeros(seen_BT.shape, dtype=self._model.dtype, device=self._device)
+        mask_B11T = mask_B11T.masked_fill_(~seen_BT, -torch.inf)[:, None, None]
         num_rows = len(prompts) * group_size
         tokens: list[list[int]] = [[] for _ in range(num_rows)]
         logprobs: list[list[float]] = [[] for _ in range(num_rows)]
@@ -129,18 +135,17 @@ class EmbeddedEngine:
             if not going_B.all():
                 keep = going_B.nonzero().squeeze(1)
                 cache.batch_select_indices(keep)
-                token_B, alive_B, mask_BP, position_B = (
+                token_B, alive_B, mask_B11T, position_B = (
                     token_B[keep],
                     alive_B[keep],
-                    mask_BP[keep],
+                    mask_B11T[keep],
                     position_B[keep],
                 )
-            mask_BP = torch.cat([mask_BP, mask_BP.new_ones(len(mask_BP), 1)], dim=1)
-            logits_BV = self._forward(
-                input_ids=token_B[:, None],
-                attention_mask=mask_BP,
-                positions_ABP=position_B[None, :, None].expand(self._axes, -1, 1),
-                past_key_values=cache,
+            logits_BV = self._decode(
+                token_B[:, None],
+                self._on_axes(position_B[None, :, None].expand(self._axes, -1, 1)),
+                mask_B11T[..., : mask_BP.shape[1] + step + 1],
+                cache,
             )
             position_B = position_B + 1
         completions = [self._completion(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
@@ -151,7 +156,8 @@ class EmbeddedEngine:
         from transformers import DynamicCache
 
         longest = max(len(p.token_ids) for p in prompts)
-        ids_QP = torch.full((len(prompts), longest), self._processor.stop_token_ids[0])  # no image token
+        no_image = int(self._hf.image_token_id == 0)
+        ids_QP = torch.full((len(prompts), longest), no_image)
         mask_QP = torch.zeros_like(ids_QP)
         positions_AQP = torch.ones(self._axes, len(prompts), longest, dtype=torch.int64)
         for i, prompt in enumerate(prompts):
@@ -162,13 +168,16 @@ class EmbeddedEngine:
         pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
         grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
         cache = DynamicCache(config=self._model.config.get_text_config())
-        logits_QV = self._forward(
+        outputs = self._model(
             input_ids=ids_QP.to(self._device),
             attention_mask=mask_QP.to(self._device),
-            positions_ABP=positions_AQP.to(self._device),
+            position_ids=self._on_axes(positions_AQP.to(self._device)),
             past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
             **self._images(pixels, grids),
         )
+        logits_QV = outputs.logits[:, -1].float()
         next_position_Q = positions_AQP.amax(dim=(0, 2)) + 1
         return logits_QV, cache, mask_QP.to(self._device), next_position_Q.to(self._device)
 
@@ -178,10 +187,9 @@ class EmbeddedEngine:
         inputs = self._family.hf_inputs(self._hf, torch.cat(pixels), torch.cat(grids))
         return {name: tensor.to(self._device) for name, tensor in inputs.items()}
 
-    def _forward(self, positions_ABP: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        positions = positions_ABP if self._axes > 1 else positions_ABP[0]
-        outputs = self._model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
-        return outputs.logits[:, -1].float()
+    def _on_axes(self, positions_ABP: torch.Tensor) -> torch.Tensor:
+        """As transformers wants them: without the axes where there is only one."""
+        return positions_ABP if self._axes > 1 else positions_ABP[0]
 
     def _completion(self, tokens: list[int], logprobs: list[float]) -> Completion:
         stopped = tokens[-1] in self._processor.stop_token_ids
@@ -207,18 +215,17 @@ def draw(
         logprobs_BV = logits_BV.log_softmax(-1)
         token_B = logits_BV.argmax(-1)
         return token_B, logprobs_BV.gather(1, token_B[:, None]).squeeze(1)
-    logprobs_BV = (logits_BV / sampling.temperature).log_softmax(-1)
-    probs_BV = logprobs_BV.double().exp()
+    scaled_BV = logits_BV if sampling.temperature == 1 else logits_BV / sampling.temperature
+    logprobs_BV = scaled_BV.log_softmax(-1)
+    probs_BV = logprobs_BV.exp().double()
     if sampling.top_k or sampling.top_p < 1.0:
         probs_BV = _filter(probs_BV, sampling)
     cumulative_BV = probs_BV.cumsum(-1)
-    token_B = torch.searchsorted(
-        cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True
-    ).squeeze(1)
-    # u * total can round up to the total itself: fall back to the last token that has any probability
-    last_B = logits_BV.shape[1] - 1 - (probs_BV > 0).flip(-1).int().argmax(-1)
-    token_B = torch.minimum(token_B, last_B)
-    return token_B, logprobs_BV.gather(1, token_B[:, None]).squeeze(1)
+    total_B1 = cumulative_BV[:, -1:]
+    # u * total can round up to the total itself: stay below it, so that the token has a probability
+    place_B1 = torch.minimum(uniform_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    token_B1 = torch.searchsorted(cumulative_BV, place_B1, right=True)
+    return token_B1.squeeze(1), logprobs_BV.gather(1, token_B1).squeeze(1)
 
 
 def _filter(probs_BV: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:

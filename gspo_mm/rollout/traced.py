@@ -1,0 +1,83 @@
+"""One decoding step of a transformers model as a recorded list of operations, so that a token costs little of Python.
+
+Half of a small model's step on a CPU is Python between the operations. torch.jit.trace records them in the time of a few
+steps, where torch.compile takes minutes and a C++ compiler. torch 2.14 calls it deprecated: where it is gone, and on GPUs,
+every step runs as it is written, with the same numbers.
+
+A recording is used for a number of rows once it has agreed with the model itself on a step of another length than its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+from gspo_mm.rollout.cache import Room, Window
+
+
+class Step(torch.nn.Module):
+    """(token ids [B, 1], positions, mask [B, 1, 1, T], keys and values of every layer) -> logits [B, V].
+
+    The last of the T places of keys and values is filled.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, *states: torch.Tensor
+    ) -> torch.Tensor:
+        pairs = zip(states[::2], states[1::2], strict=True)
+        return self.run(ids, positions, mask, Cache(layers=[Window(*pair) for pair in pairs]))
+
+    def run(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+        outputs = self.model(
+            **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=False
+        )
+        return outputs[0][:, -1].float()
+
+
+class Decoder:
+    """Decoding steps of `model`, recorded where that is possible."""
+
+    def __init__(self, model: Any) -> None:
+        self._step = Step(model)
+        self._recorded: Any = None
+        self._agreed: set[int] = set()  # numbers of rows
+        self._records = model.device.type == "cpu" and hasattr(torch.jit, "trace")
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        """Logits [B, V] float32 of the next token; `cache` has one token more afterwards."""
+        if not (self._records and all(type(layer) is Room for layer in cache.layers)):
+            return self._step.run(ids, positions, mask, cache)
+        inputs = (ids, positions, mask, *(state for layer in cache.layers for state in layer.grow(1)))
+        if len(ids) in self._agreed:
+            return self._recorded(*inputs)
+        logits_BV = self._step(*inputs)
+        if self._recorded is None:
+            self._recorded = _record(self._step, inputs)
+        elif torch.allclose(self._recorded(*inputs), logits_BV, rtol=1e-5, atol=1e-5):
+            self._agreed.add(len(ids))
+        else:
+            self._records = False
+        return logits_BV
+
+
+def _record(step: Step, inputs: tuple[torch.Tensor, ...]) -> Any:
+    """Quietly: torch says that it is deprecated and that sizes may become constants, transformers that it has no loss."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.jit.trace(step, inputs, check_trace=False)
+    finally:
+        logging.set_verbosity(level)
