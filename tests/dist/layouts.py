@@ -77,14 +77,18 @@ def loss_of(mine: list[int], batches: list[MicroBatch]) -> Callable[..., tuple[t
     return loss_fn
 
 
+def in_pieces(bucket: int | None, folder: Path, config: PolicyConfig) -> Policy:
+    """A policy whose ranks exchange so many numbers at once: a tiny model in many pieces, as a large one is."""
+    with pytest.MonkeyPatch.context() as patched:
+        ddp = partial(DistributedDataParallelConfig, bucket_size=bucket)
+        patched.setattr(engine, "DistributedDataParallelConfig", ddp)
+        return Policy.from_hf(str(folder), config, seed=0, total_steps=4)
+
+
 def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Log-probs, loss and gradients of four micro-batches, and the weights after two optimizer steps on them."""
     changes = dict(changes)
-    with pytest.MonkeyPatch.context() as patched:
-        # numbers that ranks exchange at once: many pieces, as a large model has
-        ddp = partial(DistributedDataParallelConfig, bucket_size=changes.pop("bucket", None))
-        patched.setattr(engine, "DistributedDataParallelConfig", ddp)
-        policy = Policy.from_hf(str(folder), policy_config(changes), seed=0, total_steps=4)
+    policy = in_pieces(changes.pop("bucket", None), folder, policy_config(changes))
     everything = batches_of(policy)
     mine = list(range(len(everything)))[policy.groups.dp.rank() :: policy.plan.dp]
     batches = [everything[i] for i in mine]

@@ -14,6 +14,10 @@ import torch
 FORMATS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {},
+    "overlapping": {
+        "optimizer": {"overlap": True},
+        "megatron": {"overlap_dispatch_backward_with_experts_wgrad": True},
+    },
     "tensorwise": {"fp8": {"recipe": "tensorwise"}},
     "blockwise": {"fp8": {"recipe": "blockwise"}},
     "tensorwise primary": {"fp8": {"recipe": "tensorwise", "primary_weights": True}},
@@ -29,7 +33,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
     "tp2 ep2 etp1": (2, {"tp": 2, "ep": 2, "etp": 1}, ["float32", "blockwise", "tensorwise primary"]),
     "pp2": (2, {"pp": 2}, ["float32", "bfloat16", "tensorwise"]),
     "pp2 vpp2": (2, {"pp": 2, "vpp": 2}, ["float32", "blockwise primary"]),
-    "dp2": (2, {"dp": 2}, ["float32", "bfloat16", *PRIMARY]),
+    "dp2": (2, {"dp": 2}, ["float32", "bfloat16", "overlapping", *PRIMARY]),
     "cp2": (2, {"cp": 2}, ["bfloat16", "tensorwise"]),
     "tp4": (4, {"tp": 4}, ["float32", *FP8]),
     "tp2 ep2 etp2": (4, {"tp": 2, "ep": 2, "etp": 2}, ["blockwise primary"]),
@@ -38,16 +42,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
 
 def measure(folder: Path, parallel: dict[str, int], form: str) -> dict[str, Any]:
     """Log-probs, and losses and weights of two updates, all by two micro-batches of which one has no image."""
-    from gspo_mm.policy.engine import Policy
-    from tests.dist.layouts import loss_of, policy_config
+    from tests.dist.layouts import in_pieces, loss_of, policy_config
     from tools.check_parity import positions_model, random_batches
 
     # large enough steps that BF16 does not round them away
     optimizer = {} if form == "float32" else {"lr": 4e-3, "eps": 1e-8}
-    config = policy_config(
-        {"dtype": "bfloat16", **FORMATS[form], "parallel": parallel, "optimizer": optimizer}
-    )
-    policy = Policy.from_hf(str(folder), config, seed=0, total_steps=4)
+    settings = FORMATS[form] | {"optimizer": optimizer | FORMATS[form].get("optimizer", {})}
+    config = policy_config({"dtype": "bfloat16", **settings, "parallel": parallel})
+    policy = in_pieces(20_000 if form == "overlapping" else None, folder, config)
     everything = random_batches(positions_model(policy.hf), images=2)
     mine = list(range(len(everything)))[policy.groups.dp.rank() :: policy.plan.dp]
     batches, loss_fn = [everything[i] for i in mine], loss_of(mine, everything)

@@ -19,9 +19,11 @@ from tests.tiny_vl import save, wide_vl
 
 SITE = str(Path(sys.prefix) / "te")
 # largest differences to one rank: of log-probs (nats), of all gradients together, of two updates together, of losses and norms
-# (parts of them). Pipeline stages and data parallelism round nothing differently. The rest of BF16 and FP8 is what another
-# order of sums, or a scale of other tokens, does to the choice of experts.
-EXACT = (0.0, 0.0, 1e-3, 1e-6)
+# (parts of them). Pipeline stages and data parallelism round nothing differently, but for a norm's last digit, by which the
+# first update is scaled; in BF16 that decides how some weights are rounded, and so what the second one is. The rest of BF16
+# and FP8 is what another order of sums, or a scale of other tokens, does to the choice of experts.
+EXACT = {"float32": (0.0, 0.0, 1e-3, 1e-6)}
+NEARLY = (0.0, 0.0, 0.05, 2e-4)
 CLOSE = {"float32": (5e-6, 1e-5, 1e-4, 1e-5), "bfloat16": (0.1, 0.05, 0.3, 0.05)}
 FP8 = (0.2, 0.3, 0.8, 0.15)
 SAME = ("pp2", "dp2")
@@ -68,7 +70,7 @@ CASES = [(name, form) for name, (ranks, _, forms) in LAYOUTS.items() if ranks > 
 @pytest.mark.parametrize(("layout", "form"), CASES, ids=[f"{name}, {form}" for name, form in CASES])
 def test_a_layout_computes_what_one_rank_computes(layout: str, form: str, measured: Any) -> None:
     found, expected = measured(layout, form), measured("alone", form)
-    logprobs, gradients, updates, sums = EXACT if layout in SAME else CLOSE.get(form, FP8)
+    logprobs, gradients, updates, sums = EXACT.get(form, NEARLY) if layout in SAME else CLOSE.get(form, FP8)
     assert (found["logprobs"] - expected["logprobs"]).abs().max() <= logprobs
     assert found["gradients"].keys() == expected["gradients"].keys()
     assert apart(flat(found["gradients"]), flat(expected["gradients"])) <= gradients
