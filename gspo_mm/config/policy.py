@@ -137,6 +137,12 @@ class PolicyConfig(Section):
                 f"policy.fp8.recipe={self.fp8.recipe} with policy.dtype={self.dtype}: what is not FP8 must be "
                 "bfloat16; set policy.dtype=bfloat16"
             )
+        if "language" in self.freeze and self.fp8.primary_weights:
+            raise ValueError(
+                f"policy.freeze={self.freeze} with policy.fp8.primary_weights=true would keep the decoder's weights rounded to "
+                "FP8 and nowhere else, so that they would be exported otherwise than they came; set "
+                "policy.fp8.primary_weights=false"
+            )
         if "language" in self.freeze and self.parallel.pp > 1:
             raise ValueError(
                 f"policy.freeze={self.freeze} with policy.parallel.pp={self.parallel.pp} leaves later pipeline stages "

@@ -5,6 +5,7 @@ steps, where torch.compile takes minutes and a C++ compiler. torch 2.14 calls it
 every step runs as it is written, with the same numbers.
 
 A recording is used for a number of rows once it has agreed with the model itself on a step of another length than its own.
+A mixture whose experts are gone through in a loop is not recorded: the loop's length is that of one step's choice.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Decoder:
         self._step = Step(model)
         self._recorded: Any = None
         self._agreed: set[int] = set()  # numbers of rows
-        self._records = model.device.type == "cpu" and hasattr(torch.jit, "trace")
+        loops = getattr(getattr(model, "config", None), "_experts_implementation", "") == "eager"
+        self._records = model.device.type == "cpu" and hasattr(torch.jit, "trace") and not loops
 
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any

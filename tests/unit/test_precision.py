@@ -93,6 +93,8 @@ def test_optimizer_memory_options_need_a_device(key: str) -> None:
 
 def test_freezing_language_and_pipelines_exclude_each_other() -> None:
     assert "nothing to train; use pp=1" in refused(freeze=["language"], parallel={"pp": 2})
+    primary = {"recipe": "tensorwise", "primary_weights": True}
+    assert "set policy.fp8.primary_weights=false" in refused(freeze=["language"], fp8=primary)
 
 
 WIDTHS = {"hidden_size": 2048, "ffn_hidden_size": 6144, "moe_ffn_hidden_size": 768, "moe_layer_freq": [1, 1]}

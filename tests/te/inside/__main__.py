@@ -1,4 +1,4 @@
-"""Runs a file of tests with the stand-in installed: python -m tests.te.inside FILE [pytest's options]"""
+"""Runs files of tests with the stand-in installed: python -m tests.te.inside FILE... [pytest's options]"""
 
 import sys
 
