@@ -75,9 +75,12 @@ class ToyServer(ThreadingHTTPServer):
                     input_ids=tokens, position_ids=positions, pixel_values=pixels, image_grid_thw=all_grids
                 ).logits.log_softmax(-1)
                 of_prompt = of_prompt or logits[0, :-1].gather(1, tokens[0, 1:, None]).squeeze(1).tolist()
-                drawn = logits[:, -1].argmax(-1, keepdim=True)
+                # never the token of an image, for which transformers would look for features
+                last = logits[:, -1].clone()
+                last[:, self._processor.image_token_id] = -torch.inf
+                drawn = last.argmax(-1, keepdim=True)
                 if not asked["greedy"]:
-                    drawn = torch.multinomial(logits[:, -1].exp(), 1, generator=self._random)
+                    drawn = torch.multinomial(last.exp(), 1, generator=self._random)
                 for number, token in enumerate(drawn.squeeze(1).tolist()):
                     rows[number].append(token)
                     logprobs[number].append(logits[number, -1, token].item())

@@ -27,7 +27,7 @@ _PARITY = {"mixture", "dense"}
 _TRAINED = {f"{kind} {way}" for kind in _PARITY for way in ("beside", "primary")}
 _SPEED = {"ms", "tokens_per_second", "tflops", "peak_gib", "kernels", "first_update_s"}
 NUMBERS = {
-    "machine": {"cores", "memory", "policy layers", "transformer_engine_import_s"},
+    "machine": {"cores", "memory", "on_for_speed", "transformer_engine_import_s"},
     "memcpy": {"copy_gb_per_s"},
     "gemm-bf16": {"relative_error", "tflops"},
     "gemm-tensorwise": {"relative_error", "tflops"},

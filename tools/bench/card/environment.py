@@ -11,14 +11,14 @@ from tools.bench.card.results import RefusedError, Report
 
 
 def machine(report: Report) -> None:
-    """Findings of `gspo-mm doctor`, and how long Transformer Engine takes to be imported."""
+    """Findings of `gspo-mm doctor`, what the policy has for its speed, how long Transformer Engine takes to be imported."""
     from gspo_mm.commands.doctor import diagnose
+    from gspo_mm.policy.speed import choices_of_run
 
     for check in diagnose():
-        if check.status in ("warning", "error") or check.name.startswith(
-            ("cuda", "policy", "cores", "memory")
-        ):
+        if check.status in ("warning", "error") or check.name.startswith(("cuda", "cores", "memory")):
             report(**{check.name: f"{check.status}: {check.found}"})
+    report(on_for_speed=[choice.name for choice in choices_of_run(None, None) if choice.on])
     began = time.perf_counter()
     import transformer_engine.pytorch  # pyright: ignore[reportMissingImports]  # noqa: F401
 
