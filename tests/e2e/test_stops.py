@@ -74,10 +74,10 @@ import os
 from gspo_mm.policy import update
 from gspo_mm.types import NonFiniteError
 step, loss, now = update._step, update.policy_loss, None
-def noted(*arguments):
+def noted(*arguments, **named):
     global now
     now = arguments[-1]
-    return step(*arguments)
+    return step(*arguments, **named)
 def poisoned(*arguments, **options):
     if now == float(os.environ["POISON"]) and os.environ.get("RANK", "0") == os.environ["POISONED_RANK"]:
         raise NonFiniteError("a poisoned update")
