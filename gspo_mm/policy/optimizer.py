@@ -82,9 +82,8 @@ class Optimizer:
                 list(chunks),
             )
         for part in self._inner.chained_optimizers:
-            if isinstance(
-                part.optimizer, torch.optim.Adam
-            ):  # what megatron takes where there is neither apex nor TE
+            # what megatron takes where there is neither apex nor Transformer Engine
+            if isinstance(part.optimizer, torch.optim.Adam):
                 for group in part.optimizer.param_groups:
                     group["fused"] = True
 

@@ -22,6 +22,9 @@ from gspo_mm.families import family_of
 from gspo_mm.policy.parallel import ParallelPlan, PlanError
 from gspo_mm.policy.spec import has_fused_modules
 
+# settings of megatron that whole sections of policy stand for
+_OURS = ("fp8", "fp4", "recompute")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -33,7 +36,6 @@ class Choice:
     why: str
     # arguments of megatron's TransformerConfig where it is on
     megatron: Mapping[str, Any] = field(default_factory=dict)
-
     # a GPU is here, and stands idle for want of this
     missed: bool = False
 
@@ -86,9 +88,8 @@ def prepare_process(config: Config) -> list[Choice]:
     # servers on the same GPUs map the trainer's memory, which such segments do not allow everywhere
     expandable = cuda and not (config.rollout.serves and config.sync.mode == "tensor")
     if expandable and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
-        torch.cuda.memory._set_allocator_settings(
-            "expandable_segments:True"
-        )  # in no environment, for servers inherit that
+        # in no environment, for servers inherit that
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     return [
         _choice(
             "kernels in order of launch",
@@ -130,10 +131,6 @@ def overridden(
                 f"(it is {fixed.get(name)!r}); take it out and set that key"
             )
     return {**chosen, **wanted}
-
-
-# settings of megatron that whole sections of policy stand for
-_OURS = ("fp8", "fp4", "recompute")
 
 
 def overlaps_reduction(config: PolicyConfig, plan: ParallelPlan) -> bool:

@@ -48,10 +48,10 @@ class EmbeddedEngine:
     """
 
     def __init__(self, model_path: str, processor: TokenSide, *, dtype: torch.dtype, max_batch: int) -> None:
-        from transformers import AutoConfig, AutoModelForImageTextToText
+        from transformers import AutoModelForImageTextToText
 
-        config = AutoConfig.from_pretrained(model_path)
-        self._family, self._hf = family_of(model_path), config
+        self._family = family_of(model_path)
+        self._hf = config = self._family.load_config(model_path)
         self._axes = len(self._family.positions(config, torch.empty(0, dtype=torch.int64), None))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(), device:
