@@ -73,15 +73,18 @@ def wide_vl(*, moe: bool = True, vision: Any = None, **text: Any) -> Any:
     return model
 
 
-def tiny_vl(*, moe: bool = True, tied: bool = False, seed: int = 0, vision: Any = None, **text: Any) -> Any:
+def tiny_vl(*, moe: bool = True, vision: Any = None, **text: Any) -> Any:
     """transformers' model in float32 with weights that hide no fault: no norm is 1, no bias 0."""
-    text_config = {**TEXT, **(EXPERTS if moe else {}), "tie_word_embeddings": tied, **text}
-    vision_config = {**VISION, "out_hidden_size": text_config["hidden_size"], **(vision or {})}
-    last = text_config["vocab_size"]
     kind = "Qwen3VLMoe" if moe else "Qwen3VL"
+    return _tiny(kind, {**TEXT, **(EXPERTS if moe else {}), **text}, {**VISION, **(vision or {})})
+
+
+def _tiny(kind: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    tied, seed = text.pop("tied", False), text.pop("seed", 0)
+    last = text["vocab_size"]
     config = getattr(transformers, f"{kind}Config")(
-        text_config=text_config,
-        vision_config=vision_config,
+        text_config={**text, "tie_word_embeddings": tied},
+        vision_config={**vision, "out_hidden_size": text["hidden_size"]},
         image_token_id=last - 4,
         video_token_id=last - 3,
         vision_start_token_id=last - 2,
@@ -89,29 +92,59 @@ def tiny_vl(*, moe: bool = True, tied: bool = False, seed: int = 0, vision: Any 
         tie_word_embeddings=tied,
         dtype="float32",
     )
-    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).float().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.2 * noise)
+                parameter.add_(0.2 * noise)
             else:
-                parameter.copy_(noise * (0.5 if name.endswith("mlp.gate.weight") else 0.1))
-    if moe:
+                parameter.copy_(noise * (0.5 if name.endswith(("mlp.gate.weight", "conv1d.weight")) else 0.1))
+    if "Moe" in kind:
         model.set_experts_implementation("eager")
     return model
+
+
+LINEAR: dict[str, Any] = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    # a first token whose query and key are nearly orthogonal leaves almost nothing, of which the norm keeps the rounding alone
+    "rms_norm_eps": 1e-3,
+    "head_dim": 32,
+    "rope_parameters": {**TEXT["rope_parameters"], "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25},
+}
+
+
+def tiny_hybrid(*, moe: bool = True, vision: Any = None, **text: Any) -> Any:
+    """As `tiny_vl`, of the family that attends linearly in three of four layers."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    shared = {"shared_expert_intermediate_size": 40}
+    vision = {**{k: v for k, v in VISION.items() if k != "deepstack_visual_indexes"}, **(vision or {})}
+    return _tiny(
+        "Qwen3_5Moe" if moe else "Qwen3_5",
+        {**TEXT, **LINEAR, **(experts | shared if moe else {}), **text},
+        vision,
+    )
 
 
 def save(model: Any, path: Path, *, layout: str = "published", dtype: torch.dtype = torch.float32) -> Path:
     """Save as a folder whose fused experts are in `layout`: published or transformers."""
     model.save_pretrained(path)
     file = path / "model.safetensors"
-    memory = model.state_dict()
-    tensors = load_file(file)
+    stored, memory = load_file(file), model.state_dict()
+    # some families' experts are saved one by one
+    names = [name for name in memory if name in stored or ".experts." in name]
+    tensors = {name: memory[name].to(dtype) for name in names}
     for name, tensor in tensors.items():
-        if ".experts." in name:
-            tensor = memory[name].transpose(1, 2) if layout == "published" else memory[name]
-        tensors[name] = tensor.to(dtype).contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})
+        if ".experts." in name and layout == "published":
+            tensors[name] = tensor.transpose(1, 2)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"}
+    )
     return path

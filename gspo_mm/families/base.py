@@ -122,6 +122,59 @@ class MergeQkv:
 
 
 @dataclass(frozen=True)
+class MergeGatedQkv:
+    """As MergeQkv, where q holds [its query, its gate] head by head: every group becomes [queries, gates, key, value]."""
+
+    num_groups: int
+    head_dim: int
+    axis: Axis | None = "tp"
+
+    def to_megatron(self, hf: list[torch.Tensor]) -> list[torch.Tensor]:
+        query, *rest = hf
+        inner = query.shape[1:]
+        heads = query.reshape(self.num_groups, -1, 2, self.head_dim, *inner).transpose(1, 2)
+        return self._plain().to_megatron([heads.reshape(-1, *inner), *rest])
+
+    def to_hf(self, megatron: list[torch.Tensor]) -> list[torch.Tensor]:
+        query, *rest = self._plain().to_hf(megatron)
+        inner = query.shape[1:]
+        heads = query.reshape(self.num_groups, 2, -1, self.head_dim, *inner).transpose(1, 2)
+        return [heads.reshape(-1, *inner), *rest]
+
+    def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+        return self._plain().shard(whole, size, rank)
+
+    def unshard(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return self._plain().unshard(parts)
+
+    def _plain(self) -> MergeQkv:
+        return MergeQkv(self.num_groups, self.head_dim)
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Tensors <-> one, row after row, made of sections of that many rows; each rank holds its part of every section."""
+
+    sections: tuple[int, ...]  # of the whole tensor
+    tensors: tuple[int, ...]  # rows of each tensor on the Hugging Face side
+    axis: Axis | None = "tp"
+
+    def to_megatron(self, hf: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.cat(hf)]
+
+    def to_hf(self, megatron: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list(megatron[0].split(self.tensors))
+
+    def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+        return torch.cat([_part(section, 0, size, rank) for section in whole.split(self.sections)])
+
+    def unshard(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        sizes = [rows // len(parts) for rows in self.sections]
+        by_section = zip(*(part.split(sizes) for part in parts), strict=True)
+        return torch.cat([part for section in by_section for part in section])
+
+
+@dataclass(frozen=True)
 class MergeGateUp:
     """gate [F, D] and up [F, D] <-> [2F, D], gate first; each rank holds its part of both."""
 
@@ -193,6 +246,7 @@ class ModelDims:
     num_experts: int  # 0: dense
     expert_ffn: int = 0  # inner size of one expert
     deepstack_levels: int = 0
+    linear_heads: int = 0  # key heads of linear attention; 0: none
 
 
 class Family(ABC):
@@ -226,6 +280,7 @@ class Family(ABC):
             num_experts=made.get("num_moe_experts", 0),
             expert_ffn=made.get("moe_ffn_hidden_size", 0),
             deepstack_levels=self.deepstack_levels(hf),
+            linear_heads=made.get("linear_num_key_heads", 0),
         )
 
     @abstractmethod

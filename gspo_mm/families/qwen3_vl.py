@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,29 +57,40 @@ class Qwen3VL(Family):
         return hf
 
     def flops(self, hf: Any) -> FlopModel:
-        text, vision, mixtures = hf.text_config, hf.vision_config, sum(moe_layers(hf.text_config))
-        hidden, tower = text.hidden_size, vision.hidden_size
+        text, mixtures = hf.text_config, sum(moe_layers(hf.text_config))
+        hidden = text.hidden_size
         queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
         attention = _matmul(hidden, queries) + 2 * _matmul(hidden, keys) + _matmul(queries, hidden)
         experts = (
             text.num_experts_per_tok * 3 * _matmul(hidden, text.moe_intermediate_size) if mixtures else 0
         )
         dense = 3 * _matmul(hidden, text.intermediate_size)  # gate, up, down
-        block = 4 * _matmul(tower, tower) + 2 * _matmul(tower, vision.intermediate_size)
-        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        merged = tower * vision.spatial_merge_size**2
-        merger = _matmul(merged, merged) + _matmul(merged, vision.out_hidden_size)
-        return FlopModel(
+        return replace(
+            self.vision_flops(hf),
             token=text.num_hidden_layers * attention
             + mixtures * experts
             + (text.num_hidden_layers - mixtures) * dense,
             router=mixtures * _matmul(hidden, text.num_experts) if mixtures else 0,
             pair=text.num_hidden_layers * 2 * _matmul(1, queries),
             row=_matmul(hidden, text.vocab_size),
-            patch_embedding=_matmul(pixels, tower),
+        )
+
+    def vision_flops(self, hf: Any) -> FlopModel:
+        """The tower's part; the decoder's is 0."""
+        vision = hf.vision_config
+        tower = vision.hidden_size
+        block = 4 * _matmul(tower, tower) + 2 * _matmul(tower, vision.intermediate_size)
+        merged = tower * vision.spatial_merge_size**2
+        merger = _matmul(merged, merged) + _matmul(merged, vision.out_hidden_size)
+        return FlopModel(
+            token=0,
+            router=0,
+            pair=0,
+            row=0,
+            patch_embedding=_matmul(self.patch_dim(hf), tower),
             patch=vision.depth * block,
             patch_pair=vision.depth * 2 * _matmul(1, tower),
-            merged=merger * (1 + len(vision.deepstack_visual_indexes)),
+            merged=merger * (1 + self.deepstack_levels(hf)),
             patches_per_token=vision.spatial_merge_size**2,
         )
 
@@ -292,10 +304,8 @@ def moe_layers(text: Any) -> list[bool]:
     """Which decoder layers are mixtures of experts."""
     if not getattr(text, "num_experts", 0):
         return [False] * text.num_hidden_layers
-    return [
-        number not in text.mlp_only_layers and (number + 1) % text.decoder_sparse_step == 0
-        for number in range(text.num_hidden_layers)
-    ]
+    dense, step = getattr(text, "mlp_only_layers", ()), getattr(text, "decoder_sparse_step", 1)
+    return [number not in dense and (number + 1) % step == 0 for number in range(text.num_hidden_layers)]
 
 
 def _matmul(inner: int, outer: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import types
 import warnings
 from typing import Any
@@ -51,6 +52,8 @@ def install() -> None:
     _replace_uneven_collectives()
     _copy_where_one_rank_is_alone()
     _fix_loading_of_torch_adam()
+    _replace_linear_attention()
+    _run_as_written()
 
 
 class _Nothing:
@@ -208,3 +211,25 @@ def _fix_loading_of_torch_adam() -> None:
 
     optimizer._set_main_param_and_optimizer_states = set_with_step
     optimizer.load_state_dict = load_with_own_steps
+
+
+def _replace_linear_attention() -> None:
+    """The kernels of flash-linear-attention run on GPUs only; megatron-core names them in two modules."""
+    from gspo_mm.policy import delta
+
+    common: Any = importlib.import_module("megatron.core.ssm.gated_delta_net.common")
+    layer: Any = importlib.import_module("megatron.core.ssm.gated_delta_net.gdn")
+    common.HAVE_FLA, common.l2norm = True, delta.l2norm
+    layer.causal_conv1d, layer.chunk_gated_delta_rule = delta.convolution, delta.delta_rule
+
+
+def _run_as_written() -> None:
+    """Undo torch.compile around small pieces of layers: on a CPU it takes a C++ compiler and minutes."""
+    layer: Any = importlib.import_module("megatron.core.ssm.gated_delta_net.common")._GDNBase
+    attention: Any = importlib.import_module("megatron.core.transformer.attention").Attention
+    for owner, names in (
+        (layer, ("_apply_gated_norm", "_prepare_input_for_gated_delta_rule")),
+        (attention, ("_apply_output_gate",)),
+    ):
+        for name in names:
+            setattr(owner, name, inspect.unwrap(getattr(owner, name)))

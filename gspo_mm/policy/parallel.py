@@ -78,6 +78,12 @@ class ParallelPlan:
                     f"policy.parallel.{key}={size} does not divide the model's {what}={count}; "
                     f"use one of {_some_divisors(count)}"
                 )
+        if dims.linear_heads % (self.tp * self.cp):
+            raise PlanError(
+                f"policy.parallel.tp={self.tp} times cp={self.cp} does not divide the model's "
+                f"linear_num_key_heads={dims.linear_heads}, which linear attention spreads over both; use tp and cp whose "
+                f"product is one of {_some_divisors(dims.linear_heads)}"
+            )
         first = self._check_stages(dims.num_layers)
         if self.pp > 1 and first < dims.deepstack_levels:
             raise PlanError(

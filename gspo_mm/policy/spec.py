@@ -27,9 +27,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from gspo_mm.policy.collectives import GatherTokens
+from gspo_mm.policy.delta import delta_layer
 from gspo_mm.policy.layout import zigzag
 
 FUSED: bool | None = None  # whether Transformer Engine's layers are used; None: where CUDA and it are there
@@ -113,6 +114,14 @@ def block_spec(
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         if attention_bias and not isinstance(attention.linear_proj, partial):
             attention.linear_proj = partial(_with_bias, attention.linear_proj)
+    if isinstance(config.linear_attention_freq, list):
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        is_linear = config.linear_attention_freq[first : first + len(layers)]
+        norm = block.layer_norm
+        block.layer_specs = [
+            delta_layer(layer, norm=norm) if linear else layer
+            for layer, linear in zip(layers, is_linear, strict=True)
+        ]
     return block
 
 
@@ -159,9 +168,13 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+        self.centre = float(config.layernorm_zero_centered_gamma)  # what is added to the weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) if x.is_cuda else Normalized.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
+        weight = self.weight.float() + self.centre if self.centre else self.weight
+        if x.is_cuda:
+            return F.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps).to(x.dtype)
+        return Normalized.apply(x, weight, self.eps)  # pyright: ignore[reportReturnType]
 
 
 class Normalized(torch.autograd.Function):
