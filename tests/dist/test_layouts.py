@@ -9,16 +9,21 @@ import torch
 
 from tests.dist.launch import torchrun
 from tests.dist.layouts import LAYOUTS, measure
-from tests.tiny_vl import save, tiny_vl
+from tests.tiny_vl import save, tiny_hybrid, tiny_vl
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A mixture of experts with one dense layer, and a tied dense model with attention biases; odd vocabularies."""
+    """A mixture with one dense layer, a tied dense model with attention biases, one with linear attention; odd vocabularies."""
     parent = tmp_path_factory.mktemp("models")
     moe = tiny_vl(num_hidden_layers=12, mlp_only_layers=[1], vocab_size=250)
     dense = tiny_vl(moe=False, tied=True, num_hidden_layers=6, attention_bias=True, vocab_size=131)
-    return {"moe": save(moe, parent / "moe"), "dense": save(dense, parent / "dense")}
+    hybrid = tiny_hybrid(vocab_size=250, linear_num_key_heads=4)
+    return {
+        "moe": save(moe, parent / "moe"),
+        "dense": save(dense, parent / "dense"),
+        "hybrid": save(hybrid, parent / "hybrid", layout="transformers"),
+    }
 
 
 @pytest.fixture(scope="module")
