@@ -50,7 +50,8 @@ class Stages:
     processor: Processor
     source: PromptSource
     held_out: list[EncodedPrompt]
-    canary: list[EncodedPrompt]  # prompts with images, to check that the model sees
+    # prompts with images, to check that the model sees; where there are none, others, to compare servers on
+    canary: list[EncodedPrompt]
     opening: Opening | None  # of the engine; None when the run is replayed
     engine: RolloutEngine | None
     scheduler: Scheduler | None  # beside servers: groups run while the trainer trains
@@ -221,15 +222,15 @@ def held_out_prompts(
 def canary_prompts(
     config: Config, processor: Processor, held_out: list[EncodedPrompt]
 ) -> list[EncodedPrompt]:
-    """A few prompts with images: held-out ones, or training ones (read apart) where nothing is held out."""
+    """A few prompts, with images if there are any: held-out ones, or training ones (read apart) if nothing is held out."""
     candidates = held_out
     if not held_out:
         with closing(PromptSource(config.data, processor, seed=config.run.seed, split="train")) as source:
             candidates = source.take(64)
-    found = [p for p in candidates if p.prompt.images][: config.train.canary_prompts]
-    if not found:
+    found = [p for p in candidates if p.prompt.images]
+    if not found and processor.image_token_id is not None:
         logger.warning("no prompt with an image was found: whether the model sees is not checked")
-    return found
+    return (found or candidates)[: config.train.canary_prompts]
 
 
 def odd_prompts(config: Config, processor: Processor) -> list[EncodedPrompt]:

@@ -119,11 +119,14 @@ def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) 
     shown = iter(batch.image_index.tolist())
     grids = torch.empty(0, 3, dtype=torch.int64) if batch.image_grid_thw is None else batch.image_grid_thw
     family = FAMILIES[model.config.model_type]
-    tokens = family.tokens_per_image(model.config, grids)
+    tokens, image_token_id = (
+        family.tokens_per_image(model.config, grids),
+        family.image_token_id(model.config),
+    )
     for start, end in pairwise(offsets):
         ids = batch.token_ids[start:end]
         is_response = batch.response_mask[start:end]
-        left = int(((ids == model.config.image_token_id) & ~is_response).sum())
+        left = int(((ids == image_token_id) & ~is_response).sum()) if image_token_id is not None else 0
         images: list[int] = []
         while left > 0:
             images.append(next(shown))
@@ -131,7 +134,7 @@ def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) 
         inputs: dict[str, Any] = {"input_ids": ids[None].to(model.device)}
         if images:
             if hasattr(model.model, "get_rope_index"):
-                inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+                inputs["mm_token_type_ids"] = (inputs["input_ids"] == image_token_id).int()
             shown_here = family.hf_inputs(
                 model.config, torch.cat([patches[i] for i in images]), grids[images]
             )
@@ -150,7 +153,8 @@ def _patches_of_images(batch: MicroBatch) -> list[torch.Tensor]:
 
 
 def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
-    """One micro-batch of ragged sequences: image 0 alone, all images, image 0 twice, then two of text only.
+    """One micro-batch of ragged sequences: image 0 alone, all images, image 0 twice, then two of text only; of a model that
+    takes no images five of text.
 
     In the second, text between images is trained as well: answers in turns, whose observations are images.
     """
@@ -165,27 +169,30 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
         return int(torch.randint(low, high, (), generator=generator))
 
     config, family = model.config, FAMILIES[model.config.model_type]
+    image_token_id = family.image_token_id(config)
+    images = 0 if image_token_id is None else images
     grids = torch.tensor([family.grid_of(config, integer(1, 5), integer(1, 5)) for _ in range(images)])
     grids = grids.reshape(-1, 3)
     tokens = family.tokens_per_image(config, grids)
     pixels = torch.randn(int(grids.prod(-1).sum()), family.patch_dim(config), generator=generator)
     around = [getattr(config, f"vision_{side}_token_id", None) for side in ("start", "end")]
-    special = {config.image_token_id, getattr(config, "video_token_id", None), *around}
+    special = {image_token_id, getattr(config, "video_token_id", None), *around}
     plain = torch.tensor([i for i in range(config.get_text_config().vocab_size) if i not in special])
 
     def text(low: int, high: int) -> list[int]:
         return plain[torch.randint(len(plain), (integer(low, high),), generator=generator)].tolist()
 
     shown: list[list[int]] = [[0], list(range(images)), [0, 0]] if images else []
+    shown += [[], []] if image_token_id is not None else [[]] * 5
     ids: list[list[int]] = []
     masks: list[list[bool]] = []
-    for number, of_sequence in enumerate([*shown, [], []]):
+    for number, of_sequence in enumerate(shown):
         prompt = text(2, 9)
         mask = [False] * len(prompt)
         for image in of_sequence:
             start, end = around
             prompt += [] if start is None else [start]
-            prompt += [config.image_token_id] * tokens[image]
+            prompt += [image_token_id] * tokens[image]
             prompt += [] if end is None else [end]
             mask += [False] * (len(prompt) - len(mask))
             prompt += text(0, 4)
@@ -195,7 +202,7 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
         masks.append(mask + [True] * len(response))
     positions = [
         _positions(model, sequence, grids[of_sequence] if of_sequence else None)
-        for sequence, of_sequence in zip(ids, [*shown, [], []], strict=True)
+        for sequence, of_sequence in zip(ids, shown, strict=True)
     ]
     return MicroBatch(
         names=tuple(f"random {i}" for i in range(len(ids))),
@@ -228,11 +235,14 @@ def _positions(model: Any, ids: list[int], grids: torch.Tensor | None) -> torch.
 def load_reference(path: Path) -> Any:
     """transformers' model in float32, without dropout, experts as a plain loop."""
     import torch
-    from transformers import AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
+    from gspo_mm.families import family_of
+
     disable_progress_bar()
-    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    family = family_of(path)
+    model: Any = family.auto_class(family.load_config(str(path))).from_pretrained(path, dtype=torch.float32)
+    model.eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -241,10 +251,11 @@ def load_reference(path: Path) -> Any:
 def positions_model(hf: Any) -> Any:
     """transformers' model without weights: `random_batch` reads its config and asks it for positions."""
     import torch
-    from transformers import AutoModelForImageTextToText
+
+    from gspo_mm.families import FAMILIES
 
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(hf)
+        return FAMILIES[hf.model_type].auto_class(hf).from_config(hf)
 
 
 @app.command()
@@ -253,7 +264,9 @@ def main(
     plan: Annotated[
         str, typer.Option(help="Parallel layout such as tp=2,ep=2,etp=1; its ranks are started here.")
     ] = "",
-    images: Annotated[int, typer.Option(help="Distinct random images; 0: text only.", min=0)] = 4,
+    images: Annotated[
+        int, typer.Option(help="Distinct random images; 0: text only, as of models that see none.", min=0)
+    ] = 4,
     seed: Annotated[int, typer.Option(help="Decides prompts, images and the loss's weights.")] = 0,
     experts_layout: Annotated[str, typer.Option(help="auto, published or transformers.")] = "auto",
     tol_logprob: Annotated[float, typer.Option(help="Largest difference of a log-prob, nats.")] = 2e-5,

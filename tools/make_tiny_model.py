@@ -1,9 +1,9 @@
-"""Make a small random Qwen3-VL(-MoE) folder: weights, tokenizer, processor, chat template.
+"""Make a small random Qwen3-VL(-MoE) or Qwen3(-MoE) folder: weights, tokenizer, processor, chat template.
 
 It is the real architecture at a millionth of the size, so that everything which runs on a 30B checkpoint runs
 here in seconds on a CPU: DeepStack, interleaved multi-axis rotary positions, grouped queries, routed experts.
 
-Two deliberate differences from a model that `from_config(...).save_pretrained(...)` writes: the fused experts are
+Two deliberate differences from a model that `from_config(...).save_pretrained(...)` writes: Qwen3-VL's fused experts are
 stored in the published checkpoints' axis order (gate_up_proj [E, hidden, 2*inter], down_proj [E, inter, hidden]),
 which serving engines insist on, and the tokenizer is a byte-level BPE of a few hundred tokens, one per digit, which
 knows the words of the digit tasks, so that prompts and answers are short.
@@ -67,6 +67,17 @@ SPLIT = (
 class Family(StrEnum):
     QWEN3_VL_MOE = "qwen3_vl_moe"
     QWEN3_VL = "qwen3_vl"
+    QWEN3_MOE = "qwen3_moe"
+    QWEN3 = "qwen3"
+
+    @property
+    def sees(self) -> bool:
+        return self in (Family.QWEN3_VL_MOE, Family.QWEN3_VL)
+
+    @property
+    def name_of_classes(self) -> str:
+        """What the names of transformers' classes begin with."""
+        return self.replace("qwen", "Qwen").replace("_vl", "VL").replace("_moe", "Moe")
 
 
 def make_tiny_model(
@@ -98,11 +109,10 @@ def make_tiny_model(
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists; choose another folder or pass --force to replace it")
     tokenizer = _wrap_tokenizer(train_tokenizer())
-    config = _config(Family(family), tokenizer, patch_size, image_size, text or {}, vision or {})
-    model_class = {
-        Family.QWEN3_VL_MOE: transformers.Qwen3VLMoeForConditionalGeneration,
-        Family.QWEN3_VL: transformers.Qwen3VLForConditionalGeneration,
-    }[Family(family)]
+    kind = Family(family)
+    config = _config(kind, tokenizer, patch_size, image_size, text or {}, vision or {})
+    head = "ForConditionalGeneration" if kind.sees else "ForCausalLM"
+    model_class = getattr(transformers, kind.name_of_classes + head)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -114,9 +124,10 @@ def make_tiny_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
-    if Family(family) is Family.QWEN3_VL_MOE:
+    if kind is Family.QWEN3_VL_MOE:
         _store_published_layout(partial / "model.safetensors", config.text_config)
-    _processor(tokenizer, config.vision_config, image_size).save_pretrained(partial)
+    processor = _processor(tokenizer, config.vision_config, image_size) if kind.sees else tokenizer
+    processor.save_pretrained(partial)
     AutoProcessor.from_pretrained(partial)  # the folder must load, or it is not published
     if out.exists():
         shutil.rmtree(out)
@@ -190,7 +201,7 @@ def _config(
         "pad_token_id": token("<|endoftext|>"),
         "bos_token_id": token("<|endoftext|>"),
     }
-    if family is Family.QWEN3_VL_MOE:
+    if family in (Family.QWEN3_VL_MOE, Family.QWEN3_MOE):
         text_values |= {
             "num_experts": 8,
             "num_experts_per_tok": 2,
@@ -201,11 +212,14 @@ def _config(
         }
     text_values |= text
     if "rope_parameters" not in text:
+        text_values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    config_class = getattr(transformers, f"{family.name_of_classes}Config")
+    if not family.sees:
+        return config_class(**text_values, dtype="float32")
+    if "rope_parameters" not in text:
         half = text_values["head_dim"] // 2
         side = half * 5 // 16  # Qwen3-VL's split of 64 frequencies is 24 time, 20 height, 20 width
-        text_values["rope_parameters"] = {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
+        text_values["rope_parameters"] |= {
             "mrope_section": [half - 2 * side, side, side],
             "mrope_interleaved": True,
         }
@@ -223,10 +237,6 @@ def _config(
         "deepstack_visual_indexes": [0, 1, 2],  # SGLang knows exactly three
         "initializer_range": 0.05,
     } | vision
-    config_class = {
-        Family.QWEN3_VL_MOE: transformers.Qwen3VLMoeConfig,
-        Family.QWEN3_VL: transformers.Qwen3VLConfig,
-    }[family]
     return config_class(
         text_config=text_values,
         vision_config=vision_values,
@@ -294,7 +304,9 @@ def _overrides(items: list[str]) -> dict[str, dict[str, Any]]:
 @app.command()
 def main(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist (or pass --force).")],
-    family: Annotated[Family, typer.Option(help="Mixture of experts, or dense.")] = Family.QWEN3_VL_MOE,
+    family: Annotated[
+        Family, typer.Option(help="With images or text alone; mixture of experts, or dense.")
+    ] = Family.QWEN3_VL_MOE,
     seed: Annotated[
         int, typer.Option(help="Decides the random weights; the tokenizer does not depend on it.")
     ] = 0,
@@ -309,7 +321,7 @@ def main(
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
 ) -> None:
-    """Make a small random **Qwen3-VL-MoE** (or dense Qwen3-VL) folder that `from_pretrained` loads.
+    """Make a small random **Qwen3-VL-MoE** (or Qwen3-VL, Qwen3-MoE, Qwen3) folder that `from_pretrained` loads.
 
     About 1.2 million parameters: 3 decoder layers 128 wide, 8 experts of which 2 are used, a 3-block vision tower 64
     wide feeding all three decoder layers (DeepStack). It knows nothing: teach it with `gspo-mm sft`.
@@ -319,6 +331,8 @@ def main(
         python tools/make_tiny_model.py models/tiny
 
         python tools/make_tiny_model.py models/tiny-dense --family qwen3_vl
+
+        python tools/make_tiny_model.py models/tiny-text --family qwen3_moe
 
         python tools/make_tiny_model.py models/odd --set text.num_key_value_heads=1 --set text.num_experts=6
     """

@@ -20,7 +20,7 @@ from gspo_mm.config import DataConfig
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.pictures import decode_image
 from gspo_mm.families.table import family_of
-from gspo_mm.hf.processor import load_processor
+from gspo_mm.hf.processor import load_processor, tokenizer_of
 from gspo_mm.hf.stops import find_stops
 from gspo_mm.types import EncodedImage, EncodedPrompt, Prompt
 
@@ -30,23 +30,24 @@ logger = logging.getLogger(__name__)
 
 
 class Processor:
-    """Chat template, tokenizer and image processor of a Hugging Face folder."""
+    """Chat template, tokenizer and image processor of a Hugging Face folder; some models take text alone."""
 
     def __init__(self, model_path: str, config: DataConfig) -> None:
         self._processor, hf = load_processor(model_path)
         self._hf, self._family = hf, family_of(model_path)
-        self._tokenizer: Any = self._processor.tokenizer
-        self._image_processor: Any = self._processor.image_processor
-        self.image_token_id: int = hf.image_token_id
+        self._tokenizer: Any = tokenizer_of(self._processor)
+        self.image_token_id = self._family.image_token_id(hf)
         self._max_prompt_tokens = config.max_prompt_tokens
         added = self._tokenizer.added_tokens_decoder.values()
         self._special = tuple(
             sorted({*self._tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
         )
-        size = dict(self._image_processor.size)
-        size |= {"shortest_edge": config.min_pixels} if config.min_pixels else {}
-        size |= {"longest_edge": config.max_pixels} if config.max_pixels else {}
-        self._image_processor.size = size
+        if self.image_token_id is not None:
+            self._image_processor: Any = self._processor.image_processor
+            size = dict(self._image_processor.size)
+            size |= {"shortest_edge": config.min_pixels} if config.min_pixels else {}
+            size |= {"longest_edge": config.max_pixels} if config.max_pixels else {}
+            self._image_processor.size = size
         stops = find_stops(model_path, self._processor, hf.get_text_config().vocab_size)
         logger.info("%s", stops.describe(self._tokenizer))
         # where engines stop and what ends an answer, everywhere; the one that ends a reference response is first
@@ -58,6 +59,12 @@ class Processor:
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Token ids and pixels of a prompt. Raises BadSample: special token in text, corrupt image, too long."""
+        if prompt.images and self.image_token_id is None:
+            raise BadSample(
+                "image refused",
+                f"it shows {len(prompt.images)}, and models of type {self._hf.model_type} take text alone; use other data, "
+                "or a vision-language model",
+            )
         self._refuse_special_tokens(prompt)
         text = self._render(prompt)
         images = [decode_image(image.data) for image in prompt.images]
@@ -67,7 +74,9 @@ class Processor:
                     "corrupt image", f"its header says {image.width}x{image.height}, it is {decoded.size}"
                 )
         try:
-            inputs = self._processor(text=[text], images=images or None, return_tensors="pt")
+            inputs = self._processor(
+                text=[text], return_tensors="pt", **({"images": images} if images else {})
+            )
         except ValueError as error:  # an aspect ratio that cannot be patched
             raise BadSample("image refused", str(error)) from None
         token_ids = tuple(inputs["input_ids"][0].tolist())
@@ -116,13 +125,14 @@ class Processor:
 
     def _render(self, prompt: Prompt) -> str:
         """The chat as text, by the model's own template. Raises BadSample when the template refuses it."""
+        messages = list(prompt.messages)
+        if self.image_token_id is None:  # such templates know texts only, and leave out lists of parts
+            messages = [{**m, "content": "".join(_texts(m["content"]))} for m in messages]
         try:
-            text = self._processor.apply_chat_template(
-                list(prompt.messages), add_generation_prompt=True, tokenize=False
-            )
+            text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # templates are programs of the model's makers: they raise what they like
             raise BadSample("chat refused", f"{type(error).__name__}: {error}") from None
-        shown = text.count(self._processor.image_token)
+        shown = text.count(self._processor.image_token) if self.image_token_id is not None else 0
         if shown != len(prompt.images):
             raise BadSample("chat refused", f"the template shows {shown} of {len(prompt.images)} images")
         return text

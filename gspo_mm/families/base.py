@@ -10,7 +10,7 @@ Dims: V vocabulary, D hidden, E experts, F one expert's (or the MLP's) inner siz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -224,6 +224,11 @@ class StackExperts:
         """The tensors of `names_apart`, from one expert's megatron tensor."""
         return list(megatron.chunk(2)) if self.gated else [megatron]
 
+    def all_apart(self, hf: str, stacked: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """`names_apart` and `apart` of every expert in turn, from Hugging Face's one tensor."""
+        for expert, one in enumerate(stacked):
+            yield from zip(self.names_apart(hf, expert), self.apart(one), strict=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServedDim:
@@ -252,9 +257,13 @@ class ModelDims:
 class Family(ABC):
     """One model family: how its Hugging Face config, weights, images and positions map onto megatron-core.
 
-    What is not abstract here is how most families do it. Images are patches [sum of t*h*w, patch dim], a row each, with a
-    grid (t, h, w) per image; whatever else an image processor makes is turned into that by `images_of`.
+    What is not abstract here is how most families do it, or all that one without images needs. Images are patches
+    [sum of t*h*w, patch dim], a row each, with a grid (t, h, w) per image; whatever else an image processor makes is turned
+    into that by `images_of`.
     """
+
+    # whether published checkpoints store experts one by one, in place of stacks with in and out exchanged
+    experts_apart = False
 
     # --- the language decoder
 
@@ -269,6 +278,13 @@ class Family(ABC):
         if hasattr(hf, "quantization_config"):
             del hf.quantization_config
         return hf
+
+    def auto_class(self, hf: Any) -> Any:
+        """transformers' class whose `from_config` and `from_pretrained` make the whole model."""
+        import transformers
+
+        sees = self.image_token_id(hf) is not None
+        return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
     def dims(self, hf: Any) -> ModelDims:
         made = self.transformer_arguments(hf)
@@ -317,29 +333,33 @@ class Family(ABC):
 
     # --- images
 
+    def image_token_id(self, hf: Any) -> int | None:
+        """The token in whose place an image's features are put; None: models of this family take text alone."""
+        return hf.image_token_id
+
     def deepstack_levels(self, hf: Any) -> int:
         """Decoder layers, from the first, that receive image features."""
         return 0
 
-    @abstractmethod
-    def build_vision(self, hf: Any) -> torch.nn.Module:
+    def build_vision(self, hf: Any) -> torch.nn.Module | None:
         """What turns patches into features: tower and projector."""
+        return None
 
-    @abstractmethod
     def encode_images(
         self, tower: torch.nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Features [image tokens, D] of all images in order, and those of each DeepStack level."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def tokens_per_image(self, hf: Any, grid_thw: torch.Tensor) -> list[int]: ...
+    def tokens_per_image(self, hf: Any, grid_thw: torch.Tensor) -> list[int]:
+        return []
 
-    @abstractmethod
-    def patch_dim(self, hf: Any) -> int: ...
+    def patch_dim(self, hf: Any) -> int:
+        return 0
 
-    @abstractmethod
     def grid_of(self, hf: Any, rows: int, columns: int) -> tuple[int, int, int]:
         """Grid (t, h, w) of an image of that many rows and columns of tokens, where the family has a choice."""
+        raise NotImplementedError
 
     def num_patches(self, hf: Any, image_processor: Any, height: int, width: int) -> int:
         """t*h*w of an image of that many pixels."""

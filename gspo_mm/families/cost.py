@@ -31,11 +31,11 @@ class FlopModel:
     router: int  # per token of a sequence: router scores, all mixture layers
     pair: int  # per causal pair of tokens: query . key and weight * value, all heads and layers
     row: int  # per row that predicts a trained token: output layer
-    patch_embedding: int  # per image patch: the convolution that reads pixels
-    patch: int  # per image patch: q, k, v and output projections and MLP, all vision blocks
-    patch_pair: int  # per pair of patches of one frame: as `pair`, all vision blocks
-    merged: int  # per image token: the merger and every DeepStack merger
-    patches_per_token: int  # patches that are merged into one image token
+    patch_embedding: int = 0  # per image patch: the convolution that reads pixels
+    patch: int = 0  # per image patch: q, k, v and output projections and MLP, all vision blocks
+    patch_pair: int = 0  # per pair of patches of one frame: as `pair`, all vision blocks
+    merged: int = 0  # per image token: the merger and every DeepStack merger
+    patches_per_token: int = 1  # patches that are merged into one image token
 
     def sequence(self, length: int, rows: int) -> int:
         """FLOPs of one sequence of `length` tokens, image tokens included, of which `rows` are trained."""
@@ -92,3 +92,8 @@ class FlopModel:
             patch_pair=self.patch_pair * (3 if vision else 1),
             patch_embedding=self.patch_embedding * (2 if vision else 1),
         )
+
+
+def matmul(inner: int, outer: int) -> int:
+    """FLOPs of one row [inner] times a matrix [inner, outer]."""
+    return 2 * inner * outer

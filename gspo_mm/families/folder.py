@@ -3,7 +3,8 @@
 A trap lies in fused experts. Published checkpoints store `gate_up_proj` [E, D, 2F] and `down_proj` [E, F, D];
 transformers keeps [E, 2F, D] and [E, D, F] in memory, and saves a model that it did not load in just that layout.
 Everything inside the program is in transformers' in-memory layout; reading decides by dims against config.json and
-refuses to guess. write.py writes, stored.py reads what is in yet other forms.
+refuses to guess. Experts that are stored one by one need no decision. write.py writes, stored.py reads what is in yet
+other forms.
 
 E experts, D hidden, F inner size of an expert.
 """
@@ -14,7 +15,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -57,6 +58,7 @@ class HfFolder:
         self._stored = Stored(path, self._entries)
         self._headers = self._stored.headers
         self.expert_shapes = self._family.expert_shapes(self._hf)
+        self.experts_apart = self._family.experts_apart
         self.experts_layout: Layout | None = None
         self._compare_with_config()
         if self.expert_shapes:
@@ -69,9 +71,8 @@ class HfFolder:
         """One tensor. Raises HfFolderError for a name that the folder does not have."""
         self._header(name)
         tensor = self._stored.tensor(name)
-        if self.experts_layout == "published" and expert_kind(name) in self.expert_shapes:
-            return tensor.transpose(1, 2)
-        return tensor
+        stacked = expert_kind(name) in self.expert_shapes and name not in self._stored.apart
+        return tensor.transpose(1, 2) if stacked and self.experts_layout == "published" else tensor
 
     def dtype(self, name: str) -> torch.dtype:
         return _DTYPES[self._header(name).dtype]
@@ -89,7 +90,8 @@ class HfFolder:
         Tensors that need no training are left out of this folder: a tied output layer that is the embedding, and
         what is computed.
         """
-        reference = _reference(self._hf)
+        with torch.device("meta"):
+            reference = self._family.auto_class(self._hf).from_config(self._hf)
         self._drop_tied(reference.all_tied_weights_keys)
         needed = {name for entry in self._entries for name in entry.hf}
         if computed := [name for name in self._headers.keys() - needed if _COMPUTED.search(name)]:
@@ -158,8 +160,11 @@ class HfFolder:
             )
         return self._headers[name]
 
-    def _decide_layout(self, wanted: str) -> Layout:
-        """From the shape of every fused expert tensor: none may contradict. One of the two kinds is never square."""
+    def _decide_layout(self, wanted: str) -> Layout | None:
+        """From the shape of every fused expert tensor: none may contradict. One of the two kinds is never square.
+
+        None where all are stored one by one.
+        """
         found: set[Layout] = set()
         for name, header in self._headers.items():
             shape = self.expert_shapes.get(expert_kind(name))
@@ -170,10 +175,12 @@ class HfFolder:
                 raise HfFolderError(
                     f"{self.path}: {name} is {on_disk} per expert but config.json makes it {shape[::-1]} or {shape}"
                 )
-            if shape[0] != shape[1]:
+            if shape[0] != shape[1] and name not in self._stored.apart:
                 found.add("transformers" if on_disk == shape else "published")
         if len(found) > 1:
             raise HfFolderError(f"{self.path} mixes both layouts of fused experts; save it again")
+        if not found:
+            return None
         layout = found.pop()
         if wanted not in ("auto", layout):
             raise HfFolderError(
@@ -186,14 +193,6 @@ def expert_kind(name: str) -> str:
     """`gate_up_proj` or `down_proj` for a fused expert tensor, else something that is neither."""
     parent, _, last = name.rpartition(".")
     return last if parent.endswith(".experts") else ""
-
-
-def _reference(hf: Any) -> Any:
-    """transformers' model of a config, without weights."""
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(hf)
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -11,29 +11,20 @@ Left out: videos, router losses, and training of the layers that predict several
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from gspo_mm.families.base import (
-    Copy,
-    Entry,
-    MergeGatedQkv,
-    MergeGateUp,
-    Sections,
-    StackExperts,
-    VocabPad,
-)
-from gspo_mm.families.cost import FlopModel
-from gspo_mm.families.qwen3_vl import InterleavedRotary, Qwen3VL
+from gspo_mm.families.base import Copy, Entry, MergeGatedQkv, Sections, VocabPad
+from gspo_mm.families.cost import FlopModel, matmul
+from gspo_mm.families.parts import ends, entry, gated_mlp, stacked_experts
+from gspo_mm.families.qwen3_vl import QwenImages
 from gspo_mm.hf.headers import HfFolderError
 
 _HF_TEXT = "model.language_model"
-_HF_VISION = "model.visual"
 
 
-class Qwen3_5(Qwen3VL):
+class Qwen35(QwenImages):
     """The Family of both variants; which one is in the config."""
 
     def load_config(self, path: str) -> Any:
@@ -51,28 +42,28 @@ class Qwen3_5(Qwen3VL):
         text, linear = hf.text_config, sum(linear_layers(hf.text_config))
         whole = text.num_hidden_layers - linear
         hidden, (queries, keys) = text.hidden_size, _attention_dims(text)
-        attention = _matmul(hidden, 2 * queries + 2 * keys) + _matmul(queries, hidden)
+        attention = matmul(hidden, 2 * queries + 2 * keys) + matmul(queries, hidden)
         sections = _sections(text)
         memory = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
         delta = (
-            _matmul(hidden, sum(sections))
-            + _matmul(1, sum(sections[:3]) * text.linear_conv_kernel_dim)
+            matmul(hidden, sum(sections))
+            + matmul(1, sum(sections[:3]) * text.linear_conv_kernel_dim)
             # a memory is asked for what it holds, corrected and read: three products of its size a token
-            + 3 * _matmul(1, memory)
-            + _matmul(sections[2], hidden)
+            + 3 * matmul(1, memory)
+            + matmul(sections[2], hidden)
         )
         if _num_experts(text):
             inner = text.num_experts_per_tok * text.moe_intermediate_size
-            mlp = 3 * _matmul(hidden, inner + text.shared_expert_intermediate_size) + _matmul(hidden, 1)
+            mlp = 3 * matmul(hidden, inner + text.shared_expert_intermediate_size) + matmul(hidden, 1)
         else:
-            mlp = 3 * _matmul(hidden, text.intermediate_size)
-        return replace(
-            self.vision_flops(hf),
+            mlp = 3 * matmul(hidden, text.intermediate_size)
+        decoder = FlopModel(
             token=whole * attention + linear * delta + text.num_hidden_layers * mlp,
-            router=text.num_hidden_layers * _matmul(hidden, _num_experts(text)),
-            pair=whole * 2 * _matmul(1, queries),
-            row=_matmul(hidden, text.vocab_size),
+            router=text.num_hidden_layers * matmul(hidden, _num_experts(text)),
+            pair=whole * 2 * matmul(1, queries),
+            row=matmul(hidden, text.vocab_size),
         )
+        return self.with_vision_flops(hf, decoder)
 
     def transformer_arguments(self, hf: Any) -> dict[str, Any]:
         text, experts = hf.text_config, _num_experts(hf.text_config)
@@ -115,22 +106,13 @@ class Qwen3_5(Qwen3VL):
 
     def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
         text = hf.text_config
-        vocab = VocabPad(text.vocab_size, padded_vocab)
-        entries = [
-            _entry(f"{_HF_TEXT}.embed_tokens.weight", "language.embedding.word_embeddings.weight", vocab),
-            _entry(f"{_HF_TEXT}.norm.weight", "language.decoder.final_layernorm.weight", Copy()),
-        ]
-        if not self.is_tied(hf):
-            entries.append(_entry("lm_head.weight", "language.output_layer.weight", vocab))
+        entries = ends(_HF_TEXT, vocab=VocabPad(text.vocab_size, padded_vocab), tied=self.is_tied(hf))
         for number, is_linear in enumerate(linear_layers(text)):
             ours, megatrons = f"{_HF_TEXT}.layers.{number}", f"language.decoder.layers.{number}"
             attend = _linear if is_linear else _attention
             entries += attend(text, ours, megatrons, fused=fused)
             entries += (_mixture if _num_experts(text) else _dense)(text, ours, megatrons, fused=fused)
-        with torch.device("meta"):
-            tower = self.build_vision(hf)
-        entries += [_entry(f"{_HF_VISION}.{name}", f"visual.{name}", Copy()) for name in tower.state_dict()]
-        return entries
+        return entries + self.vision_entries(hf)
 
     def expert_shapes(self, hf: Any) -> Mapping[str, tuple[int, int]]:
         text = hf.text_config
@@ -138,22 +120,6 @@ class Qwen3_5(Qwen3VL):
             return {}
         hidden, inner = text.hidden_size, text.moe_intermediate_size
         return {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
-
-    def deepstack_levels(self, hf: Any) -> int:
-        return 0
-
-    def encode_images(
-        self, tower: torch.nn.Module, pixels: torch.Tensor, grid_thw: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        return tower(pixels, grid_thw=grid_thw).pooler_output, []
-
-    def build_rotary(self, hf: Any) -> torch.nn.Module:
-        text = hf.text_config
-        return InterleavedRotary(
-            int(text.head_dim * text.rope_parameters["partial_rotary_factor"]),
-            base=text.rope_parameters["rope_theta"],
-            section=text.rope_parameters["mrope_section"],
-        )
 
 
 def linear_layers(text: Any) -> list[bool]:
@@ -176,27 +142,18 @@ def _sections(text: Any) -> tuple[int, ...]:
     return keys, keys, values, values, text.linear_num_value_heads, text.linear_num_value_heads
 
 
-def _matmul(inner: int, outer: int) -> int:
-    """FLOPs of one row [inner] times a matrix [inner, outer]."""
-    return 2 * inner * outer
-
-
-def _entry(hf: str, megatron: str, op: Any) -> Entry:
-    return Entry(hf=(hf,), megatron=(megatron,), op=op)
-
-
 def _attention(text: Any, hf: str, mcore: str, *, fused: bool) -> list[Entry]:
     norm = "self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"
     return [
-        _entry(f"{hf}.input_layernorm.weight", f"{mcore}.{norm}", Copy()),
+        entry(f"{hf}.input_layernorm.weight", f"{mcore}.{norm}", Copy()),
         Entry(
             hf=tuple(f"{hf}.self_attn.{x}_proj.weight" for x in "qkv"),
             megatron=(f"{mcore}.self_attention.linear_qkv.weight",),
             op=MergeGatedQkv(text.num_key_value_heads, text.head_dim),
         ),
-        _entry(f"{hf}.self_attn.q_norm.weight", f"{mcore}.self_attention.q_layernorm.weight", Copy()),
-        _entry(f"{hf}.self_attn.k_norm.weight", f"{mcore}.self_attention.k_layernorm.weight", Copy()),
-        _entry(f"{hf}.self_attn.o_proj.weight", f"{mcore}.self_attention.linear_proj.weight", Copy("tp", 1)),
+        entry(f"{hf}.self_attn.q_norm.weight", f"{mcore}.self_attention.q_layernorm.weight", Copy()),
+        entry(f"{hf}.self_attn.k_norm.weight", f"{mcore}.self_attention.k_layernorm.weight", Copy()),
+        entry(f"{hf}.self_attn.o_proj.weight", f"{mcore}.self_attention.linear_proj.weight", Copy("tp", 1)),
     ]
 
 
@@ -205,51 +162,35 @@ def _linear(text: Any, hf: str, mcore: str, *, fused: bool) -> list[Entry]:
     hf, layer, mcore = f"{hf}.linear_attn", hf, f"{mcore}.self_attention"
     sections = _sections(text)
     return [
-        _entry(f"{layer}.input_layernorm.weight", f"{mcore.removesuffix('.self_attention')}.{norm}", Copy()),
+        entry(f"{layer}.input_layernorm.weight", f"{mcore.removesuffix('.self_attention')}.{norm}", Copy()),
         Entry(
             hf=tuple(f"{hf}.in_proj_{x}.weight" for x in ("qkv", "z", "b", "a")),
             megatron=(f"{mcore}.in_proj.weight",),
             op=Sections(sections, (sum(sections[:3]), *sections[3:])),
         ),
-        _entry(f"{hf}.conv1d.weight", f"{mcore}.conv1d.weight", Sections(sections[:3], (sum(sections[:3]),))),
-        _entry(f"{hf}.A_log", f"{mcore}.A_log", Copy("tp")),
-        _entry(f"{hf}.dt_bias", f"{mcore}.dt_bias", Copy("tp")),
-        _entry(f"{hf}.norm.weight", f"{mcore}.out_norm.weight", Copy()),
-        _entry(f"{hf}.out_proj.weight", f"{mcore}.out_proj.weight", Copy("tp", 1)),
+        entry(f"{hf}.conv1d.weight", f"{mcore}.conv1d.weight", Sections(sections[:3], (sum(sections[:3]),))),
+        entry(f"{hf}.A_log", f"{mcore}.A_log", Copy("tp")),
+        entry(f"{hf}.dt_bias", f"{mcore}.dt_bias", Copy("tp")),
+        entry(f"{hf}.norm.weight", f"{mcore}.out_norm.weight", Copy()),
+        entry(f"{hf}.out_proj.weight", f"{mcore}.out_proj.weight", Copy("tp", 1)),
     ]
 
 
 def _dense(text: Any, hf: str, mcore: str, *, fused: bool) -> list[Entry]:
     norm = "mlp.linear_fc1.layer_norm_weight" if fused else "pre_mlp_layernorm.weight"
     return [
-        _entry(f"{hf}.post_attention_layernorm.weight", f"{mcore}.{norm}", Copy()),
-        *_gated(f"{hf}.mlp", f"{mcore}.mlp"),
+        entry(f"{hf}.post_attention_layernorm.weight", f"{mcore}.{norm}", Copy()),
+        *gated_mlp(f"{hf}.mlp", f"{mcore}.mlp"),
     ]
 
 
 def _mixture(text: Any, hf: str, mcore: str, *, fused: bool) -> list[Entry]:
     entries = [
-        _entry(f"{hf}.post_attention_layernorm.weight", f"{mcore}.pre_mlp_layernorm.weight", Copy()),
-        _entry(f"{hf}.mlp.gate.weight", f"{mcore}.mlp.router.weight", Copy()),
-        _entry(f"{hf}.mlp.shared_expert_gate.weight", f"{mcore}.mlp.shared_experts.gate_weight", Copy()),
-        *_gated(f"{hf}.mlp.shared_expert", f"{mcore}.mlp.shared_experts"),
+        entry(f"{hf}.post_attention_layernorm.weight", f"{mcore}.pre_mlp_layernorm.weight", Copy()),
+        entry(f"{hf}.mlp.gate.weight", f"{mcore}.mlp.router.weight", Copy()),
+        entry(f"{hf}.mlp.shared_expert_gate.weight", f"{mcore}.mlp.shared_experts.gate_weight", Copy()),
+        *gated_mlp(f"{hf}.mlp.shared_expert", f"{mcore}.mlp.shared_experts"),
     ]
-    for name, linear in (("gate_up_proj", "linear_fc1"), ("down_proj", "linear_fc2")):
-        experts = tuple(
-            f"{mcore}.mlp.experts.{linear}.weight{e}"
-            if fused
-            else f"{mcore}.mlp.experts.local_experts.{e}.{linear}.weight"
-            for e in range(text.num_experts)
-        )
-        op = StackExperts(gated=linear == "linear_fc1")
-        entries.append(Entry(hf=(f"{hf}.mlp.experts.{name}",), megatron=experts, op=op))
-    return entries
-
-
-def _gated(hf: str, mcore: str) -> list[Entry]:
-    """gate, up and down of a dense MLP."""
-    gate_up = (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight")
-    return [
-        Entry(hf=gate_up, megatron=(f"{mcore}.linear_fc1.weight",), op=MergeGateUp()),
-        _entry(f"{hf}.down_proj.weight", f"{mcore}.linear_fc2.weight", Copy("tp", 1)),
-    ]
+    return entries + stacked_experts(
+        f"{hf}.mlp.experts", f"{mcore}.mlp.experts", count=text.num_experts, fused=fused
+    )

@@ -30,15 +30,16 @@ class Stored:
         self._files = read_headers(path)
         self._block = fp8_block(path)
         self._handles: dict[Path, Any] = {}
-        self._apart: dict[str, list[list[str]]] = {}  # fused tensor -> names of each expert's
+        # fused tensor -> names of each expert's
+        self.apart: dict[str, list[list[str]]] = {}
         self.headers = self._without_scales() if self._block else dict(self._files)
         for entry in entries:
             if isinstance(entry.op, StackExperts) and entry.hf[0] not in self.headers:
                 self._join_experts(entry.hf[0], entry.op, len(entry.megatron))
 
     def tensor(self, name: str) -> torch.Tensor:
-        if name in self._apart:
-            experts = self._apart[name]
+        if name in self.apart:
+            experts = self.apart[name]
             return torch.stack([torch.cat([self._read(part) for part in parts]) for parts in experts])
         return self._read(name)
 
@@ -95,7 +96,7 @@ class Stored:
                 f"{self._path}: {odd} has another shape than {names[0]}; save the experts of a layer alike"
             )
         rows, columns = headers[0].shape
-        self._apart[fused] = experts
+        self.apart[fused] = experts
         self.headers[fused] = replace(headers[0], shape=(count, rows * len(experts[0]), columns))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gspo_mm.families.base import Family
-from gspo_mm.families.qwen3_5 import Qwen3_5
+from gspo_mm.families.qwen3 import Qwen3
+from gspo_mm.families.qwen3_5 import Qwen35
 from gspo_mm.families.qwen3_vl import Qwen3VL
 from gspo_mm.hf.headers import read_json
 from gspo_mm.types import GspoError
@@ -13,8 +14,10 @@ from gspo_mm.types import GspoError
 FAMILIES: dict[str, Family] = {
     "qwen3_vl": Qwen3VL(),
     "qwen3_vl_moe": Qwen3VL(),
-    "qwen3_5": Qwen3_5(),
-    "qwen3_5_moe": Qwen3_5(),
+    "qwen3_5": Qwen35(),
+    "qwen3_5_moe": Qwen35(),
+    "qwen3": Qwen3(),
+    "qwen3_moe": Qwen3(),
 }
 
 

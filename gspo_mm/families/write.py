@@ -1,6 +1,7 @@
-"""Write Hugging Face folders: the published layout always, whole or not at all.
+"""Write Hugging Face folders: the family's published layout always, whole or not at all.
 
-Reading is in folder.py, whose docstring describes the two layouts of fused experts.
+Reading is in folder.py, whose docstring describes the two layouts of fused experts; other families publish experts one by
+one.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from gspo_mm.families.base import StackExperts
 from gspo_mm.families.folder import HfFolder, expert_kind, read_hf
 from gspo_mm.families.table import family_of
 from gspo_mm.hf.headers import INDEX, SINGLE, HfFolderError, read_json
@@ -39,7 +41,7 @@ def write_hf(
 
     `source` is a Hugging Face folder, or the files of one without its weights (`copy_template`).
 
-    Fused experts go out in the published layout, each tensor in the dtype it has in `source` (BF16 for FP8);
+    Experts go out in the published layout, each tensor in the dtype it has in `source` (BF16 for FP8);
     configuration, tokenizer, processor and chat template are copied. The folder appears under its name only when it is whole, and
     replaces one that was there. `experts_layout` is that of `source`, as in `read_hf`;
     with `durable` false the files need not outlive a crash of the machine.
@@ -72,6 +74,7 @@ class Template:
         family = family_of(path)
         self.path = path
         self.expert_shapes = family.expert_shapes(family.load_config(str(path)))
+        self.experts_apart = family.experts_apart
         self._dtypes: dict[str, str] = json.loads((path / TEMPLATE).read_text())
 
     def names(self) -> list[str]:
@@ -132,7 +135,7 @@ def _fill(
 
 def _warn_of_square_experts(origin: HfFolder | Template) -> None:
     square = [name for name, (rows, columns) in origin.expert_shapes.items() if rows == columns]
-    if square:
+    if square and not origin.experts_apart:
         logger.warning(
             "%s experts of %s are square: transformers decides their layout by dims alone and will not transpose the "
             "published one that is written; SGLang and this program read it rightly",
@@ -161,17 +164,29 @@ def _write_shards(
     for name, tensor in tensors:
         if name not in origin:
             raise HfFolderError(f"{name} is not in {origin.path}, so a folder like it cannot hold it")
-        if expert_kind(name) in origin.expert_shapes:
-            tensor = tensor.transpose(1, 2)
-        tensor = tensor.detach().to("cpu", origin.dtype(name), copy=True).contiguous()
-        if pending and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        pending[name] = tensor
-        size += tensor.nbytes
+        for published, part in _published(origin, name, tensor):
+            part = part.detach().to("cpu", origin.dtype(name), copy=True).contiguous()
+            if pending and size + part.nbytes > shard_bytes:
+                flush()
+                size = 0
+            pending[published] = part
+            size += part.nbytes
         written.add(name)
     flush()
     return shards, written
+
+
+def _published(
+    origin: HfFolder | Template, name: str, tensor: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What published checkpoints hold of a tensor that transformers has."""
+    kind = expert_kind(name)
+    if kind not in origin.expert_shapes:
+        yield name, tensor
+    elif origin.experts_apart:
+        yield from StackExperts(gated=kind == "gate_up_proj").all_apart(name, tensor)
+    else:
+        yield name, tensor.transpose(1, 2)
 
 
 def _name_shards(folder: Path, shards: list[_Shard]) -> None:

@@ -1,4 +1,7 @@
-"""A Hugging Face folder's processor, compared with the model that it is to feed."""
+"""A Hugging Face folder's processor, compared with the model that it is to feed.
+
+Of a model that takes text alone transformers' processor is the tokenizer itself.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def load_processor(path: str) -> tuple[Any, Any]:
             f"{path} has no chat template; copy chat_template.jinja from the model that it was made from"
         )
     _check_tokens(path, processor, hf)
-    for ours, theirs in _PATCHES.items():
+    for ours, theirs in _PATCHES.items() if hasattr(processor, "image_processor") else ():
         if not (hasattr(processor.image_processor, ours) and hasattr(hf.vision_config, theirs)):
             continue  # not every family has all of them
         made, wanted = getattr(processor.image_processor, ours), getattr(hf.vision_config, theirs)
@@ -44,18 +47,23 @@ def load_processor(path: str) -> tuple[Any, Any]:
     return processor, hf
 
 
+def tokenizer_of(processor: Any) -> Any:
+    return getattr(processor, "tokenizer", processor)
+
+
 def _check_tokens(path: str, processor: Any, hf: Any) -> None:
-    tokens, rows = max(processor.tokenizer.get_vocab().values()) + 1, hf.get_text_config().vocab_size
+    vocab, rows = tokenizer_of(processor).get_vocab(), hf.get_text_config().vocab_size
+    tokens = max(vocab.values()) + 1
     if tokens > rows:
         raise HfFolderError(
-            f"{path}: the tokenizer has {tokens} tokens but the model only {rows} rows (text_config.vocab_size); use the "
+            f"{path}: the tokenizer has {tokens} tokens but the model only {rows} rows (vocab_size); use the "
             f"model's own tokenizer, or give it more rows with transformers' resize_token_embeddings({tokens}) and save it"
         )
     for name in _SPECIAL:
         if not (hasattr(processor, name) and hasattr(hf, f"{name}_id")):
             continue
         token, wanted = getattr(processor, name), getattr(hf, f"{name}_id")
-        found = processor.tokenizer.get_vocab().get(token)
+        found = vocab.get(token)
         if found != wanted:
             has = "has no such token" if found is None else f"has {found}"
             raise HfFolderError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_mm.hf.headers import HfFolderError, read_json
+from gspo_mm.hf.processor import tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Stops:
 
 def find_stops(path: str, processor: Any, vocab_size: int) -> Stops:
     """The end tokens of a folder. Raises HfFolderError when nothing says where an answer ends, or no token can."""
-    tokenizer = processor.tokenizer
+    tokenizer = tokenizer_of(processor)
     sources: dict[int, list[str]] = {}
     for source, token in _named(Path(path), tokenizer):
         if isinstance(token, bool) or not isinstance(token, int):
@@ -106,12 +107,12 @@ def _end_of_turn(path: str, processor: Any, *, known: Collection[int]) -> tuple[
     It is the first of the tokenizer's added tokens, or of those `known` as end tokens, behind a rendered answer; None
     when there is none. Raises HfFolderError when the template ends answers with words that no token stands for.
     """
-    added = {*processor.tokenizer.added_tokens_decoder, *known}
+    added = {*tokenizer_of(processor).added_tokens_decoder, *known}
     last = _render(processor, _ANSWER)
     if last is None:
         return None
     behind = last.rpartition(_ANSWER)[2]
-    if found := _first(processor.tokenizer, behind, added):
+    if found := _first(tokenizer_of(processor), behind, added):
         return found
     if behind.strip():
         raise HfFolderError(
@@ -124,8 +125,8 @@ def _end_of_turn(path: str, processor: Any, *, known: Collection[int]) -> tuple[
     if followed is None:
         return None
     rest = followed.partition(_ANSWER)[2]
-    opening = processor.tokenizer(followed.partition(_QUESTION)[0], add_special_tokens=False)["input_ids"]
-    return _first(processor.tokenizer, rest.partition(_QUESTION)[0], added.difference(opening))
+    opening = tokenizer_of(processor)(followed.partition(_QUESTION)[0], add_special_tokens=False)["input_ids"]
+    return _first(tokenizer_of(processor), rest.partition(_QUESTION)[0], added.difference(opening))
 
 
 def _first(tokenizer: Any, text: str, wanted: Collection[int]) -> tuple[int, str] | None:

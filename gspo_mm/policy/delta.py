@@ -135,7 +135,9 @@ def delta_rule(
     # in float64: differences of sums that grow to hundreds would lose what one token fades
     fade_MAC = g_MAC.double().cumsum(-1)
     future = torch.ones(size, size, dtype=torch.bool).triu(1)
-    between_MACC = (fade_MAC.unsqueeze(-1) - fade_MAC.unsqueeze(-2)).masked_fill(future, -torch.inf).exp().to(wide)
+    between_MACC = (
+        (fade_MAC.unsqueeze(-1) - fade_MAC.unsqueeze(-2)).masked_fill(future, -torch.inf).exp().to(wide)
+    )
     q_MACK = q_MACK * q_MACK.shape[-1] ** -0.5
     step_MAC1, faded_MAC1 = beta_MAC.unsqueeze(-1), fade_MAC.exp().unsqueeze(-1).to(wide)
     # (I + tril(β k kᵀ fade, −1)) x = right, for what is written without a memory and for what a memory takes from it

@@ -33,7 +33,7 @@ from gspo_mm.policy.expert_load import ExpertLoad
 from gspo_mm.policy.layout import padded_tokens
 from gspo_mm.policy.model import PolicyModel, padded_vocab, quiet_megatron
 from gspo_mm.policy.optimizer import Optimizer
-from gspo_mm.policy.parallel import Groups, ParallelPlan
+from gspo_mm.policy.parallel import Groups, ParallelPlan, PlanError
 from gspo_mm.policy.precision import DTYPES, check_attention, check_fp8, check_widths
 from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.policy.speed import overlaps_reduction
@@ -259,7 +259,7 @@ class Policy:
     def forget_features(self) -> None:
         """Drop kept image features: the tower's weights were set from outside."""
         for chunk in self.chunks:
-            if chunk.pre_process:
+            if chunk.features:
                 chunk.features.forget()
 
     @torch.no_grad()
@@ -350,6 +350,7 @@ def prepare(path: str, config: PolicyConfig, *, seed: int) -> tuple[Family, Any,
     """Family, Hugging Face config and plan of a folder, checked against each other; starts megatron's groups."""
     family = family_of(path)
     hf = family.load_config(path)
+    check_frozen(family, hf, config.freeze)
     plan = ParallelPlan.from_config(config.parallel)
     plan.check_model(family.dims(hf))
     check_fp8(config)
@@ -366,6 +367,16 @@ def build_chunks(
     """This rank's part of the model: one module, or plan.vpp of them. Weights are arbitrary."""
     stages = list(range(plan.vpp)) if plan.vpp > 1 else [None]
     return [PolicyModel(family, hf, config, plan, groups, vp_stage=stage).to(device()) for stage in stages]
+
+
+def check_frozen(family: Family, hf: Any, parts: Sequence[str]) -> None:
+    """Raise PlanError for parts that the model does not have."""
+    absent = [part for part in parts if part in ("vision", "projector")]
+    if absent and family.image_token_id(hf) is None:
+        raise PlanError(
+            f"policy.freeze names {' and '.join(absent)}, and models of type {hf.model_type} take text alone; take it off "
+            "the list"
+        )
 
 
 def freeze(module: PolicyModel, parts: Sequence[str]) -> None:

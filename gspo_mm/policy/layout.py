@@ -24,6 +24,8 @@ import torch
 from gspo_mm.policy.parallel import ParallelPlan, round_up
 from gspo_mm.types import MicroBatch
 
+_NO_TOKEN = -1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -48,7 +50,7 @@ def lay_out(
     *,
     cp_rank: int,
     tp_rank: int,
-    image_token_id: int,
+    image_token_id: int | None,
     total: int,
 ) -> Layout:
     """The layout of `batch` for one rank, padded to `total` tokens: `padded_tokens` or more, by its multiple."""
@@ -73,7 +75,7 @@ def lay_out(
 
     ids, positions, is_response = (spread(x) for x in (batch.token_ids, batch.positions, batch.response_mask))
     # an image token that the model sampled is text: no image stands behind it
-    is_image = (ids == image_token_id) & ~is_response & is_real
+    is_image = is_real & ~is_response & (ids == (_NO_TOKEN if image_token_id is None else image_token_id))
     image_token_number = is_image.cumsum(0) - 1
     response_number = is_response.cumsum(0) - 1
     predicts = torch.cat([is_response[1:], is_response.new_zeros(1)])  # a response never starts a sequence

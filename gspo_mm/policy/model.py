@@ -1,4 +1,4 @@
-"""The policy's module: transformers' vision tower in front of megatron-core's decoder, over packed sequences.
+"""The policy's module: transformers' vision tower, if there is one, and megatron-core's decoder, over packed sequences.
 
     pixels -> visual -> features of each distinct image -+
                                                          v (gathered for each occurrence)
@@ -72,9 +72,10 @@ class PolicyModel(MegatronModule):
         self.pre_process = groups.is_first_stage and not vp_stage
         self.post_process = groups.is_last_stage and vp_stage in (None, plan.vpp - 1)
         self.rotary = family.build_rotary(hf)
-        self.visual = None
-        if self.pre_process:
-            self.visual = _replicated(family.build_vision(hf), DTYPES[config.dtype])
+        self.visual = family.build_vision(hf) if self.pre_process else None
+        self.features: Features | None = None
+        if self.visual is not None:
+            _replicate(self.visual, DTYPES[config.dtype])
             if packs_vision(config):
                 attend_to_all_images(self.visual)
             if config.recompute == "full":
@@ -112,7 +113,7 @@ class PolicyModel(MegatronModule):
             self.plan,
             cp_rank=self.groups.cp.rank(),
             tp_rank=self.groups.tp.rank(),
-            image_token_id=self.hf.image_token_id,
+            image_token_id=self.family.image_token_id(self.hf),
             total=total or padded_tokens(batch, self.plan, multiple=self.token_multiple),
         )
         self.real_rows = layout.own_is_real.to(target)
@@ -133,7 +134,10 @@ class PolicyModel(MegatronModule):
         """Token embeddings [N/tp, 1, D] with image features in place of image tokens; fills DeepStack in `packed`."""
         target = device()
         ids = layout.token_ids[None].to(target)
-        image_tokens = int(((batch.token_ids == self.hf.image_token_id) & ~batch.response_mask).sum())
+        if self.features is None:
+            return self.language.embedding(input_ids=ids, position_ids=None)
+        is_image = batch.token_ids == self.family.image_token_id(self.hf)
+        image_tokens = int((is_image & ~batch.response_mask).sum())
         grids = torch.empty(0, 3, dtype=torch.int64) if batch.image_grid_thw is None else batch.image_grid_thw
         shown = occurrence_rows(self.family.tokens_per_image(self.hf, grids), batch.image_index.tolist())
         if len(shown) != image_tokens:
@@ -332,9 +336,8 @@ def quiet_megatron() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _replicated(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def _replicate(module: torch.nn.Module, dtype: torch.dtype) -> None:
     """Parameters in `dtype`, their gradients summed over tensor-parallel ranks; buffers keep float32."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
         parameter.sequence_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
-    return module

@@ -42,20 +42,18 @@ class EmbeddedOpening:
 
 
 class EmbeddedEngine:
-    """RolloutEngine over `AutoModelForImageTextToText`; the architecture comes from a Hugging Face folder.
+    """RolloutEngine over transformers' model of a Hugging Face folder.
 
     The weights are whatever `load_weights` brings; until its first call they are random and `version` is -1.
     """
 
     def __init__(self, model_path: str, processor: TokenSide, *, dtype: torch.dtype, max_batch: int) -> None:
-        from transformers import AutoModelForImageTextToText
-
         self._family = family_of(model_path)
         self._hf = config = self._family.load_config(model_path)
         self._axes = len(self._family.positions(config, torch.empty(0, dtype=torch.int64), None))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(), device:
-            model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+            model: Any = self._family.auto_class(config).from_config(config, dtype=dtype)
         self._model: Any = model.eval().requires_grad_(False)
         share_keys_in_decoding(self._model)
         use_torch_norms(self._model)
@@ -156,7 +154,7 @@ class EmbeddedEngine:
         from transformers import DynamicCache
 
         longest = max(len(p.token_ids) for p in prompts)
-        no_image = int(self._hf.image_token_id == 0)
+        no_image = int(self._family.image_token_id(self._hf) == 0)
         ids_QP = torch.full((len(prompts), longest), no_image)
         mask_QP = torch.zeros_like(ids_QP)
         positions_AQP = torch.ones(self._axes, len(prompts), longest, dtype=torch.int64)

@@ -22,7 +22,7 @@ class TokenSide(Protocol):
     """What engines need of `data.Processor`."""
 
     stop_token_ids: tuple[int, ...]
-    image_token_id: int
+    image_token_id: int | None
 
     def decode(self, token_ids: Iterable[int]) -> str: ...
 

@@ -326,7 +326,7 @@ def with_seeds(request: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def collapse_images(token_ids: Sequence[int], image_token_id: int, grids: Any) -> list[int]:
+def collapse_images(token_ids: Sequence[int], image_token_id: int | None, grids: Any) -> list[int]:
     """The ids with one image token per image, which is what servers expand themselves."""
     if grids is None:
         return list(token_ids)

@@ -87,7 +87,7 @@ def check_parity(
     threshold: float,
     times: float = 1.0,
 ) -> Mapping[str, Gap]:
-    """Gaps by place, over `prompts` and the same ones without their images. A collective; rank 0 has the engine.
+    """Gaps by place, over `prompts` and those with images without them too. A collective; rank 0 has the engine.
 
     Raises ParityError with the cause and the table when the mean gap of a place, without the largest of each prompt,
     is above `threshold` x `times` nats, or that of one sample after its image is twice as much, where text agrees.
@@ -95,7 +95,8 @@ def check_parity(
     asked: list[_Answered] = []
     with policy.ranks.together():
         if engine:
-            prompts = [*prompts, *(_without_images(prompt, processor) for prompt in prompts)]
+            pictured = [prompt for prompt in prompts if prompt.prompt.images]
+            prompts = [*prompts, *(_without_images(prompt, processor) for prompt in pictured)]
             asked = [_ask(engine, prompt) for prompt in prompts]
     asked = policy.ranks.from_main(asked)
     places = [_places(each.sequence, processor.image_token_id) for each in asked]
@@ -182,7 +183,7 @@ def _compared(batch: MicroBatch, places: list[str | None]) -> MicroBatch:
     return dataclasses.replace(batch, response_mask=mask_N, response_cu_seqlens=ends)
 
 
-def _places(sequence: TrainSequence, image_token_id: int) -> list[str | None]:
+def _places(sequence: TrainSequence, image_token_id: int | None) -> list[str | None]:
     """Place of every token but the first; None for image tokens, which are not predicted."""
     places: list[str | None] = []
     seen = False

@@ -63,8 +63,7 @@ class Quantizer:
         if op is None:
             yield name, tensor
             return
-        for expert, one in enumerate(op.to_megatron([tensor])):
-            yield from zip(op.names_apart(name, expert), op.apart(one), strict=True)
+        yield from op.all_apart(name, tensor)
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,277 @@
+"""Qwen3, dense and mixture of experts (model_type qwen3 and qwen3_moe): text alone. And the decoder that Qwen3-VL shares.
+
+Source: transformers' modeling_qwen3.py and modeling_qwen3_moe.py, which the parity tests compare with. What is particular:
+RMSNorm on queries and keys, and routing weights that sum to 1 over the chosen experts or not (norm_topk_prob).
+
+Left out: sliding windows and rotary scaling, which are refused by name, and router losses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gspo_mm.families.base import Copy, Entry, Family, MergeQkv, ServedDim, VocabPad
+from gspo_mm.families.cost import FlopModel, matmul
+from gspo_mm.families.parts import ends, entry, gated_mlp, stacked_experts
+from gspo_mm.hf.headers import HfFolderError
+from gspo_mm.types import GspoError
+
+_WHOLE = re.compile(r"(norm|mlp\.gate)\.weight$")
+
+
+class Qwen3Decoder:
+    """What a Family of this decoder has in common; its config is the whole one's, or its text_config."""
+
+    prefix: str  # of the decoder's tensors in Hugging Face's names
+
+    def renormalises(self, text: Any) -> bool:
+        """Whether routing weights are made to sum to 1 over the chosen experts."""
+        return text.norm_topk_prob
+
+    def check_decoder(self, path: str, hf: Any) -> None:
+        """Raise HfFolderError for a variant that is not supported."""
+        text = hf.get_text_config()
+        key = "" if text is hf else "text_config."
+        if text.hidden_act != "silu":
+            raise HfFolderError(f"{path}: {key}hidden_act={text.hidden_act!r} is not supported; use 'silu'")
+        kind = text.rope_parameters.get("rope_type", "default")
+        if kind != "default":
+            raise HfFolderError(
+                f"{path}: rope_type={kind!r} is not supported; use 'default', for which rope_parameters (or rope_scaling) "
+                "hold nothing that scales positions"
+            )
+        if getattr(text, "use_sliding_window", False) or {*(getattr(text, "layer_types", None) or ())} - {
+            "full_attention"
+        }:
+            raise HfFolderError(
+                f"{path}: use_sliding_window={text.use_sliding_window} with layers that see a window of tokens alone is not "
+                "supported; use a model whose layers see all tokens (use_sliding_window=false)"
+            )
+        least = 2 if any(moe_layers(text)) and self.renormalises(text) else 1
+        if any(moe_layers(text)) and not least <= text.num_experts_per_tok <= text.num_experts:
+            why = (
+                "routing weights sum to 1 over the chosen experts, so that a single one leaves the router untrained; "
+                if least == 2
+                else ""
+            )
+            raise HfFolderError(
+                f"{path}: {key}num_experts_per_tok={text.num_experts_per_tok} with num_experts={text.num_experts} "
+                f"is not supported: {why}use a model with {least} to {text.num_experts} experts per token"
+            )
+
+    def decoder_flops(self, hf: Any) -> FlopModel:
+        """Of the decoder and the output layer."""
+        text, mixtures = hf.get_text_config(), sum(moe_layers(hf.get_text_config()))
+        hidden = text.hidden_size
+        queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+        attention = matmul(hidden, queries) + 2 * matmul(hidden, keys) + matmul(queries, hidden)
+        experts = text.num_experts_per_tok * 3 * matmul(hidden, text.moe_intermediate_size) if mixtures else 0
+        dense = 3 * matmul(hidden, text.intermediate_size)  # gate, up, down
+        return FlopModel(
+            token=text.num_hidden_layers * attention
+            + mixtures * experts
+            + (text.num_hidden_layers - mixtures) * dense,
+            router=mixtures * matmul(hidden, text.num_experts) if mixtures else 0,
+            pair=text.num_hidden_layers * 2 * matmul(1, queries),
+            row=matmul(hidden, text.vocab_size),
+        )
+
+    def transformer_arguments(self, hf: Any) -> dict[str, Any]:
+        text = hf.get_text_config()
+        arguments: dict[str, Any] = {
+            "num_layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size,
+            "ffn_hidden_size": text.intermediate_size,
+            "num_attention_heads": text.num_attention_heads,
+            "num_query_groups": text.num_key_value_heads,
+            "kv_channels": text.head_dim,
+            "layernorm_epsilon": text.rms_norm_eps,
+            "add_qkv_bias": bool(text.attention_bias),
+            "attention_dropout": text.attention_dropout,
+            "hidden_dropout": 0.0,
+            "normalization": "RMSNorm",
+            "qk_layernorm": True,
+            "gated_linear_unit": True,
+            "activation_func": torch.nn.functional.silu,
+            "add_bias_linear": False,
+        }
+        pattern = moe_layers(text)
+        if any(pattern):
+            arguments |= {
+                "num_moe_experts": text.num_experts,
+                "moe_router_topk": text.num_experts_per_tok,
+                "moe_ffn_hidden_size": text.moe_intermediate_size,
+                "moe_layer_freq": [int(is_moe) for is_moe in pattern],
+                # softmax after top-k is softmax over all, then renormalised over the chosen ones
+                "moe_router_pre_softmax": not self.renormalises(text),
+            }
+        return arguments
+
+    def decoder_entries(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
+        """The weight map of embedding, decoder and output layer."""
+        text = hf.get_text_config()
+        vocab = VocabPad(text.vocab_size, padded_vocab)
+        entries = ends(self.prefix, vocab=vocab, tied=hf.tie_word_embeddings)
+        for number, is_moe in enumerate(moe_layers(text)):
+            entries += _layer(self.prefix, text, number, is_moe=is_moe, fused=fused)
+        return entries
+
+    def expert_shapes(self, hf: Any) -> Mapping[str, tuple[int, int]]:
+        text = hf.get_text_config()
+        if not any(moe_layers(text)):
+            return {}
+        hidden, inner = text.hidden_size, text.moe_intermediate_size
+        return {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+
+    def check_served(self, hf: Any) -> None:
+        pattern = moe_layers(hf.get_text_config())
+        if any(pattern) and not all(pattern):  # its Qwen3MoeModel makes every layer a mixture
+            raise GspoError(
+                f"decoder layer {pattern.index(False)} is dense (mlp_only_layers or decoder_sparse_step of "
+                "config.json), which SGLang ignores in a mixture of experts; set rollout.engine=embedded"
+            )
+
+    def linear_layers(self, hf: Any) -> Mapping[str, tuple[str, ...]]:
+        layers: dict[str, tuple[str, ...]] = {}
+        for number, is_moe in enumerate(moe_layers(hf.get_text_config())):
+            ours, servers = f"{self.prefix}.layers.{number}", f"model.layers.{number}"
+            attention = f"{ours}.self_attn"
+            layers[f"{servers}.self_attn.qkv_proj.weight"] = tuple(
+                f"{attention}.{x}_proj.weight" for x in "qkv"
+            )
+            layers[f"{servers}.self_attn.o_proj.weight"] = (f"{attention}.o_proj.weight",)
+            if is_moe:
+                experts = [f"{ours}.mlp.experts.{e}" for e in range(hf.get_text_config().num_experts)]
+                gate_up = tuple(f"{e}.{x}_proj.weight" for e in experts for x in ("gate", "up"))
+                layers[f"{servers}.mlp.experts.w13_weight"] = gate_up
+                layers[f"{servers}.mlp.experts.w2_weight"] = tuple(f"{e}.down_proj.weight" for e in experts)
+            else:
+                gate_up = tuple(f"{ours}.mlp.{x}_proj.weight" for x in ("gate", "up"))
+                layers[f"{servers}.mlp.gate_up_proj.weight"] = gate_up
+                layers[f"{servers}.mlp.down_proj.weight"] = (f"{ours}.mlp.down_proj.weight",)
+        return layers
+
+    def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
+        text, pattern = hf.get_text_config(), moe_layers(hf.get_text_config())
+        heads, groups, head_dim = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+        dims = [
+            ServedDim(name="hidden_size", size=text.hidden_size, ways=1),
+            ServedDim(
+                name="num_attention_heads*head_dim",
+                size=heads * head_dim,
+                ways=attention,
+                relief="lower rollout.sglang.tp",
+            ),
+            # more GPUs than groups: each group is held by several, whole
+            ServedDim(
+                name="num_key_value_heads*head_dim",
+                size=groups * head_dim,
+                ways=min(attention, groups),
+                relief="lower rollout.sglang.tp",
+            ),
+        ]
+        if not all(pattern):
+            dense = text.intermediate_size
+            dims.append(
+                ServedDim(name="intermediate_size", size=dense, ways=mlp, relief="lower rollout.sglang.tp")
+            )
+        if any(pattern):
+            inner = text.moe_intermediate_size
+            dims.append(
+                ServedDim(
+                    name="moe_intermediate_size", size=inner, ways=experts, relief="raise rollout.sglang.ep"
+                )
+            )
+        return dims
+
+
+class Qwen3(Qwen3Decoder, Family):
+    """The Family of both variants; which one is in the config."""
+
+    prefix = "model"
+    experts_apart = True
+
+    def load_config(self, path: str) -> Any:
+        hf = super().load_config(path)
+        self.check_decoder(path, hf)
+        return hf
+
+    def image_token_id(self, hf: Any) -> int | None:
+        return None
+
+    def flops(self, hf: Any) -> FlopModel:
+        return self.decoder_flops(hf)
+
+    def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
+        return self.decoder_entries(hf, padded_vocab=padded_vocab, fused=fused)
+
+    def check_served(self, hf: Any) -> None:
+        super().check_served(hf)
+        if any(moe_layers(hf)) and self.is_tied(hf):  # its Qwen3MoeForCausalLM has an output layer of its own
+            raise GspoError(
+                "config.json says tie_word_embeddings=true, which SGLang ignores in a mixture of experts of type "
+                f"{hf.model_type}; set rollout.engine=embedded"
+            )
+
+    def build_rotary(self, hf: Any) -> torch.nn.Module:
+        return Rotary(hf.head_dim, base=hf.rope_parameters["rope_theta"])
+
+    def whole_tensor(self, name: str) -> str | None:
+        return name if _WHOLE.search(name) else None
+
+
+class Rotary(torch.nn.Module):
+    """Angles of rotary positions on one axis."""
+
+    inv_freq: torch.Tensor  # [head_dim / 2] float32
+
+    def __init__(self, head_dim: int, *, base: float) -> None:
+        super().__init__()
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+        self.register_buffer("inv_freq", 1.0 / base**exponents, persistent=False)
+
+    def forward(self, positions_1N: torch.Tensor) -> torch.Tensor:
+        """Positions [1, N] -> angles [N, head_dim] float32; the second half repeats the first."""
+        return (positions_1N[0, :, None].float() * self.inv_freq).repeat(1, 2)
+
+
+def moe_layers(text: Any) -> list[bool]:
+    """Which decoder layers are mixtures of experts."""
+    if not getattr(text, "num_experts", 0):
+        return [False] * text.num_hidden_layers
+    dense, step = getattr(text, "mlp_only_layers", ()), getattr(text, "decoder_sparse_step", 1)
+    return [number not in dense and (number + 1) % step == 0 for number in range(text.num_hidden_layers)]
+
+
+def _layer(prefix: str, text: Any, number: int, *, is_moe: bool, fused: bool) -> list[Entry]:
+    hf, mcore = f"{prefix}.layers.{number}", f"language.decoder.layers.{number}"
+    # Transformer Engine fuses a norm into the linear layer that follows it
+    input_norm = "self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"
+    mlp_norm = "mlp.linear_fc1.layer_norm_weight" if fused and not is_moe else "pre_mlp_layernorm.weight"
+    qkv = MergeQkv(text.num_key_value_heads, text.head_dim)
+    entries = [
+        entry(f"{hf}.input_layernorm.weight", f"{mcore}.{input_norm}", Copy()),
+        entry(f"{hf}.post_attention_layernorm.weight", f"{mcore}.{mlp_norm}", Copy()),
+        entry(f"{hf}.self_attn.q_norm.weight", f"{mcore}.self_attention.q_layernorm.weight", Copy()),
+        entry(f"{hf}.self_attn.k_norm.weight", f"{mcore}.self_attention.k_layernorm.weight", Copy()),
+        entry(f"{hf}.self_attn.o_proj.weight", f"{mcore}.self_attention.linear_proj.weight", Copy("tp", 1)),
+    ]
+    if text.attention_bias:
+        entries.append(
+            entry(f"{hf}.self_attn.o_proj.bias", f"{mcore}.self_attention.linear_proj.bias", Copy())
+        )
+    for kind in ("weight", "bias") if text.attention_bias else ("weight",):
+        names = tuple(f"{hf}.self_attn.{x}_proj.{kind}" for x in "qkv")
+        entries.append(Entry(hf=names, megatron=(f"{mcore}.self_attention.linear_qkv.{kind}",), op=qkv))
+    if is_moe:
+        entries.append(entry(f"{hf}.mlp.gate.weight", f"{mcore}.mlp.router.weight", Copy()))
+        entries += stacked_experts(
+            f"{hf}.mlp.experts", f"{mcore}.mlp.experts", count=text.num_experts, fused=fused
+        )
+    else:
+        entries += gated_mlp(f"{hf}.mlp", f"{mcore}.mlp")
+    return entries
