@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -139,11 +140,29 @@ def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) 
                 model.config, torch.cat([patches[i] for i in images]), grids[images]
             )
             inputs |= {name: tensor.to(model.device) for name, tensor in shown_here.items()}
-        logits = model(**inputs, use_cache=False).logits[0].float() / temperature
+        with token_by_token(model):
+            logits = model(**inputs, use_cache=False).logits[0].float() / temperature
         rows = is_response.nonzero().squeeze(1)
         logprobs = logits[(rows - 1).to(logits.device)].log_softmax(-1)
         parts.append(logprobs.gather(1, ids[rows, None].to(logits.device)).squeeze(1))
     return torch.cat(parts)
+
+
+@contextmanager
+def token_by_token(model: Any) -> Iterator[None]:
+    """Have transformers' linear attention go through a sequence token by token, as its equations are written.
+
+    In chunks, it takes differences of sums of log decays in float32, which lose digits: up to 1e-3 of a decay's gradient.
+    """
+    module: Any = sys.modules[type(model).__module__]
+    chunked = {name: rule for name, rule in vars(module).items() if name.startswith("torch_chunk_")}
+    for name in chunked:
+        setattr(module, name, getattr(module, name.replace("chunk", "recurrent")))
+    try:
+        yield
+    finally:
+        for name, rule in chunked.items():
+            setattr(module, name, rule)
 
 
 def _patches_of_images(batch: MicroBatch) -> list[torch.Tensor]:

@@ -69,10 +69,22 @@ class Family(StrEnum):
     QWEN3_VL = "qwen3_vl"
     QWEN3_MOE = "qwen3_moe"
     QWEN3 = "qwen3"
+    QWEN3_5_MOE = "qwen3_5_moe"
+    QWEN3_5 = "qwen3_5"
 
     @property
     def sees(self) -> bool:
-        return self in (Family.QWEN3_VL_MOE, Family.QWEN3_VL)
+        return self not in (Family.QWEN3_MOE, Family.QWEN3)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether its MLPs are mixtures of experts."""
+        return self.endswith("_moe")
+
+    @property
+    def attends_linearly(self) -> bool:
+        """Whether three of four layers do."""
+        return self in (Family.QWEN3_5_MOE, Family.QWEN3_5)
 
     @property
     def name_of_classes(self) -> str:
@@ -201,23 +213,33 @@ def _config(
         "pad_token_id": token("<|endoftext|>"),
         "bos_token_id": token("<|endoftext|>"),
     }
-    if family in (Family.QWEN3_VL_MOE, Family.QWEN3_MOE):
+    if family.mixes:
         text_values |= {
             "num_experts": 8,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 48,  # not hidden/2: then both layouts of gate_up_proj would have equal dims
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "norm_topk_prob": True,
         }
+    if family.mixes and not family.attends_linearly:
+        text_values |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+    if family.attends_linearly:
+        text_values |= {
+            "num_hidden_layers": 4,  # three attend linearly
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+        }
+        text_values |= {"shared_expert_intermediate_size": 48} if family.mixes else {}
     text_values |= text
+    rotated = 0.25 if family.attends_linearly else 1.0
     if "rope_parameters" not in text:
         text_values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+        text_values["rope_parameters"] |= {"partial_rotary_factor": rotated} if rotated < 1 else {}
     config_class = getattr(transformers, f"{family.name_of_classes}Config")
     if not family.sees:
         return config_class(**text_values, dtype="float32")
     if "rope_parameters" not in text:
-        half = text_values["head_dim"] // 2
+        half = int(text_values["head_dim"] * rotated) // 2
         side = half * 5 // 16  # Qwen3-VL's split of 64 frequencies is 24 time, 20 height, 20 width
         text_values["rope_parameters"] |= {
             "mrope_section": [half - 2 * side, side, side],
@@ -234,9 +256,11 @@ def _config(
         "in_channels": 3,
         "out_hidden_size": text_values["hidden_size"],
         "num_position_embeddings": (image_size // patch_size) ** 2,
-        "deepstack_visual_indexes": [0, 1, 2],  # SGLang knows exactly three
         "initializer_range": 0.05,
-    } | vision
+    }
+    if not family.attends_linearly:
+        vision_values["deepstack_visual_indexes"] = [0, 1, 2]  # SGLang knows exactly three
+    vision_values |= vision
     return config_class(
         text_config=text_values,
         vision_config=vision_values,

@@ -77,7 +77,8 @@ def megatron_to_hf(
         weights.export(), lambda tensors: write_hf(out, hf, tensors, experts_layout=experts_layout)
     )
     if check:
-        _compare(ranks, weights, read_hf(out, "published" if template.expert_shapes else "auto"))
+        exchanged = template.expert_shapes and template.published_experts == "exchanged"
+        _compare(ranks, weights, read_hf(out, "published" if exchanged else "auto"))
     return len(template.names())
 
 

@@ -262,8 +262,10 @@ class Family(ABC):
     into that by `images_of`.
     """
 
-    # whether published checkpoints store experts one by one, in place of stacks with in and out exchanged
-    experts_apart = False
+    # how published checkpoints store experts: stacked as transformers has them, stacked with in and out exchanged, or one by one
+    published_experts: Literal["stacked", "exchanged", "apart"] = "stacked"
+    # beginnings of tensors' names that are not trained, and go through conversion as they are
+    carried: tuple[str, ...] = ()
 
     # --- the language decoder
 

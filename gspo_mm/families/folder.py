@@ -1,6 +1,6 @@
 """Read a Hugging Face folder tensor by tensor.
 
-A trap lies in fused experts. Published checkpoints store `gate_up_proj` [E, D, 2F] and `down_proj` [E, F, D];
+A trap lies in fused experts. Published checkpoints of some families store `gate_up_proj` [E, D, 2F] and `down_proj` [E, F, D];
 transformers keeps [E, 2F, D] and [E, D, F] in memory, and saves a model that it did not load in just that layout.
 Everything inside the program is in transformers' in-memory layout; reading decides by dims against config.json and
 refuses to guess. Experts that are stored one by one need no decision. write.py writes, stored.py reads what is in yet
@@ -56,9 +56,12 @@ class HfFolder:
         vocab = self._hf.get_text_config().vocab_size
         self._entries = self._family.weight_map(self._hf, padded_vocab=vocab, fused=False)
         self._stored = Stored(path, self._entries)
-        self._headers = self._stored.headers
+        self._carried = [name for name in self._stored.headers if name.startswith(self._family.carried)]
+        self._headers = {
+            n: header for n, header in self._stored.headers.items() if n not in set(self._carried)
+        }
         self.expert_shapes = self._family.expert_shapes(self._hf)
-        self.experts_apart = self._family.experts_apart
+        self.published_experts = self._family.published_experts
         self.experts_layout: Layout | None = None
         self._compare_with_config()
         if self.expert_shapes:
@@ -83,6 +86,11 @@ class HfFolder:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self._headers:
             yield name, self.tensor(name)
+
+    def carried(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors that are in no weight map and are written again as they are."""
+        for name in self._carried:
+            yield name, self._stored.tensor(name)
 
     def _compare_with_config(self) -> None:
         """Names against the weight map, shapes against transformers' model.

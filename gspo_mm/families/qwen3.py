@@ -193,7 +193,7 @@ class Qwen3(Qwen3Decoder, Family):
     """The Family of both variants; which one is in the config."""
 
     prefix = "model"
-    experts_apart = True
+    published_experts = "apart"
 
     def load_config(self, path: str) -> Any:
         hf = super().load_config(path)

@@ -27,6 +27,8 @@ _HF_TEXT = "model.language_model"
 class Qwen35(QwenImages):
     """The Family of both variants; which one is in the config."""
 
+    carried = ("mtp.",)
+
     def load_config(self, path: str) -> Any:
         hf = super().load_config(path)
         text = hf.text_config

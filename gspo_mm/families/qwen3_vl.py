@@ -111,6 +111,7 @@ class Qwen3VL(Qwen3Decoder, QwenImages):
     """The Family of both variants; which one is in the config."""
 
     prefix = "model.language_model"
+    published_experts = "exchanged"
 
     def load_config(self, path: str) -> Any:
         hf = super().load_config(path)

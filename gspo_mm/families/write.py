@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gspo_mm.families.base import StackExperts
@@ -24,6 +25,7 @@ from gspo_mm.runtime.disk import refusal, sync
 logger = logging.getLogger(__name__)
 
 TEMPLATE = "tensors.json"
+CARRIED = "carried.safetensors"
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
@@ -74,7 +76,7 @@ class Template:
         family = family_of(path)
         self.path = path
         self.expert_shapes = family.expert_shapes(family.load_config(str(path)))
-        self.experts_apart = family.experts_apart
+        self.published_experts = family.published_experts
         self._dtypes: dict[str, str] = json.loads((path / TEMPLATE).read_text())
 
     def names(self) -> list[str]:
@@ -85,6 +87,11 @@ class Template:
 
     def __contains__(self, name: str) -> bool:
         return name in self._dtypes
+
+    def carried(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if (self.path / CARRIED).is_file():
+            with safe_open(self.path / CARRIED, framework="pt") as file:
+                yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
 
 
 def template_of(source: str | Path, experts_layout: str = "auto") -> HfFolder | Template:
@@ -100,6 +107,8 @@ def copy_template(origin: HfFolder, folder: Path) -> None:
     unquantize_config(folder)
     dtypes = {name: str(origin.dtype(name)).removeprefix("torch.") for name in origin.names()}
     (folder / TEMPLATE).write_text(json.dumps(dtypes, indent=1) + "\n")
+    if carried := {name: tensor.contiguous() for name, tensor in origin.carried()}:
+        save_file(carried, folder / CARRIED, metadata={"format": "pt"})
 
 
 def copy_files(origin: Path, folder: Path) -> None:
@@ -135,7 +144,7 @@ def _fill(
 
 def _warn_of_square_experts(origin: HfFolder | Template) -> None:
     square = [name for name, (rows, columns) in origin.expert_shapes.items() if rows == columns]
-    if square and not origin.experts_apart:
+    if square and origin.published_experts == "exchanged":
         logger.warning(
             "%s experts of %s are square: transformers decides their layout by dims alone and will not transpose the "
             "published one that is written; SGLang and this program read it rightly",
@@ -160,18 +169,24 @@ def _write_shards(
         shards.append((name, size, list(pending)))
         pending.clear()
 
+    def add(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+        nonlocal size
+        tensor = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        if pending and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        pending[name] = tensor
+        size += tensor.nbytes
+
     written: set[str] = set()
     for name, tensor in tensors:
         if name not in origin:
             raise HfFolderError(f"{name} is not in {origin.path}, so a folder like it cannot hold it")
         for published, part in _published(origin, name, tensor):
-            part = part.detach().to("cpu", origin.dtype(name), copy=True).contiguous()
-            if pending and size + part.nbytes > shard_bytes:
-                flush()
-                size = 0
-            pending[published] = part
-            size += part.nbytes
+            add(published, part, origin.dtype(name))
         written.add(name)
+    for name, tensor in origin.carried():
+        add(name, tensor, tensor.dtype)
     flush()
     return shards, written
 
@@ -183,10 +198,10 @@ def _published(
     kind = expert_kind(name)
     if kind not in origin.expert_shapes:
         yield name, tensor
-    elif origin.experts_apart:
+    elif origin.published_experts == "apart":
         yield from StackExperts(gated=kind == "gate_up_proj").all_apart(name, tensor)
     else:
-        yield name, tensor.transpose(1, 2)
+        yield name, tensor.transpose(1, 2) if origin.published_experts == "exchanged" else tensor
 
 
 def _name_shards(folder: Path, shards: list[_Shard]) -> None:
