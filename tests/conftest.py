@@ -43,6 +43,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_hybrid_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3.5-MoE folder: three of its four layers attend linearly."""
+    path = tmp_path_factory.mktemp("model") / "hybrid"
+    run_tool("make_tiny_model.py", path, "--family", "qwen3_5_moe")
+    return path
+
+
+@pytest.fixture(scope="session")
 def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of four training shards (200 samples) and one validation shard (40)."""
     path = tmp_path_factory.mktemp("digits")

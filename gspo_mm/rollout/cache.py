@@ -6,13 +6,14 @@ Dims: B rows, A query heads, G key heads, T tokens in the cache, H head size.
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -22,13 +23,13 @@ class Room(DynamicLayer):
     by a copy of all.
     """
 
-    def __init__(self, layer: DynamicLayer, *, copies: int, tokens: int) -> None:
+    def __init__(self, layer: DynamicLayer, rows: torch.Tensor, *, tokens: int) -> None:
         super().__init__()
         assert layer.keys is not None
         assert layer.values is not None
         self.length = layer.keys.shape[2]
         self.keys, self.values = (
-            F.pad(t, (0, 0, 0, tokens)).repeat_interleave(copies, dim=0) for t in (layer.keys, layer.values)
+            F.pad(t, (0, 0, 0, tokens)).index_select(0, rows) for t in (layer.keys, layer.values)
         )
         self.is_initialized = True
 
@@ -69,13 +70,24 @@ class Window(DynamicLayer):
         return self.keys.shape[2] - 1
 
 
-def make_room(cache: Any, *, copies: int, tokens: int) -> None:
-    """Repeat every row of a filled DynamicCache; layers that grow by every token get room for that many more."""
+class Running(LinearAttentionLayer):
+    """One layer's last inputs of a convolution and its memory, which every token changes in place."""
+
+    def __init__(self, inputs: torch.Tensor, memory: torch.Tensor) -> None:
+        super().__init__()
+        self.conv_states[0], self.recurrent_states[0] = inputs, memory
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
+        self.conv_kernel_size[0], self.has_previous_state[0] = inputs.shape[-1], True
+        self.dtype, self.device = inputs.dtype, inputs.device
+
+
+def make_room(cache: Any, rows: torch.Tensor, *, tokens: int) -> None:
+    """Make a filled DynamicCache one of `rows` [B] of it; layers that grow by every token get room for that many more."""
     for number, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[number] = Room(layer, copies=copies, tokens=tokens)
+            cache.layers[number] = Room(layer, rows, tokens=tokens)
         else:
-            layer.batch_repeat_interleave(copies)
+            layer.reorder_cache(rows)
 
 
 def share_keys_in_decoding(model: Any) -> None:
@@ -115,16 +127,22 @@ def use_torch_norms(model: torch.nn.Module) -> None:
     Which do is found out by trying, for which their weights, arbitrary so far, are set.
     """
     for module in model.modules():
-        eps = getattr(module, "variance_epsilon", None)
-        if eps is None or [name for name, _ in module.named_parameters()] != ["weight"]:
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        takes = list(inspect.signature(module.forward).parameters)
+        if eps is None or len(takes) != 1 or [name for name, _ in module.named_parameters()] != ["weight"]:
             continue
         weight: Any = module.weight
         weight.copy_(torch.linspace(0.5, 1.5, weight.numel()).view_as(weight))
         sample = torch.linspace(-2, 3, 2 * weight.numel()).view(2, *weight.shape).to(weight)
-        norm = partial(_norm, weight, eps)
-        if torch.allclose(norm(sample), module(sample), rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6):
-            module.forward = norm
+        for centre in (0, 1):
+            norm = partial(_norm, weight, eps, centre)
+            if torch.allclose(
+                norm(sample), module(sample), rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6
+            ):
+                module.forward = norm
+                break
 
 
-def _norm(weight: torch.Tensor, eps: float, hidden_states: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(hidden_states, weight.shape, weight, eps)
+def _norm(weight: torch.Tensor, eps: float, centre: int, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`centre` is added to the weight."""
+    return F.rms_norm(hidden_states, weight.shape, weight + centre if centre else weight, eps)

@@ -108,9 +108,10 @@ class EmbeddedEngine:
         self, prompts: list[EncodedPrompt], group_size: int, sampling: SamplingParams, uniforms: torch.Tensor
     ) -> list[list[Completion]]:
         logits_QV, cache, mask_QP, next_position_Q = self._prefill(prompts)
-        make_room(cache, copies=group_size, tokens=sampling.max_new_tokens)
+        row_B = torch.arange(len(prompts), device=self._device).repeat_interleave(group_size)
+        make_room(cache, row_B, tokens=sampling.max_new_tokens)
         logits_BV, mask_BP, position_B = (
-            x.repeat_interleave(group_size, dim=0) for x in (logits_QV, mask_QP, next_position_Q)
+            x.index_select(0, row_B) for x in (logits_QV, mask_QP, next_position_Q)
         )
         seen_BT = torch.nn.functional.pad(mask_BP.bool(), (0, sampling.max_new_tokens), value=True)
         mask_B11T = torch.zeros(seen_BT.shape, dtype=self._model.dtype, device=self._device)
@@ -132,7 +133,7 @@ class EmbeddedEngine:
                 break
             if not going_B.all():
                 keep = going_B.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 token_B, alive_B, mask_B11T, position_B = (
                     token_B[keep],
                     alive_B[keep],

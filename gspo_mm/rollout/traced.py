@@ -14,27 +14,28 @@ import warnings
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import logging
 
-from gspo_mm.rollout.cache import Room, Window
+from gspo_mm.rollout.cache import Room, Running, Window
 
 
 class Step(torch.nn.Module):
-    """(token ids [B, 1], positions, mask [B, 1, 1, T], keys and values of every layer) -> logits [B, V].
+    """(token ids [B, 1], positions, mask [B, 1, 1, T], two states of every layer) -> logits [B, V].
 
-    The last of the T places of keys and values is filled.
+    The states are keys and values, of whose T places the last is filled, or what linear attention changes in place.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.kinds: list[type] = []
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, *states: torch.Tensor
     ) -> torch.Tensor:
-        pairs = zip(states[::2], states[1::2], strict=True)
-        return self.run(ids, positions, mask, Cache(layers=[Window(*pair) for pair in pairs]))
+        pairs = zip(self.kinds, states[::2], states[1::2], strict=True)
+        return self.run(ids, positions, mask, Cache(layers=[kind(a, b) for kind, a, b in pairs]))
 
     def run(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
@@ -58,19 +59,30 @@ class Decoder:
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any
     ) -> torch.Tensor:
         """Logits [B, V] float32 of the next token; `cache` has one token more afterwards."""
-        if not (self._records and all(type(layer) is Room for layer in cache.layers)):
+        if not (self._records and all(type(layer) in _KINDS for layer in cache.layers)):
             return self._step.run(ids, positions, mask, cache)
-        inputs = (ids, positions, mask, *(state for layer in cache.layers for state in layer.grow(1)))
+        self._step.kinds = [_KINDS[type(layer)] for layer in cache.layers]
+        inputs = (ids, positions, mask, *(state for layer in cache.layers for state in _states(layer)))
         if len(ids) in self._agreed:
             return self._recorded(*inputs)
+        before = tuple(tensor.clone() for tensor in inputs)  # a step changes some of them
         logits_BV = self._step(*inputs)
         if self._recorded is None:
-            self._recorded = _record(self._step, inputs)
-        elif torch.allclose(self._recorded(*inputs), logits_BV, rtol=1e-5, atol=1e-5):
+            self._recorded = _record(self._step, before)
+        elif torch.allclose(self._recorded(*before), logits_BV, rtol=1e-5, atol=1e-5):
             self._agreed.add(len(ids))
         else:
             self._records = False
         return logits_BV
+
+
+_KINDS: dict[type, type] = {Room: Window, LinearAttentionLayer: Running}
+
+
+def _states(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(layer, Room):
+        return layer.grow(1)
+    return layer.conv_states[0], layer.recurrent_states[0]
 
 
 def _record(step: Step, inputs: tuple[torch.Tensor, ...]) -> Any:

@@ -18,6 +18,12 @@ GREEDY = SamplingParams(temperature=0.0, max_new_tokens=8)
 SAMPLED = SamplingParams(temperature=0.8, max_new_tokens=8)
 
 
+@pytest.fixture(scope="module", params=["tiny_model", "tiny_hybrid_model"])
+def tiny_model(request: pytest.FixtureRequest) -> Path:
+    """One whose keys and values grow, and one with layers that hold a memory of one size."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
 def processor(tiny_model: Path, digit_shards: Path) -> Processor:
     return Processor(str(tiny_model), DataConfig(train=[f"{digit_shards}/train-*.tar"]))

@@ -1,4 +1,4 @@
-"""Decoding is transformers' own model, whatever is recorded, replaced or written in place. Costs 10 s."""
+"""Decoding is transformers' own model, whatever is recorded, replaced or written in place. Costs 20 s."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNormGated
 
 from gspo_mm.config import DataConfig
 from gspo_mm.data.processor import Processor
@@ -19,6 +20,11 @@ from gspo_mm.rollout.traced import Decoder
 from gspo_mm.types import Completion, EncodedPrompt, SamplingParams
 
 SAMPLING = SamplingParams(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module", params=["tiny_model", "tiny_hybrid_model"])
+def tiny_model(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,7 @@ def test_a_recording_that_does_not_fit_another_length_is_not_used() -> None:
 
     layer = DynamicLayer()
     layer.update(torch.zeros(2, 1, 3, 1), torch.zeros(2, 1, 3, 1))
-    cache.layers.append(Room(layer, copies=1, tokens=5))
+    cache.layers.append(Room(layer, torch.arange(2), tokens=5))
     decode = Decoder(ForgetsLengths())
     ids = torch.zeros(2, 1, dtype=torch.int64)
     seen = [decode(ids, ids, torch.zeros(2, 1, 1, n), cache)[0, 0].item() for n in (4, 5, 6)]
@@ -97,13 +103,23 @@ def test_a_recording_that_does_not_fit_another_length_is_not_used() -> None:
     assert not decode._records
 
 
-@pytest.mark.parametrize(("kind", "replaced"), [(LlamaRMSNorm, True), (GemmaRMSNorm, False)])
+class Doubled(LlamaRMSNorm):
+    """A norm that computes something else."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden_states)
+
+
+@pytest.mark.parametrize(
+    ("kind", "replaced"),
+    [(LlamaRMSNorm, True), (GemmaRMSNorm, True), (Doubled, False), (Qwen3_5MoeRMSNormGated, False)],
+)
 def test_only_norms_that_compute_the_same_are_replaced(kind: Any, replaced: bool) -> None:
     norm = kind(16)
-    norm.variance_epsilon = 1e-6  # Gemma's goes by another name, and its weight is added to 1
     use_torch_norms(norm)
     assert ("forward" in vars(norm)) is replaced
     with torch.no_grad():
         norm.weight.copy_(torch.arange(16.0))
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(norm(x), type(norm).forward(norm, x))
+    gate = [x] if kind is Qwen3_5MoeRMSNormGated else []
+    torch.testing.assert_close(norm(x, *gate), kind.forward(norm, x, *gate))
