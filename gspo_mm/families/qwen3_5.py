@@ -97,6 +97,7 @@ class Qwen35(QwenImages):
         if experts:
             arguments |= {
                 "num_moe_experts": experts,
+                "moe_layer_freq": [1] * text.num_hidden_layers,
                 "moe_router_topk": text.num_experts_per_tok,
                 "moe_ffn_hidden_size": text.moe_intermediate_size,
                 "moe_shared_expert_intermediate_size": text.shared_expert_intermediate_size,

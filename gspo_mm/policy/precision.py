@@ -75,11 +75,13 @@ def check_widths(config: PolicyConfig, arguments: Mapping[str, Any], *, tp: int,
     heads, groups, head = (
         arguments[key] for key in ("num_attention_heads", "num_query_groups", "kv_channels")
     )
+    gated = bool(arguments.get("attention_output_gate"))
     has_dense = 0 in arguments.get("moe_layer_freq", [0])  # layers without experts
+    keys, values, numbers = _linear_widths(arguments)
     unit = _SIDES[config.fp8.recipe]
     for what, width, key, size in (
         ("hidden_size", arguments["hidden_size"], "tp", 1),
-        ("width of queries, keys and values", (heads + 2 * groups) * head, "tp", tp),
+        ("width of queries, keys and values", (heads * (1 + gated) + 2 * groups) * head, "tp", tp),
         ("num_attention_heads * head_dim", heads * head, "tp", tp),
         ("intermediate_size", arguments["ffn_hidden_size"] if has_dense else 0, "tp", tp),
         (
@@ -89,6 +91,8 @@ def check_widths(config: PolicyConfig, arguments: Mapping[str, Any], *, tp: int,
             tp,
         ),
         ("moe_intermediate_size", arguments.get("moe_ffn_hidden_size", 0), "etp", etp),
+        ("width of linear attention's projection", 2 * (keys + values + numbers), "tp", tp),
+        ("linear_num_value_heads * linear_value_head_dim", values, "tp", tp),
     ):
         if width % (unit * size):
             cut = f" over policy.parallel.{key}={size} is {width / size:g}, which" if size > 1 else ""
@@ -97,6 +101,15 @@ def check_widths(config: PolicyConfig, arguments: Mapping[str, Any], *, tp: int,
                 f"policy.fp8.recipe={config.fp8.recipe}: the model's {what}={width}{cut} is no multiple of {unit}, as its "
                 f"kernels want it; {fix}set policy.fp8.recipe=null"
             )
+
+
+def _linear_widths(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Of all keys, all values and one number a value head in linear attention; 0 where there is none."""
+    if "linear_attention_freq" not in arguments:
+        return 0, 0, 0
+    heads = arguments["linear_num_value_heads"]
+    keys = arguments["linear_num_key_heads"] * arguments["linear_key_head_dim"]
+    return keys, heads * arguments["linear_value_head_dim"], heads
 
 
 def fp8_arguments(config: PolicyConfig) -> dict[str, Any]:

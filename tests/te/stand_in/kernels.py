@@ -241,9 +241,10 @@ def _gamma(weight: torch.Tensor, zero_centred: bool) -> torch.Tensor:
 
 def _turned(states: torch.Tensor, angles: torch.Tensor, sign: float) -> torch.Tensor:
     angles = angles[: states.shape[0]].float()
-    first, second = states.float().chunk(2, -1)
-    turned = torch.cat([-second, first], -1)
-    return (states.float() * angles.cos() + turned * angles.sin() * sign).to(states.dtype)
+    turning, rest = states.float().split([angles.shape[-1], states.shape[-1] - angles.shape[-1]], -1)
+    first, second = turning.chunk(2, -1)
+    turned = turning * angles.cos() + torch.cat([-second, first], -1) * angles.sin() * sign
+    return torch.cat([turned, rest], -1).to(states.dtype)
 
 
 def _spans(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
