@@ -1,4 +1,6 @@
-"""Random Qwen3-VL(-MoE) models of a few thousand parameters, for tests that compare with transformers."""
+"""Random models of a few thousand parameters, for tests that compare with transformers: Qwen3-VL(-MoE), and Qwen3(-MoE) that
+takes text alone.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,20 @@ def tiny_vl(*, moe: bool = True, tied: bool = False, seed: int = 0, vision: Any 
         tie_word_embeddings=tied,
         dtype="float32",
     )
-    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).float().eval()
+    return _with_weights(getattr(transformers, f"{kind}ForConditionalGeneration")(config), seed)
+
+
+def tiny_text(*, moe: bool = True, tied: bool = False, seed: int = 0, **text: Any) -> Any:
+    """As `tiny_vl`, without images."""
+    kind = "Qwen3Moe" if moe else "Qwen3"
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    values = {**TEXT, **(EXPERTS if moe else {}), "rope_parameters": rope, **text}
+    config = getattr(transformers, f"{kind}Config")(**values, tie_word_embeddings=tied, dtype="float32")
+    return _with_weights(getattr(transformers, f"{kind}ForCausalLM")(config), seed)
+
+
+def _with_weights(model: Any, seed: int) -> Any:
+    model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -98,20 +113,23 @@ def tiny_vl(*, moe: bool = True, tied: bool = False, seed: int = 0, vision: Any 
                 parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.2 * noise)
             else:
                 parameter.copy_(noise * (0.5 if name.endswith("mlp.gate.weight") else 0.1))
-    if moe:
+    if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model
 
 
 def save(model: Any, path: Path, *, layout: str = "published", dtype: torch.dtype = torch.float32) -> Path:
-    """Save as a folder whose fused experts are in `layout`: published or transformers."""
+    """Save as a folder whose experts are in `layout`: published (Qwen3-MoE's: one by one) or transformers (fused)."""
     model.save_pretrained(path)
     file = path / "model.safetensors"
     memory = model.state_dict()
     tensors = load_file(file)
+    if layout == "transformers":
+        tensors = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+        tensors |= {name: tensor for name, tensor in memory.items() if ".experts." in name}
     for name, tensor in tensors.items():
-        if ".experts." in name:
-            tensor = memory[name].transpose(1, 2) if layout == "published" else memory[name]
+        if layout == "published" and ".experts." in name and name in memory:
+            tensor = memory[name].transpose(1, 2)
         tensors[name] = tensor.to(dtype).contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
     return path
