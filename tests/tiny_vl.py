@@ -1,4 +1,6 @@
-"""Random Qwen3-VL(-MoE) models of a few thousand parameters, for tests that compare with transformers."""
+"""Random models of a few thousand parameters, for tests that compare with transformers: Qwen3-VL(-MoE), and Qwen3(-MoE) that
+takes text alone.
+"""
 
 from __future__ import annotations
 
@@ -92,9 +94,22 @@ def _tiny(kind: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
         tie_word_embeddings=tied,
         dtype="float32",
     )
+    return _with_weights(getattr(transformers, f"{kind}ForConditionalGeneration"), config, seed)
+
+
+def tiny_text(*, moe: bool = True, tied: bool = False, seed: int = 0, **text: Any) -> Any:
+    """As `tiny_vl`, without images."""
+    kind = "Qwen3Moe" if moe else "Qwen3"
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    values = {**TEXT, **(EXPERTS if moe else {}), "rope_parameters": rope, **text}
+    config = getattr(transformers, f"{kind}Config")(**values, tie_word_embeddings=tied, dtype="float32")
+    return _with_weights(getattr(transformers, f"{kind}ForCausalLM"), config, seed)
+
+
+def _with_weights(kind: Any, config: Any, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).float().eval()
+        model = kind(config).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -103,7 +118,7 @@ def _tiny(kind: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(noise * (0.5 if name.endswith(("mlp.gate.weight", "conv1d.weight")) else 0.1))
-    if "Moe" in kind:
+    if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model
 
@@ -134,17 +149,17 @@ def tiny_hybrid(*, moe: bool = True, vision: Any = None, **text: Any) -> Any:
 
 
 def save(model: Any, path: Path, *, layout: str = "published", dtype: torch.dtype = torch.float32) -> Path:
-    """Save as a folder whose fused experts are in `layout`: published or transformers."""
+    """Save as a folder whose experts are in `layout`: published (Qwen3-MoE's: one by one) or transformers (fused)."""
     model.save_pretrained(path)
     file = path / "model.safetensors"
-    stored, memory = load_file(file), model.state_dict()
-    # some families' experts are saved one by one
-    names = [name for name in memory if name in stored or ".experts." in name]
-    tensors = {name: memory[name].to(dtype) for name in names}
+    memory = model.state_dict()
+    tensors = load_file(file)
+    if layout == "transformers":
+        tensors = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+        tensors |= {name: tensor for name, tensor in memory.items() if ".experts." in name}
     for name, tensor in tensors.items():
-        if ".experts." in name and layout == "published":
-            tensors[name] = tensor.transpose(1, 2)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"}
-    )
+        if layout == "published" and ".experts." in name and name in memory:
+            tensor = memory[name].transpose(1, 2)
+        tensors[name] = tensor.to(dtype).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
     return path

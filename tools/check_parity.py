@@ -209,6 +209,7 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
         prompt = text(2, 9)
         mask = [False] * len(prompt)
         for image in of_sequence:
+            assert image_token_id is not None
             start, end = around
             prompt += [] if start is None else [start]
             prompt += [image_token_id] * tokens[image]

@@ -1,4 +1,4 @@
-"""Write WebDataset shards of prompts from a data set, or from scikit-learn's handwritten digits.
+"""Write WebDataset shards of prompts from a data set, from scikit-learn's handwritten digits, or of sums.
 
 A sample is its files that share a key inside the tar: `KEY.0.png`, `KEY.1.jpg`, ... (one picture may be `KEY.png`) and
 `KEY.json` with
@@ -17,13 +17,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
-from digit_scenes import DEFAULT_TASKS, SPLITS, TASKS, digit_sample, load_scans
+from arithmetic import SIGNS, arithmetic_sample
+from digit_scenes import DEFAULT_TASKS, TASKS, digit_sample, load_scans
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -36,7 +39,7 @@ from rich.progress import (
 from rich.table import Table
 from shard_rows.rows import Columns
 from shard_rows.tables import Form, SourceError, open_source
-from shard_rows.writing import Report, ShardWriter, write_rows
+from shard_rows.writing import SPLITS, Report, ShardWriter, write_rows
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 
@@ -51,6 +54,10 @@ BARS = (
 
 Out = Annotated[Path, typer.Argument(help="Folder for train-000000.tar ... and validation-000000.tar ...")]
 SamplesPerShard = Annotated[int, typer.Option(min=1, help="Samples in one tar file, at most.")]
+Train = Annotated[int, typer.Option(min=0, help="Training samples.")]
+Tasks = Annotated[
+    str, typer.Option(help="Comma-separated; they take turns, so one named twice comes twice as often.")
+]
 Force = Annotated[bool, typer.Option(help="Replace shards that exist.")]
 
 
@@ -233,7 +240,7 @@ def replace(out: Path, old: list[Path], new: list[Path]) -> None:
 @app.command()
 def digits(
     out: Out,
-    train: Annotated[int, typer.Option(min=0, help="Training samples.")] = 8000,
+    train: Train = 8000,
     validation: Annotated[
         int, typer.Option(min=0, help="Held-out samples, drawn from scans never trained on.")
     ] = 500,
@@ -241,9 +248,7 @@ def digits(
         int, typer.Option(help="Decides scenes and questions; the split of the scans is fixed.")
     ] = 0,
     samples_per_shard: SamplesPerShard = 1000,
-    tasks: Annotated[
-        str, typer.Option(help="Comma-separated; they take turns, so one named twice comes twice as often.")
-    ] = ",".join(DEFAULT_TASKS),
+    tasks: Tasks = ",".join(DEFAULT_TASKS),
     force: Force = False,
 ) -> None:
     """Visual questions on **real handwritten digits** (scikit-learn's 1,797 scans), 64x64 pixels.
@@ -264,21 +269,84 @@ def digits(
 
         python tools/make_shards.py digits data/sums --tasks sum,count --train 20000 --seed 1
     """
+    names = known(tasks, TASKS)
+    make = {
+        split: partial(digit_sample, scans=load_scans(split), split=split, tasks=names, seed=seed)
+        for split in SPLITS
+    }
+    write(out, make, (train, validation), samples_per_shard, force=force)
+
+
+@app.command()
+def arithmetic(
+    out: Out,
+    train: Train = 8000,
+    validation: Annotated[
+        int, typer.Option(min=0, help="Held-out samples, of other pairs of numbers.")
+    ] = 500,
+    smallest: Annotated[int, typer.Option(help="The smallest number in a question.")] = 0,
+    largest: Annotated[int, typer.Option(help="The largest number in a question.")] = 99,
+    seed: Annotated[int, typer.Option(help="Decides the questions; which ones are held out is fixed.")] = 0,
+    samples_per_shard: SamplesPerShard = 1000,
+    tasks: Tasks = ",".join(SIGNS),
+    force: Force = False,
+) -> None:
+    """Questions **without images**, for models that take text alone.
+
+    | task | question | answer |
+    |---|---|---|
+    | add | 17 + 25 = | `<answer>42</answer>` |
+    | subtract | 17 - 25 = | `<answer>-8</answer>` |
+
+    Examples:
+
+        python tools/make_shards.py arithmetic data/arithmetic
+
+        python tools/make_shards.py arithmetic data/sums --tasks add --smallest 100 --largest 999
+    """
+    names = known(tasks, SIGNS)
+    if largest - smallest < 9:
+        fail(f"--smallest {smallest} --largest {largest} leaves too few questions; choose 10 numbers or more")
+    make = {
+        split: partial(
+            arithmetic_sample, split=split, tasks=names, smallest=smallest, largest=largest, seed=seed
+        )
+        for split in SPLITS
+    }
+    write(out, make, (train, validation), samples_per_shard, force=force)
+
+
+def known(tasks: str, all_tasks: Iterable[str]) -> list[str]:
     names = list(names_in(tasks))
-    written: list[Path] = []
+    if unknown := [name for name in names if name not in all_tasks]:
+        fail(f"--tasks names {unknown[0]!r}, which is not one of {', '.join(all_tasks)}")
+    return names
+
+
+def fail(reason: str) -> NoReturn:
+    typer.secho(reason, fg="red", err=True)
+    raise typer.Exit(1)
+
+
+def write(
+    out: Path,
+    make: Mapping[str, Callable[[int], dict[str, Any]]],
+    counts: tuple[int, int],
+    samples: int,
+    *,
+    force: bool,
+) -> None:
+    """Shards of so many samples of each split, made by number."""
     try:
-        if unknown := [name for name in names if name not in TASKS]:
-            raise SourceError(f"--tasks names {unknown[0]!r}, which is not one of {', '.join(TASKS)}")
         old = existing(out, force=force)
     except SourceError as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(1) from None
+        fail(str(error))
+    written: list[Path] = []
     with Progress(*BARS, console=Console(stderr=True)) as progress, ExitStack() as stack:
-        for split, count in zip(SPLITS, (train, validation), strict=True):
-            writer = stack.enter_context(ShardWriter(out, split, samples=samples_per_shard))
-            scans = load_scans(split)
+        for split, count in zip(SPLITS, counts, strict=True):
+            writer = stack.enter_context(ShardWriter(out, split, samples=samples))
             for index in progress.track(range(count), description=split):
-                writer.write(digit_sample(index, scans=scans, split=split, tasks=names, seed=seed))
+                writer.write(make[split](index))
             written += writer.paths
     replace(out, old, written)
     typer.echo(f"{out}: {len(written)} shards, {sum(p.stat().st_size for p in written) / 1e6:.1f} MB")

@@ -330,6 +330,7 @@ def collapse_images(token_ids: Sequence[int], image_token_id: int | None, grids:
     """The ids with one image token per image, which is what servers expand themselves."""
     if grids is None:
         return list(token_ids)
+    assert image_token_id is not None
     collapsed: list[int] = []
     for token in token_ids:
         if token != image_token_id or not collapsed or collapsed[-1] != image_token_id:

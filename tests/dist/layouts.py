@@ -16,6 +16,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from gspo_mm.config import PolicyConfig
+from gspo_mm.families import read_hf
 from gspo_mm.policy import engine
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
@@ -59,6 +60,17 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
         {"parallel": {"pp": 2, "vpp": 2, "dp": 2}, "optimizer": {"overlap": True}, "bucket": 20_000},
     ),
     "ep4": (4, "moe", {"parallel": {"ep": 4}}),
+    # text alone: no stage has a tower
+    "tp2 text": (2, "text", {"parallel": {"tp": 2}}),
+    "ep2 text": (2, "text", {"parallel": {"ep": 2}}),
+    "tp2 ep2 etp1 text": (2, "text", {"parallel": {"tp": 2, "ep": 2, "etp": 1}}),
+    "pp2 text": (2, "text", {"parallel": {"pp": 2}}),
+    "cp2 text": (2, "text", {"parallel": {"cp": 2}}),
+    "dp2 text": (2, "text", {"parallel": {"dp": 2}}),
+    "tp2 text dense": (2, "text dense", {"parallel": {"tp": 2}}),
+    "pp2 text dense": (2, "text dense", {"parallel": {"pp": 2}}),
+    "cp2 text dense": (2, "text dense", {"parallel": {"cp": 2}}),
+    "dp2 text dense": (2, "text dense", {"parallel": {"dp": 2}}),
 }
 
 
@@ -96,6 +108,8 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Log-probs, loss and gradients of four micro-batches, and the weights after two optimizer steps on them."""
     changes = dict(changes)
     policy = in_pieces(changes.pop("bucket", None), folder, policy_config(changes))
+    source = read_hf(folder)
+    there_and_back = {name: torch.equal(tensor, source.tensor(name)) for name, tensor in policy.export()}
     everything = batches_of(policy)
     mine = list(range(len(everything)))[policy.groups.dp.rank() :: policy.plan.dp]
     batches = [everything[i] for i in mine]
@@ -106,6 +120,7 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     gradients = {name: tensor.clone() for name, tensor in policy.export_gradients()}
     steps = [policy.update(batches, loss_fn, temperature=0.7, last=number == 1) for number in range(2)]
     return {
+        "exact": there_and_back,
         "logprobs": [dict(pair for of_rank in numbered for pair in of_rank)[i] for i in range(len(everything))],
         "loss": loss,
         "entropy": sum(m["entropy"] for m in metrics),
@@ -122,7 +137,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in names:
         _, model, changes = LAYOUTS[name]
-        result = measure(next(Path(f) for f in folders if f.endswith(model)), changes)
+        result = measure(next(Path(f) for f in folders if Path(f).name == model), changes)
         if torch.distributed.get_rank() == 0:
             torch.save(result, Path(out) / f"{name}.pt")
             print("done", name, flush=True)

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gspo_mm.families import read_hf
 from tests.dist.launch import ROOT, torchrun
 from tests.dist.layouts import LAYOUTS
 from tests.dist.resume import steps
-from tests.tiny_vl import save, tiny_vl
+from tests.tiny_vl import save, tiny_text, tiny_vl
 from tools.check_parity import load_reference
 
 
@@ -67,10 +68,12 @@ def test_the_state_decides_what_comes_next(folder: Path, saved: tuple[Path, Any]
 
 @pytest.mark.parametrize(
     ("kind", "to", "back"),
-    [("moe", "tp=2,ep=2,etp=1", ""), ("moe", "pp=2", ""), ("tied dense", "", "pp=2,vpp=2")],
+    [("moe", "tp=2,ep=2,etp=1", ""), ("moe", "pp=2", ""), ("tied dense", "", "pp=2,vpp=2"), ("text", "ep=2", "")],
 )
 def test_there_and_back_changes_no_bit(kind: str, to: str, back: str, folder: Path, tmp_path: Path) -> None:
-    if kind != "moe":
+    if kind == "text":
+        folder = save(tiny_text(num_hidden_layers=2, vocab_size=131), tmp_path / "text", dtype=torch.bfloat16)
+    elif kind == "tied dense":
         dense = tiny_vl(moe=False, tied=True, num_hidden_layers=12, attention_bias=True, vocab_size=131)
         folder = save(dense, tmp_path / "dense", dtype=torch.bfloat16)
     assert "every bit checked" in convert("hf_to_megatron", folder, tmp_path / "megatron", to)
@@ -80,6 +83,11 @@ def test_there_and_back_changes_no_bit(kind: str, to: str, back: str, folder: Pa
     for name in before.names():
         assert torch.equal(after.tensor(name), before.tensor(name)), name
         assert after.dtype(name) is before.dtype(name)
+    if kind == "text":
+        stored = load_file(tmp_path / "hf" / "model.safetensors")
+        original = load_file(folder / "model.safetensors")
+        assert stored.keys() == original.keys()  # experts one by one
+        assert all(torch.equal(stored[name], original[name]) for name in original)
     if kind == "moe":
         assert (tmp_path / "hf" / "chat_template.jinja").read_text() == "{{ messages }}"
         assert after.experts_layout == "published"

@@ -9,21 +9,20 @@ import torch
 
 from tests.dist.launch import torchrun
 from tests.dist.layouts import LAYOUTS, measure
-from tests.tiny_vl import save, tiny_hybrid, tiny_vl
+from tests.tiny_vl import save, tiny_hybrid, tiny_text, tiny_vl
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A mixture with one dense layer, a tied dense model with attention biases, one with linear attention; odd vocabularies."""
+    """Mixtures of experts with one dense layer, tied dense models with attention biases, linear attention; odd vocabularies."""
     parent = tmp_path_factory.mktemp("models")
     moe = tiny_vl(num_hidden_layers=12, mlp_only_layers=[1], vocab_size=250)
     dense = tiny_vl(moe=False, tied=True, num_hidden_layers=6, attention_bias=True, vocab_size=131)
+    text = tiny_text(num_hidden_layers=4, mlp_only_layers=[1], norm_topk_prob=False, vocab_size=250)
+    text_dense = tiny_text(moe=False, tied=True, num_hidden_layers=4, attention_bias=True, vocab_size=131)
     hybrid = tiny_hybrid(vocab_size=250, linear_num_key_heads=4)
-    return {
-        "moe": save(moe, parent / "moe"),
-        "dense": save(dense, parent / "dense"),
-        "hybrid": save(hybrid, parent / "hybrid", layout="transformers"),
-    }
+    models = {"moe": moe, "dense": dense, "text": text, "text dense": text_dense, "hybrid": hybrid}
+    return {name: save(model, parent / name) for name, model in models.items()}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +63,8 @@ def test_a_layout_computes_what_one_rank_computes(name: str, measured: Any, alon
     _, model, changes = LAYOUTS[name]
     aux_loss = changes.get("moe", {}).get("aux_loss", 0.0)
     expected, found = alone(model, tuple(changes.get("freeze", ())), aux_loss), measured(name)
+    assert found["exact"].keys() == expected["weights"].keys()
+    assert all(found["exact"].values())
     for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
         assert (ours - theirs).abs().max() <= 2e-5
     assert found["loss"] == pytest.approx(expected["loss"], abs=2e-5)

@@ -12,7 +12,7 @@ from gspo_mm.families import read_hf
 from gspo_mm.families.base import Copy, Entry, MergeGateUp
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
-from tests.tiny_vl import save, tiny_vl
+from tests.tiny_vl import save, tiny_text, tiny_vl
 from tools.check_parity import compare, random_batch, reference_logprobs
 
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
@@ -52,6 +52,48 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense, tied, odd vocabulary": {"moe": False, "tied": True, "vocab_size": 277, "num_key_value_heads": 1},
 }
 
+TEXT_ALONE: dict[str, dict[str, Any]] = {
+    "text, dense": {"moe": False},
+    "text, dense, tied, odd vocabulary": {
+        "moe": False,
+        "tied": True,
+        "vocab_size": 277,
+        "num_key_value_heads": 1,
+    },
+    "text, dense, attention biases, heads wider than hidden": {
+        "moe": False,
+        "attention_bias": True,
+        "head_dim": 24,
+        "num_key_value_heads": 4,
+    },
+    "text, dense, odd widths, other angles": {
+        "moe": False,
+        "hidden_size": 60,
+        "intermediate_size": 100,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6},
+    },
+    "text, weights sum to 1": {"norm_topk_prob": True},
+    "text, weights do not sum to 1": {"norm_topk_prob": False, "num_experts": 6, "num_experts_per_tok": 3},
+    "text, one expert a token": {"norm_topk_prob": False, "num_experts_per_tok": 1, "vocab_size": 301},
+    "text, first layer dense, attention biases": {
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+        "attention_bias": True,
+        "vocab_size": 270,
+    },
+    "text, every second layer is a mixture, tied, square gate_up": {
+        "norm_topk_prob": False,
+        "num_hidden_layers": 5,
+        "decoder_sparse_step": 2,
+        "tied": True,
+        "moe_intermediate_size": 32,
+    },
+}
+
 
 def policy_of(model: Any, folder: Path, **save_options: Any) -> Policy:
     save(model, folder, **save_options)
@@ -68,12 +110,17 @@ def policy(model: Any, tmp_path: Path) -> Policy:
     return policy_of(model, tmp_path / "hf")
 
 
-@pytest.mark.parametrize("name", MODELS)
+def build(name: str) -> Any:
+    seed = len(name)
+    return tiny_vl(**MODELS[name], seed=seed) if name in MODELS else tiny_text(**TEXT_ALONE[name], seed=seed)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *TEXT_ALONE])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_and_every_gradient_equal_transformers(
     name: str, temperature: float, tmp_path: Path
 ) -> None:
-    model = tiny_vl(**MODELS[name], seed=len(name))
+    model = build(name)
     layout = "transformers" if temperature == 1.0 else "published"
     policy = policy_of(model, tmp_path / "hf", layout=layout)
     result = compare(policy, model, [random_batch(model, images=3, seed=len(name))], temperature=temperature)
@@ -187,6 +234,24 @@ def test_neighbours_in_the_pack_change_nothing(policy: Policy, model: Any) -> No
     (packed,) = policy.logprobs([batch])
     single = policy.logprobs([alone(batch, model, i) for i in range(batch.num_sequences)])
     assert (packed - torch.cat(single)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("name", ["grouped queries 2", "dense", "text, dense", "text, weights sum to 1"])
+def test_other_tokens_in_one_sequence_change_no_other(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    policy = policy_of(model, tmp_path / "hf")
+    batch = random_batch(model, images=2)
+    ids = batch.token_ids.clone()
+    first, end = batch.cu_seqlens[3:5].tolist()  # of text alone, between others
+    ids[first:end] = (ids[first:end] + 1) % 200
+    (before,), (after,) = (policy.logprobs([b]) for b in (batch, dataclasses.replace(batch, token_ids=ids)))
+    moved = (after - before).abs()
+    changed = torch.zeros(len(moved), dtype=torch.bool)
+    changed[slice(*batch.response_cu_seqlens[3:5].tolist())] = True
+    assert (moved[changed] > 1e-3).all()
+    assert (
+        moved[~changed] < 5e-6
+    ).all()  # experts are given other rows beside theirs, which rounds differently
 
 
 def test_equal_images_go_through_the_vision_tower_once(policy: Policy, model: Any) -> None:

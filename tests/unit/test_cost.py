@@ -8,8 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gspo_mm.families.cost import FlopModel
+from gspo_mm.families.qwen3 import Qwen3
 from gspo_mm.families.qwen3_vl import Qwen3VL
-from tests.tiny_vl import tiny_vl
+from tests.tiny_vl import tiny_text, tiny_vl
 from tools.check_parity import random_batch
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -38,7 +39,6 @@ def model_of(name: str, attention: str) -> Any:
 def inputs_of(model: Any, grids: list[tuple[int, int]], text: int) -> dict[str, Any]:
     """One sequence: every image with its placeholder tokens, then `text` tokens."""
     config = model.config
-    vision = config.vision_config
     ids: list[int] = []
     for h, w in grids:
         ids += [
@@ -49,6 +49,7 @@ def inputs_of(model: Any, grids: list[tuple[int, int]], text: int) -> dict[str, 
     ids += [i % 50 for i in range(text)]
     inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
     if grids:
+        vision = config.vision_config
         patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         inputs["pixel_values"] = torch.randn(sum(h * w for h, w in grids), patch_dim)
         inputs["image_grid_thw"] = torch.tensor([(1, h, w) for h, w in grids])
@@ -101,6 +102,21 @@ def test_forward_and_backward_flops_are_those_that_torch_counts(name: str, froze
         model(**inputs, use_cache=False, logits_to_keep=6).logits.sum().backward()
     expected = flops.count([length], 6, [h * w for h, w in GRIDS[2]]) + masked(flops, length)
     assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize(
+    "shape", [{"moe": False, "tied": True}, {"mlp_only_layers": [1], "num_experts_per_tok": 3}]
+)
+def test_flops_of_a_model_without_images_are_those_that_torch_counts(shape: dict[str, Any]) -> None:
+    model = tiny_text(**shape)
+    model.set_attn_implementation("eager")
+    flops = Qwen3().flops(model.config)
+    with FlopCounterMode(display=False) as counter:
+        logits = model(**inputs_of(model, [], 17), use_cache=False, logits_to_keep=5).logits
+        assert counter.get_total_flops() == flops.count([17], 5, []) + masked(flops, 17)
+        logits.sum().backward()
+    update = flops.training()
+    assert counter.get_total_flops() == update.count([17], 5, []) + masked(update, 17)
 
 
 def frozen_parts(frozen: tuple[str, ...]) -> set[str]:
