@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from gspo_mm.families.base import Copy, Entry, Family, MergeQkv, ServedDim, VocabPad
+from gspo_mm.families.checks import check_rope, check_silu, check_top_k
 from gspo_mm.families.cost import FlopModel, matmul
 from gspo_mm.families.parts import ends, entry, gated_mlp, stacked_experts
 from gspo_mm.hf.headers import HfFolderError
@@ -35,15 +36,8 @@ class Qwen3Decoder:
     def check_decoder(self, path: str, hf: Any) -> None:
         """Raise HfFolderError for a variant that is not supported."""
         text = hf.get_text_config()
-        key = "" if text is hf else "text_config."
-        if text.hidden_act != "silu":
-            raise HfFolderError(f"{path}: {key}hidden_act={text.hidden_act!r} is not supported; use 'silu'")
-        kind = text.rope_parameters.get("rope_type", "default")
-        if kind != "default":
-            raise HfFolderError(
-                f"{path}: rope_type={kind!r} is not supported; use 'default', for which rope_parameters (or rope_scaling) "
-                "hold nothing that scales positions"
-            )
+        check_silu(path, hf)
+        check_rope(path, hf)
         if getattr(text, "use_sliding_window", False) or {*(getattr(text, "layer_types", None) or ())} - {
             "full_attention"
         }:
@@ -51,17 +45,8 @@ class Qwen3Decoder:
                 f"{path}: use_sliding_window={text.use_sliding_window} with layers that see a window of tokens alone is not "
                 "supported; use a model whose layers see all tokens (use_sliding_window=false)"
             )
-        least = 2 if any(moe_layers(text)) and self.renormalises(text) else 1
-        if any(moe_layers(text)) and not least <= text.num_experts_per_tok <= text.num_experts:
-            why = (
-                "routing weights sum to 1 over the chosen experts, so that a single one leaves the router untrained; "
-                if least == 2
-                else ""
-            )
-            raise HfFolderError(
-                f"{path}: {key}num_experts_per_tok={text.num_experts_per_tok} with num_experts={text.num_experts} "
-                f"is not supported: {why}use a model with {least} to {text.num_experts} experts per token"
-            )
+        if any(moe_layers(text)):
+            check_top_k(path, hf, sums_to_one=self.renormalises(text))
 
     def decoder_flops(self, hf: Any) -> FlopModel:
         """Of the decoder and the output layer."""

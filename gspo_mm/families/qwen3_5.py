@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gspo_mm.families.base import Copy, Entry, MergeGatedQkv, Sections, VocabPad
+from gspo_mm.families.checks import check_rope, check_silu, check_top_k
 from gspo_mm.families.cost import FlopModel, matmul
 from gspo_mm.families.parts import ends, entry, gated_mlp, stacked_experts
 from gspo_mm.families.qwen3_vl import QwenImages
@@ -32,6 +33,10 @@ class Qwen35(QwenImages):
     def load_config(self, path: str) -> Any:
         hf = super().load_config(path)
         text = hf.text_config
+        check_silu(path, hf)
+        check_rope(path, hf)
+        if _num_experts(text):
+            check_top_k(path, hf, sums_to_one=True)
         if text.attention_bias:
             raise HfFolderError(f"{path}: text_config.attention_bias=true is not supported; use false")
         if odd := sorted(set(text.layer_types) - {"linear_attention", "full_attention"}):

@@ -12,7 +12,7 @@ from gspo_mm.families import read_hf
 from gspo_mm.families.base import Copy, Entry, MergeGateUp
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
-from tests.tiny_vl import save, tiny_text, tiny_vl
+from tests.tiny_vl import save, tiny_hybrid, tiny_text, tiny_vl
 from tools.check_parity import compare, random_batch, reference_logprobs
 
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
@@ -95,6 +95,45 @@ TEXT_ALONE: dict[str, dict[str, Any]] = {
 }
 
 
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "hybrid, a mixture": {},
+    "hybrid, dense, tied, odd vocabulary": {
+        "moe": False,
+        "tied": True,
+        "vocab_size": 277,
+        "num_key_value_heads": 1,
+    },
+    "hybrid, every second layer linear, a head of values for each of keys": {
+        "num_hidden_layers": 5,
+        "layer_types": ["full_attention", "linear_attention"] * 2 + ["linear_attention"],
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 3,
+        "linear_conv_kernel_dim": 2,
+        "num_key_value_heads": 4,
+        "vocab_size": 301,
+    },
+    "hybrid, wide convolution, odd widths, other angles": {
+        "hidden_size": 60,
+        "linear_conv_kernel_dim": 6,
+        "linear_key_head_dim": 5,
+        "linear_value_head_dim": 7,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "head_dim": 24,
+        "rope_parameters": {
+            **ROPE,
+            "rope_theta": 5e6,
+            "mrope_section": [4, 1, 1],
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "hybrid, all layers linear, square experts": {
+        "layer_types": ["linear_attention"] * 4,
+        "moe_intermediate_size": 32,
+    },
+}
+
+
 def policy_of(model: Any, folder: Path, **save_options: Any) -> Policy:
     save(model, folder, **save_options)
     return Policy.from_hf(str(folder), PolicyConfig(dtype="float32"), seed=0, total_steps=1)
@@ -111,11 +150,13 @@ def policy(model: Any, tmp_path: Path) -> Policy:
 
 
 def build(name: str) -> Any:
-    seed = len(name)
-    return tiny_vl(**MODELS[name], seed=seed) if name in MODELS else tiny_text(**TEXT_ALONE[name], seed=seed)
+    for models, make in ((MODELS, tiny_vl), (TEXT_ALONE, tiny_text), (HYBRIDS, tiny_hybrid)):
+        if name in models:
+            return make(**models[name], seed=len(name))
+    raise KeyError(name)
 
 
-@pytest.mark.parametrize("name", [*MODELS, *TEXT_ALONE])
+@pytest.mark.parametrize("name", [*MODELS, *TEXT_ALONE, *HYBRIDS])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_and_every_gradient_equal_transformers(
     name: str, temperature: float, tmp_path: Path
@@ -236,7 +277,9 @@ def test_neighbours_in_the_pack_change_nothing(policy: Policy, model: Any) -> No
     assert (packed - torch.cat(single)).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("name", ["grouped queries 2", "dense", "text, dense", "text, weights sum to 1"])
+@pytest.mark.parametrize(
+    "name", ["grouped queries 2", "dense", "text, dense", "text, weights sum to 1", "hybrid, a mixture"]
+)
 def test_other_tokens_in_one_sequence_change_no_other(name: str, tmp_path: Path) -> None:
     model = build(name)
     policy = policy_of(model, tmp_path / "hf")

@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.families.qwen3 import Qwen3
+from gspo_mm.families.qwen3_5 import Qwen35
 from gspo_mm.families.qwen3_vl import Qwen3VL
-from tests.tiny_vl import tiny_text, tiny_vl
-from tools.check_parity import random_batch
+from tests.tiny_vl import tiny_hybrid, tiny_text, tiny_vl
+from tools.check_parity import random_batch, token_by_token
 
 MODELS: dict[str, dict[str, Any]] = {
     "mixture": {},
@@ -117,6 +118,26 @@ def test_flops_of_a_model_without_images_are_those_that_torch_counts(shape: dict
         logits.sum().backward()
     update = flops.training()
     assert counter.get_total_flops() == update.count([17], 5, []) + masked(update, 17)
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_forward_flops_of_a_hybrid_are_those_that_torch_counts(moe: bool) -> None:
+    model = tiny_hybrid(moe=moe, num_hidden_layers=5)  # the last one attends linearly as well
+    model.set_attn_implementation("eager")
+    text = model.config.text_config
+    inputs = inputs_of(model, GRIDS[2], 11)
+    length, layers = inputs["input_ids"].shape[1], 4
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), token_by_token(model):
+        model(**inputs, use_cache=False, logits_to_keep=6)
+    flops = Qwen35().flops(model.config)
+    expected = flops.count([length], 6, [h * w for h, w in GRIDS[2]]) + masked(flops, length)
+    # its memories are multiplied element by element there, and its convolution goes on behind the end
+    memory = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
+    channels = 2 * text.linear_num_key_heads * text.linear_key_head_dim
+    channels += text.linear_num_value_heads * text.linear_value_head_dim
+    expected -= layers * length * 3 * 2 * memory
+    expected += layers * (text.linear_conv_kernel_dim - 1) * 2 * channels * text.linear_conv_kernel_dim
+    assert counter.get_total_flops() == expected
 
 
 def frozen_parts(frozen: tuple[str, ...]) -> set[str]:

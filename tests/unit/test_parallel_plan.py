@@ -60,6 +60,14 @@ def test_a_dense_model_has_no_experts_to_spread() -> None:
         ParallelPlan(ep=2).check_model(dense)
 
 
+def test_tensor_and_context_ranks_together_divide_linear_attention() -> None:
+    hybrid = ModelDims(hidden=64, num_layers=8, num_heads=8, num_kv_groups=8, num_experts=0, linear_heads=4)
+    ParallelPlan(tp=2, cp=2).check_model(hybrid)
+    message = r"tp=2 times cp=4 does not divide .*linear_num_key_heads=4.*one of 1, 2, 4"
+    with pytest.raises(ValueError, match=message):
+        ParallelPlan(tp=2, cp=4).check_model(hybrid)
+
+
 @pytest.mark.parametrize(
     "plan",
     [

@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from gspo_mm.families import FAMILIES
-from gspo_mm.families.base import Copy, MergeGateUp, MergeQkv, Operation, StackExperts, VocabPad
-from tests.tiny_vl import tiny_vl
+from gspo_mm.families.base import (
+    Copy,
+    MergeGatedQkv,
+    MergeGateUp,
+    MergeQkv,
+    Operation,
+    Sections,
+    StackExperts,
+    VocabPad,
+)
+from tests.tiny_vl import tiny_hybrid, tiny_vl
 
 G = torch.Generator().manual_seed(0)
 
@@ -23,6 +32,9 @@ OPERATIONS: dict[str, tuple[Operation, list[torch.Tensor]]] = {
     "vocabulary that fits": (VocabPad(16, 16), [rand(16, 3)]),
     "qkv": (MergeQkv(4, 3), [rand(24, 5), rand(12, 5), rand(12, 5)]),
     "qkv bias": (MergeQkv(4, 3), [rand(24), rand(12), rand(12)]),
+    "gated qkv": (MergeGatedQkv(2, 3), [rand(24, 5), rand(6, 5), rand(6, 5)]),
+    "sections": (Sections((4, 2, 8, 2), (6, 8, 2)), [rand(6, 5), rand(8, 5), rand(2, 5)]),
+    "sections of one tensor": (Sections((4, 2), (6,)), [rand(6, 1, 3)]),
     "gate and up": (MergeGateUp(), [rand(8, 5), rand(8, 5)]),
     "experts in": (StackExperts(gated=True), [rand(3, 16, 5)]),
     "experts out": (StackExperts(gated=False), [rand(3, 5, 8)]),
@@ -72,6 +84,7 @@ def test_shards_of_two_ranks_hold_every_element_once(name: str) -> None:
             torch.cat([p.flatten() for p in parts]).sort().values, whole.flatten().sort().values
         )
         assert torch.equal(op.shard(whole, 1, 0), whole)
+        assert torch.equal(op.unshard(parts), whole)
 
 
 def test_a_rank_of_a_gated_layer_holds_the_same_part_of_gate_and_up() -> None:
@@ -89,6 +102,28 @@ def test_a_rank_of_the_attention_holds_whole_groups() -> None:
     assert op.shard(whole, 2, 1)[:, 0].tolist() == [2, 3, 11, 21]
 
 
+def test_gates_of_queries_stand_behind_the_queries_of_their_group() -> None:
+    """transformers' projection holds each head's query and gate one after the other."""
+    query = torch.arange(8.0)[:, None]  # heads of one dim: query 0, its gate 1, query 2, its gate 3 ...
+    key, value = 10 + torch.arange(2.0)[:, None], 20 + torch.arange(2.0)[:, None]
+    op = MergeGatedQkv(2, 1)
+    (whole,) = op.to_megatron([query, key, value])
+    assert whole[:, 0].tolist() == [0, 2, 1, 3, 10, 20, 4, 6, 5, 7, 11, 21]
+    assert op.shard(whole, 2, 1)[:, 0].tolist() == [4, 6, 5, 7, 11, 21]
+
+
+def test_a_rank_holds_its_part_of_every_section() -> None:
+    op = Sections((4, 2, 2), (4, 2, 2))
+    (whole,) = op.to_megatron([torch.arange(4.0), 10 + torch.arange(2.0), 20 + torch.arange(2.0)])
+    assert op.shard(whole, 2, 1).tolist() == [2, 3, 11, 21]
+
+
+@pytest.mark.parametrize("options", [{}, {"moe": False, "tied": True}], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_parameter_of_a_hybrid_is_named_once(options: dict[str, Any], fused: bool) -> None:
+    assert_named_once(tiny_hybrid(**options), fused=fused)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -103,7 +138,10 @@ def test_a_rank_of_the_attention_holds_whole_groups() -> None:
 )
 @pytest.mark.parametrize("fused", [False, True])
 def test_every_parameter_of_transformers_is_named_once(options: dict[str, Any], fused: bool) -> None:
-    model = tiny_vl(**options)
+    assert_named_once(tiny_vl(**options), fused=fused)
+
+
+def assert_named_once(model: Any, *, fused: bool) -> None:
     family = FAMILIES[model.config.model_type]
     entries = family.weight_map(model.config, padded_vocab=256, fused=fused)
     hf = [name for entry in entries for name in entry.hf]

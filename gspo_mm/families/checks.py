@@ -1,0 +1,44 @@
+"""Refusals that families have in common: what config.json may say, and no family here computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gspo_mm.hf.headers import HfFolderError
+
+
+def key_of(hf: Any, key: str) -> str:
+    """The decoder's `key` as config.json has it, nested or flat."""
+    return key if hf.get_text_config() is hf else f"text_config.{key}"
+
+
+def check_silu(path: str, hf: Any) -> None:
+    """Raise HfFolderError for another activation between the products of an MLP."""
+    activation = hf.get_text_config().hidden_act
+    if activation != "silu":
+        raise HfFolderError(f"{path}: {key_of(hf, 'hidden_act')}={activation!r} is not supported; use 'silu'")
+
+
+def check_rope(path: str, hf: Any) -> None:
+    """Raise HfFolderError where rotary positions are scaled."""
+    kind = hf.get_text_config().rope_parameters.get("rope_type", "default")
+    if kind != "default":
+        raise HfFolderError(
+            f"{path}: rope_type={kind!r} is not supported; use 'default', for which rope_parameters (or rope_scaling) "
+            "hold nothing that scales positions"
+        )
+
+
+def check_top_k(path: str, hf: Any, *, sums_to_one: bool) -> None:
+    """Raise HfFolderError for a number of experts a token that cannot be chosen, or that trains no router.
+
+    `sums_to_one`: routing weights are normalised over the chosen experts.
+    """
+    text = hf.get_text_config()
+    least = 2 if sums_to_one else 1
+    if not least <= text.num_experts_per_tok <= text.num_experts:
+        why = "routing weights sum to 1 over the chosen experts, so that a single one leaves the router untrained; "
+        raise HfFolderError(
+            f"{path}: {key_of(hf, 'num_experts_per_tok')}={text.num_experts_per_tok} with num_experts={text.num_experts} "
+            f"is not supported: {why if sums_to_one else ''}use a model with {least} to {text.num_experts} experts per token"
+        )
