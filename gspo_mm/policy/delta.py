@@ -51,7 +51,7 @@ def delta_layer(layer: ModuleSpec, *, norm: Any) -> ModuleSpec:
     if not gated_delta_net.common.HAVE_FLA:
         raise PlanError(
             "this model's linear attention needs flash-linear-attention, which cannot be imported here; install it: "
-            "pip install 'gspo_mm[fla]'"
+            "pip install 'gspo-mm[fla]'"
         )
 
     class OutputNorm:

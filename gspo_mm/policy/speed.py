@@ -10,6 +10,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ def choices(config: PolicyConfig, plan: ParallelPlan, architecture: Mapping[str,
     found = [_layers(), *_overlaps(config, plan), _recompute(config, architecture), _vision(config)]
     if architecture.get("num_moe_experts"):
         found += _experts(config, plan, architecture)
+    if "linear_attention_freq" in architecture:
+        found.append(_linear_attention())
     swiglu = architecture.get("activation_func") is F.silu and architecture.get("gated_linear_unit", False)
     found.append(
         _choice(
@@ -164,6 +167,18 @@ def _layers() -> Choice:
         "need CUDA and Transformer Engine (pip install 'gspo-mm[te]'); else torch's, several times slower on a GPU",
     )
     return replace(choice, missed=torch.cuda.is_available() and not fused)
+
+
+def _linear_attention() -> Choice:
+    cuda, there = torch.cuda.is_available(), find_spec("fla") is not None
+    choice = _choice(
+        "linear attention's kernels",
+        cuda and there,
+        "flash-linear-attention: packed sequences in one call a layer",
+        "need CUDA and flash-linear-attention (pip install 'gspo-mm[fla]'), without which a GPU is refused; "
+        "on a CPU plain torch computes the same",
+    )
+    return replace(choice, missed=cuda and not there)
 
 
 def _overlaps(config: PolicyConfig, plan: ParallelPlan) -> list[Choice]:
