@@ -10,19 +10,38 @@ Left out: videos, router losses, and training of the layers that predict several
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Copy, Entry, MergeGatedQkv, Sections, VocabPad
+from gspo_mm.families.base import Copy, Entry, MergeGatedQkv, Sections, ServedDim, VocabPad
 from gspo_mm.families.checks import check_rope, check_silu, check_top_k
 from gspo_mm.families.cost import FlopModel, matmul
-from gspo_mm.families.parts import ends, entry, gated_mlp, stacked_experts
-from gspo_mm.families.qwen3_vl import QwenImages
+from gspo_mm.families.parts import (
+    cut_by_ep,
+    cut_by_tp,
+    ends,
+    entry,
+    gated_mlp,
+    served_attention,
+    served_experts,
+    served_mlp,
+    stacked_experts,
+)
+from gspo_mm.families.qwen3_vl import HF_TEXT, QwenImages
 from gspo_mm.hf.headers import HfFolderError
+from gspo_mm.types import GspoError
 
-_HF_TEXT = "model.language_model"
+# keys of text_config that SGLang reads and transformers does not -> values that are transformers' way
+_SGLANGS_OWN = {
+    "norm_topk_prob": (True,),
+    "attn_output_gate": (True,),
+    "is_causal": (True,),
+    "output_gate_type": (None, "silu", "swish"),
+}
 
 
 class Qwen35(QwenImages):
@@ -114,9 +133,9 @@ class Qwen35(QwenImages):
 
     def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
         text = hf.text_config
-        entries = ends(_HF_TEXT, vocab=VocabPad(text.vocab_size, padded_vocab), tied=self.is_tied(hf))
+        entries = ends(HF_TEXT, vocab=VocabPad(text.vocab_size, padded_vocab), tied=self.is_tied(hf))
         for number, is_linear in enumerate(linear_layers(text)):
-            ours, megatrons = f"{_HF_TEXT}.layers.{number}", f"language.decoder.layers.{number}"
+            ours, megatrons = f"{HF_TEXT}.layers.{number}", f"language.decoder.layers.{number}"
             attend = _linear if is_linear else _attention
             entries += attend(text, ours, megatrons, fused=fused)
             entries += (_mixture if _num_experts(text) else _dense)(text, ours, megatrons, fused=fused)
@@ -128,6 +147,69 @@ class Qwen35(QwenImages):
             return {}
         hidden, inner = text.hidden_size, text.moe_intermediate_size
         return {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+
+    def check_served(self, hf: Any) -> None:
+        text, rope = hf.text_config, hf.text_config.rope_parameters
+        for key, right in _SGLANGS_OWN.items():
+            if (value := getattr(text, key, right[0])) not in right:
+                raise GspoError(
+                    f"text_config.{key}={value!r} of config.json, which SGLang follows and transformers ignores, makes another "
+                    "model of it; leave it out, or set rollout.engine=embedded"
+                )
+        # its layers_block_type; transformers keeps the key only where layer_types are given
+        stored = json.loads((Path(hf.name_or_path) / "config.json").read_text())["text_config"]
+        interval = stored.get("full_attention_interval")
+        if not interval or linear_layers(text) != [
+            bool((n + 1) % interval) for n in range(text.num_hidden_layers)
+        ]:
+            raise GspoError(
+                f"text_config.full_attention_interval={interval} of config.json is not what layer_types say, and SGLang goes by "
+                "it alone; set it to the number of the first layer of full_attention, counted from 1, or "
+                "rollout.engine=embedded"
+            )
+        if stored.get("partial_rotary_factor", 0.25) != rope.get("partial_rotary_factor"):
+            raise GspoError("TODO")
+        if not rope.get("mrope_interleaved"):
+            raise GspoError("TODO")
+
+    def linear_layers(self, hf: Any) -> Mapping[str, tuple[str, ...]]:
+        text, layers = hf.text_config, {}
+        for number, is_linear in enumerate(linear_layers(text)):
+            ours, servers = f"{HF_TEXT}.layers.{number}", f"model.layers.{number}"
+            if is_linear:
+                of, at = f"{ours}.linear_attn", f"{servers}.linear_attn"
+                layers[f"{at}.in_proj_qkvz.weight"] = (f"{of}.in_proj_qkv.weight", f"{of}.in_proj_z.weight")
+                layers[f"{at}.out_proj.weight"] = (f"{of}.out_proj.weight",)
+            else:
+                of = f"{ours}.self_attn"
+                layers[f"{servers}.qkv_proj.weight"] = tuple(f"{of}.{x}_proj.weight" for x in "qkv")
+                layers[f"{servers}.o_proj.weight"] = (f"{of}.o_proj.weight",)
+            ours, servers = f"{ours}.mlp", f"{servers}.mlp"
+            if count := _num_experts(text):
+                layers |= served_experts(f"{ours}.experts", f"{servers}.experts", count=count)
+                layers |= served_mlp(f"{ours}.shared_expert", f"{servers}.shared_expert")
+            else:
+                layers |= served_mlp(ours, servers)
+        return layers
+
+    def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
+        text = hf.text_config
+        dims = served_attention(text, attention)
+        for kind in ("key", "value"):
+            heads, size = f"linear_num_{kind}_heads", f"linear_{kind}_head_dim"
+            dims.append(cut_by_tp(f"{heads}*{size}", getattr(text, heads) * getattr(text, size), attention))
+        if not _num_experts(text):
+            return [*dims, cut_by_tp("intermediate_size", text.intermediate_size, mlp)]
+        shared = "shared_expert_intermediate_size"
+        return [
+            *dims,
+            cut_by_ep("moe_intermediate_size", text.moe_intermediate_size, experts),
+            cut_by_tp(shared, getattr(text, shared), mlp),
+        ]
+
+    def whole_tensor(self, name: str) -> str | None:
+        server = super().whole_tensor(name)
+        return server and server.replace(".self_attn.", ".")
 
 
 def linear_layers(text: Any) -> list[bool]:
