@@ -103,6 +103,30 @@ class MoeConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    rank: Positive = Field(description="inner size of the trained products")
+    alpha: Annotated[float, Field(gt=0.0)] = Field(
+        default=16.0, description="what is added is scaled by alpha / rank"
+    )
+    targets: list[Literal["attention", "mlp", "experts", "projector"]] = Field(
+        default=["attention", "mlp"],
+        description="matrices that have one: attention (linear attention too), mlp (dense and shared experts), experts, "
+        "projector (of image features)",
+    )
+    dropout: Literal[0, 0.0] = Field(
+        default=0, description="none: it would change the importance ratio at random"
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: list[str]) -> list[str]:
+        if not targets:
+            raise ValueError(
+                "policy.lora.targets=[] leaves nothing to train; name attention, mlp, experts or projector"
+            )
+        return targets
+
+
 class PolicyConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="parameters and activations"
@@ -111,6 +135,10 @@ class PolicyConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     freeze: list[Literal["vision", "projector", "router", "language"]] = Field(
         default=[], description="parts that are not trained"
+    )
+    lora: LoraConfig | None = Field(
+        default=None,
+        description="train small products beside the weights, which stay as they are; null: the weights",
     )
     micro_batch_tokens: Positive = Field(default=16384, description="packed tokens per forward/backward pass")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -129,6 +157,20 @@ class PolicyConfig(Section):
         description="settings of megatron-core's TransformerConfig by their names there, over those that `gspo-mm doctor "
         "CONFIG` shows",
     )
+
+    @property
+    def frozen(self) -> list[str]:
+        """Parts whose weights get no gradients."""
+        return ["vision", "projector", "router", "language"] if self.lora else list(self.freeze)
+
+    @model_validator(mode="after")
+    def _adapters_alone(self) -> PolicyConfig:
+        if self.lora and self.freeze:
+            raise ValueError(
+                f"policy.freeze={self.freeze} with policy.lora: all weights are frozen beside adapters; take freeze out, and "
+                "say in policy.lora.targets what has adapters"
+            )
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> PolicyConfig:

@@ -48,11 +48,17 @@ class Weights:
             experts = (chunk.config.num_moe_experts or 0) // plan.ep * self.groups.ep.rank()
             for name, parameter in chunk.named_parameters():
                 self._parameters[_global_name(name, chunk, experts)] = parameter
+        # what of a parameter is exported unless a caller says otherwise
+        self.value: Take = value_of
         # a tied output weight on a stage of its own is a second copy of the embedding
         self._tied_copy = self._parameters.pop(_TIED, None) if _is_tied(weight_map) else None
 
     def __getitem__(self, name: str) -> torch.nn.Parameter:
         return self._parameters[name]
+
+    def get(self, name: str) -> torch.nn.Parameter | None:
+        """None for a parameter that another rank holds."""
+        return self._parameters.get(name)
 
     def names(self) -> list[str]:
         return list(self._parameters)
@@ -100,7 +106,7 @@ class Weights:
         default. With `experts_apart`, experts come one by one, under `StackExperts.names_apart`.
         Tensors may share memory with the policy: use them before the next update.
         """
-        take = take or value_of
+        take = take or self.value
         shapes = self._exchange_shapes(take, experts_apart) if self.plan.pp > 1 else []
         for number, entry in enumerate(self.entries):
             for names, tensors in self._pieces(entry, take, experts_apart):
@@ -117,13 +123,13 @@ class Weights:
         """
         if sender == _first(self.groups.tp) == _first(self.groups.tp_dp_cp):
             for entry in self.entries:
-                if not isinstance(entry.op, StackExperts) and (whole := self._whole(entry, value_of)):
+                if not isinstance(entry.op, StackExperts) and (whole := self._whole(entry, self.value)):
                     yield from zip(entry.hf, entry.op.to_hf(whole), strict=True)
         if sender == _first(self.groups.etp):
             for entry in self.entries:
                 for number, name in enumerate(entry.megatron):
                     if isinstance(entry.op, StackExperts) and name in self._parameters:
-                        one = entry.op.apart(self._whole_one(entry, name, value_of))
+                        one = entry.op.apart(self._whole_one(entry, name, self.value))
                         yield from zip(entry.op.names_apart(entry.hf[0], number), one, strict=True)
 
     def senders(self, ranks: Ranks) -> list[int]:
