@@ -142,3 +142,25 @@ def test_existing_shards_are_not_replaced_unless_forced(digit_shards: Path, tmp_
         run_tool("make_shards.py", "digits", tmp_path, "--train", 2, "--validation", 1)
     run_tool("make_shards.py", "digits", tmp_path, "--train", 2, "--validation", 1, "--force")
     assert len(records(tmp_path, "train")) == 2
+
+
+# arithmetic
+
+
+def test_sums_are_right_and_no_question_is_in_both_splits(tmp_path: Path) -> None:
+    run_tool("make_shards.py", "arithmetic", tmp_path, "--train", 300, "--validation", 80, "--largest", 30)
+    questions: dict[str, set[str]] = {}
+    for split, count in (("train", 300), ("validation", 80)):
+        (path,) = tmp_path.glob(f"{split}-*.tar")
+        with tarfile.open(path) as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+        assert len(members) == count
+        found = [json.loads(data) for data in members.values()]
+        for record in found:
+            (message,) = record["messages"]
+            a, sign, b, _ = message["content"].split()
+            assert (record["task"], sign) in (("add", "+"), ("subtract", "-"))
+            assert record["answer"] == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+            assert record["response"] == f"<answer>{record['answer']}</answer>"
+        questions[split] = {record["messages"][0]["content"] for record in found}
+    assert not questions["train"] & questions["validation"]
