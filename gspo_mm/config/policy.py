@@ -163,6 +163,11 @@ class PolicyConfig(Section):
         """Parts whose weights get no gradients."""
         return ["vision", "projector", "router", "language"] if self.lora else list(self.freeze)
 
+    @property
+    def keeps_features(self) -> bool:
+        """Whether the features of an image stay the same over updates."""
+        return {"vision", "projector"} <= {*self.frozen} - {*(self.lora.targets if self.lora else [])}
+
     @model_validator(mode="after")
     def _adapters_alone(self) -> PolicyConfig:
         if self.lora and self.freeze:

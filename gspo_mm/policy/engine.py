@@ -26,20 +26,19 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from gspo_mm.config import PolicyConfig
-from gspo_mm.config.policy import LoraConfig
 from gspo_mm.families import Family, HfFolder, family_of, read_hf
 from gspo_mm.loss.metrics import Metrics
 from gspo_mm.policy import cpu
 from gspo_mm.policy.expert_load import ExpertLoad
 from gspo_mm.policy.layout import padded_tokens
-from gspo_mm.policy.lora import Adapters
+from gspo_mm.policy.lora import Adapters, add_adapters, check_targets
 from gspo_mm.policy.model import PolicyModel, padded_vocab, quiet_megatron
 from gspo_mm.policy.optimizer import Optimizer
 from gspo_mm.policy.parallel import Groups, ParallelPlan, PlanError
 from gspo_mm.policy.precision import DTYPES, check_attention, check_fp8, check_widths
 from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.policy.speed import overlaps_reduction
-from gspo_mm.policy.weights import Weights, gradient_of, value_of
+from gspo_mm.policy.weights import Weights, gradient_of
 from gspo_mm.runtime.dist import Ranks, device
 from gspo_mm.types import GspoError, MicroBatch
 
@@ -93,7 +92,7 @@ class Policy:
         )
         self.adapters: list[Adapters] = []
         if config.lora:
-            self._add_adapters(config.lora)
+            self.adapters = add_adapters(self.chunks, self.weights, config.lora, self.groups)
         if not self.ranks.any(any(p.requires_grad for p in self.parameters())):
             raise ValueError(
                 f"policy.freeze={config.freeze} leaves nothing to train; take a part off the list"
@@ -261,20 +260,6 @@ class Policy:
         """This rank's parameters, in a fixed order."""
         return (parameter for chunk in self.chunks for parameter in chunk.parameters())
 
-    def _add_adapters(self, config: LoraConfig) -> None:
-        for chunk in self.chunks:
-            adapters = Adapters(chunk, self.weights, config, self.groups)
-            chunk.adapters = adapters
-            self.adapters.append(adapters)
-
-        def merged(parameter: torch.nn.Parameter) -> torch.Tensor:
-            for adapters in self.adapters:
-                if parameter in adapters:
-                    return adapters.merged(parameter)
-            return value_of(parameter)
-
-        self.weights.value = merged
-
     def forget_features(self) -> None:
         """Drop kept image features: the tower's weights were set from outside."""
         for chunk in self.chunks:
@@ -370,6 +355,8 @@ def prepare(path: str, config: PolicyConfig, *, seed: int) -> tuple[Family, Any,
     family = family_of(path)
     hf = family.load_config(path)
     check_frozen(family, hf, config.freeze)
+    if config.lora:
+        check_targets(family, hf, config.lora.targets)
     plan = ParallelPlan.from_config(config.parallel)
     plan.check_model(family.dims(hf))
     check_fp8(config)

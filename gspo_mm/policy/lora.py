@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from gspo_mm.config.policy import LoraConfig
-from gspo_mm.families.base import Entry, StackExperts
+from gspo_mm.families.base import Entry, Family, StackExperts
 from gspo_mm.policy.model import PolicyModel
-from gspo_mm.policy.parallel import Groups
+from gspo_mm.policy.parallel import Groups, PlanError
 from gspo_mm.policy.weights import Weights, value_of
 
 
@@ -95,6 +95,22 @@ class Adapters(MegatronModule):
             (whole,) = place.entry.op.to_megatron(products)
         size, rank = _place_of(place.entry, self._groups)
         return (value.float() + place.entry.op.shard(whole, size, rank)).to(value.dtype)
+
+    def own_pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """On the host, of those that no rank before this one holds: over all ranks each once."""
+        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for key in self.keys():
+            a, b = self.pair(key)
+            if self._is_first(a):
+                found[key] = (a.detach().cpu(), b.detach().cpu())
+        return found
+
+    def _is_first(self, pair: torch.nn.Parameter) -> bool:
+        from megatron.core import parallel_state as state
+
+        if getattr(pair, "allreduce", True):
+            return self._groups.tp_dp_cp.rank() == 0
+        return self._groups.etp.rank() == 0 and state.get_expert_data_parallel_group().rank() == 0
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
@@ -193,6 +209,23 @@ class Adapters(MegatronModule):
         return a, b * self._scale
 
 
+def add_adapters(
+    chunks: list[PolicyModel], weights: Weights, config: LoraConfig, groups: Groups
+) -> list[Adapters]:
+    """Give each chunk its pairs; from then on `weights` exports what was merged."""
+    made: list[Adapters] = []
+    for chunk in chunks:
+        chunk.adapters = Adapters(chunk, weights, config, groups)
+        made.append(chunk.adapters)
+
+    def merged(parameter: torch.nn.Parameter) -> torch.Tensor:
+        owner = next((adapters for adapters in made if parameter in adapters), None)
+        return value_of(parameter) if owner is None else owner.merged(parameter)
+
+    weights.value = merged
+    return made
+
+
 @contextlib.contextmanager
 def without_adapters(adapters: list[Adapters]) -> Iterator[None]:
     """The model that the adapters were added to."""
@@ -203,6 +236,22 @@ def without_adapters(adapters: list[Adapters]) -> Iterator[None]:
     finally:
         for one in adapters:
             one.on = True
+
+
+def check_targets(family: Family, hf: Any, targets: Sequence[str]) -> None:
+    """Raise PlanError for targets that the model does not have."""
+    made = family.transformer_arguments(hf)
+    experts = made.get("num_moe_experts", 0)
+    dense = (
+        not experts or 0 in made.get("moe_layer_freq", [1]) or made.get("moe_shared_expert_intermediate_size")
+    )
+    there = {"experts": bool(experts), "mlp": bool(dense), "projector": family.image_token_id(hf) is not None}
+    for target in targets:
+        if not there.get(target, True):
+            raise PlanError(
+                f"policy.lora.targets names {target}, and models of type {hf.model_type} like this one have none; take it off "
+                "the list"
+            )
 
 
 def _places(

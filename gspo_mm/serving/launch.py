@@ -55,7 +55,7 @@ def server_environment(
     env = {
         k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")
     }
-    if not {"vision", "projector"} <= set(config.policy.freeze):
+    if not config.policy.keeps_features:
         # SGLang keeps image features by the image's content and forgets them on no weight update: answers would
         # go on seeing with the tower that the server started with
         env["SGLANG_VLM_CACHE_SIZE_MB"] = "0"

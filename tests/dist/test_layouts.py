@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.dist.launch import torchrun
-from tests.dist.layouts import LAYOUTS, measure
+from tests.dist.layouts import LAYOUTS, LORA, measure
 from tests.tiny_vl import save, tiny_hybrid, tiny_text, tiny_vl
 
 
@@ -52,8 +52,9 @@ def alone(folders: dict[str, Path]) -> Any:
     """What one rank measures."""
 
     @cache
-    def get(model: str, freeze: tuple[str, ...], aux_loss: float) -> dict[str, Any]:
-        return measure(folders[model], {"freeze": list(freeze), "moe": {"aux_loss": aux_loss}})
+    def get(model: str, freeze: tuple[str, ...], aux_loss: float, lora: bool) -> dict[str, Any]:
+        plain = {"freeze": list(freeze), "moe": {"aux_loss": aux_loss}, "lora": LORA if lora else None}
+        return measure(folders[model], plain)
 
     return get
 
@@ -62,7 +63,8 @@ def alone(folders: dict[str, Path]) -> Any:
 def test_a_layout_computes_what_one_rank_computes(name: str, measured: Any, alone: Any) -> None:
     _, model, changes = LAYOUTS[name]
     aux_loss = changes.get("moe", {}).get("aux_loss", 0.0)
-    expected, found = alone(model, tuple(changes.get("freeze", ())), aux_loss), measured(name)
+    expected = alone(model, tuple(changes.get("freeze", ())), aux_loss, "lora" in changes)
+    found = measured(name)
     assert found["exact"].keys() == expected["weights"].keys()
     assert all(found["exact"].values())
     for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):

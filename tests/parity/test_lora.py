@@ -12,19 +12,27 @@ import pytest
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 
-from gspo_mm.config import PolicyConfig
+from gspo_mm.checkpoint.convert import megatron_to_hf
+from gspo_mm.checkpoint.distributed import load_policy, save_policy
+from gspo_mm.checkpoint.export import export_adapters
+from gspo_mm.config import ModelConfig, ParallelConfig, PolicyConfig
+from gspo_mm.families import read_hf
 from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.parallel import PlanError
 from gspo_mm.policy.weights import gradient_of
 from tests.tiny_vl import save, tiny_hybrid, tiny_text, tiny_vl
-from tools.check_parity import random_batch, reference_logprobs
+from tools.check_parity import positions_model, random_batch, reference_logprobs
 
 RANK, ALPHA = 3, 6.0
 
 MODELS: dict[str, Any] = {
-    "a mixture with a dense layer": lambda: tiny_vl(mlp_only_layers=[1]),
-    "dense, attention biases, tied": lambda: tiny_vl(moe=False, attention_bias=True, tied=True),
-    "text alone": lambda: tiny_text(norm_topk_prob=False),
-    "linear attention, a shared expert": tiny_hybrid,
+    "a mixture with a dense layer": (lambda: tiny_vl(mlp_only_layers=[1]), ["mlp", "experts", "projector"]),
+    "dense, attention biases, tied": (
+        lambda: tiny_vl(moe=False, attention_bias=True, tied=True),
+        ["mlp", "projector"],
+    ),
+    "text alone": (lambda: tiny_text(norm_topk_prob=False), ["experts"]),
+    "linear attention, a shared expert": (tiny_hybrid, ["mlp", "experts"]),
 }
 
 
@@ -75,10 +83,10 @@ def pairs_of(wrapped: Any) -> Iterator[tuple[str, Any, Any]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probs_gradients_and_merged_weights_are_pefts(name: str, tmp_path: Path) -> None:
-    model = MODELS[name]()
+    make, targets = MODELS[name]
+    model = make()
     sees = hasattr(model.config, "vision_config")
-    targets = ["attention", "mlp", "experts", *(["projector"] if sees else [])]
-    policy = adapted(save(model, tmp_path / "hf", layout="transformers"), targets)
+    policy = adapted(save(model, tmp_path / "hf", layout="transformers"), ["attention", *targets])
     set_pairs(policy)
     (adapters,) = policy.adapters
     wrapped = in_peft(model, adapters.keys())
@@ -138,3 +146,46 @@ def test_without_them_the_policy_is_the_reference(tmp_path: Path) -> None:
     (plain,) = Reference(policy).logprobs([batch], 1.0)
     assert (plain - reference_logprobs(model, batch)).abs().max() < 2e-5
     assert (policy.logprobs([batch])[0] - plain).abs().max() > 1e-3
+
+
+def test_the_folder_that_is_written_is_read_by_peft(tmp_path: Path) -> None:
+    model = tiny_vl(mlp_only_layers=[1])
+    folder = save(model, tmp_path / "hf")
+    policy = adapted(folder, ["attention", "mlp", "experts", "projector"])
+    set_pairs(policy)
+    export_adapters(policy, tmp_path / "adapter", ModelConfig(path=str(folder)))
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "adapter"))
+    merged = dict(wrapped.merge_and_unload().named_parameters())
+    for name, tensor in policy.export():
+        torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "target"), [({"moe": False}, "experts"), ({}, "mlp")], ids=["no experts", "no dense MLP"]
+)
+def test_targets_that_a_model_has_not_are_refused(text: dict[str, Any], target: str, tmp_path: Path) -> None:
+    folder = save(tiny_vl(**text), tmp_path / "hf")
+    with pytest.raises(PlanError, match=rf"policy\.lora\.targets names {target}, .* take it off the list"):
+        adapted(folder, ["attention", target])
+
+
+def test_a_checkpoint_is_continued_and_converted_with_its_adapters(tmp_path: Path) -> None:
+    folder = save(tiny_vl(), tmp_path / "hf")
+    targets = ["attention", "experts"]
+    first = adapted(folder, targets)
+    batch = random_batch(positions_model(first.hf), images=2)
+
+    def train(policy: Policy, updates: int) -> list[float]:
+        loss: Any = lambda _, logprobs_R, __: (-logprobs_R.sum(), {})
+        return [policy.update([batch], loss).loss for _ in range(updates)]
+
+    train(first, 2)
+    save_policy(first, tmp_path / "checkpoint" / "policy").finish()
+    merged = {name: tensor.clone() for name, tensor in first.export()}
+    expected = train(first, 2)
+    second = adapted(folder, targets)
+    load_policy(second, tmp_path / "checkpoint" / "policy")
+    assert train(second, 2) == expected
+    megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", ParallelConfig(), hf=folder, check=True)
+    converted = dict(read_hf(tmp_path / "out"))
+    assert all(torch.equal(converted[name], tensor) for name, tensor in merged.items())
