@@ -75,7 +75,7 @@ class Adapters(MegatronModule):
         """A [r, in] and B [out, r] of a matrix, by its name (see `_places`)."""
         return getattr(self, _name(key, "A")), getattr(self, _name(key, "B"))
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return [key for place in self._places.values() for key in place.keys]
 
     def __contains__(self, parameter: torch.nn.Parameter) -> bool:
@@ -99,7 +99,7 @@ class Adapters(MegatronModule):
     def own_pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """On the host, of those that no rank before this one holds: over all ranks each once."""
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for key in self.keys():
+        for key in self.names():
             a, b = self.pair(key)
             if self._is_first(a):
                 found[key] = (a.detach().cpu(), b.detach().cpu())

@@ -114,7 +114,7 @@ def loss_of(mine: list[int], batches: list[MicroBatch]) -> Callable[..., tuple[t
 def set_pairs(policy: Policy) -> None:
     """Adapters that change something: they begin with B = 0, through which nothing reaches A."""
     for adapters in policy.adapters:
-        for key in adapters.keys():
+        for key in adapters.names():
             generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
             for pair in adapters.pair(key):
                 pair.copy_(0.1 * torch.randn(pair.shape, generator=generator))
@@ -147,7 +147,7 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     own = {
         f"{key} {letter}": gradient_of(pair).clone()
         for adapters in policy.adapters
-        for key in adapters.keys()
+        for key in adapters.names()
         for letter, pair in zip("AB", adapters.pair(key), strict=True)
     }
     gradients |= {name: tensor for of_rank in policy.ranks.gather(own) for name, tensor in of_rank.items()}

@@ -46,7 +46,7 @@ def adapted(folder: Path, targets: list[str], **settings: Any) -> Policy:
 def set_pairs(policy: Policy) -> None:
     """Both of every pair to something else than they begin as: with B = 0 nothing reaches A."""
     for adapters in policy.adapters:
-        for number, key in enumerate(sorted(adapters.keys())):
+        for number, key in enumerate(sorted(adapters.names())):
             generator = torch.Generator().manual_seed(number)
             for pair in adapters.pair(key):
                 pair.copy_(0.1 * torch.randn(pair.shape, generator=generator))
@@ -89,9 +89,9 @@ def test_log_probs_gradients_and_merged_weights_are_pefts(name: str, tmp_path: P
     policy = adapted(save(model, tmp_path / "hf", layout="transformers"), ["attention", *targets])
     set_pairs(policy)
     (adapters,) = policy.adapters
-    wrapped = in_peft(model, adapters.keys())
+    wrapped = in_peft(model, adapters.names())
     theirs = {key: (a, b) for key, a, b in pairs_of(wrapped)}
-    assert theirs.keys() == set(adapters.keys())
+    assert theirs.keys() == set(adapters.names())
     with torch.no_grad():
         for key, pairs in theirs.items():
             for (parameter, part), own in zip(pairs, adapters.pair(key), strict=True):
