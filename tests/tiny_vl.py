@@ -148,6 +148,20 @@ def tiny_hybrid(*, moe: bool = True, vision: Any = None, **text: Any) -> Any:
     )
 
 
+WINDOWS: dict[str, Any] = {
+    **{k: v for k, v in VISION.items() if k not in ("deepstack_visual_indexes", "num_position_embeddings")},
+    "window_size": 16,  # pixels: 4 x 4 patches
+    "fullatt_block_indexes": [1],
+}
+
+
+def tiny_windows(*, vision: Any = None, **text: Any) -> Any:
+    """As `tiny_vl`, of the family whose tower attends within windows, and whose rotary frequencies come in blocks."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    values = {k: v for k, v in TEXT.items() if k != "head_dim"}
+    return _tiny("Qwen2_5_VL", {**values, "rope_parameters": rope, **text}, {**WINDOWS, **(vision or {})})
+
+
 def save(model: Any, path: Path, *, layout: str = "published", dtype: torch.dtype = torch.float32) -> Path:
     """Save as a folder whose experts are in `layout`: published (Qwen3-MoE's: one by one) or transformers (fused)."""
     model.save_pretrained(path)

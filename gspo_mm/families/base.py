@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from gspo_mm.families.cost import FlopModel
+from gspo_mm.families.names import Prefixes
 from gspo_mm.types import GspoError
 
 type Axis = Literal["tp", "etp"]
@@ -266,6 +267,8 @@ class Family(ABC):
     published_experts: Literal["stacked", "exchanged", "apart"] = "stacked"
     # beginnings of tensors' names that are not trained, and go through conversion as they are
     carried: tuple[str, ...] = ()
+    # how published names begin, where that is not transformers' way
+    prefixes = Prefixes()
 
     # --- the language decoder
 
@@ -316,6 +319,10 @@ class Family(ABC):
     @abstractmethod
     def build_rotary(self, hf: Any) -> torch.nn.Module:
         """Maps positions [A, N] to angles [N, rotated dims of a head] float32."""
+
+    def attention_output_bias(self, hf: Any) -> bool:
+        """Whether attention's output projection alone has a bias: megatron has one switch for it and the MLP's."""
+        return False
 
     def is_tied(self, hf: Any) -> bool:
         """Whether the output layer is the embedding."""

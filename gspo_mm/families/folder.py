@@ -55,13 +55,14 @@ class HfFolder:
         self._hf = self._family.load_config(str(path))
         vocab = self._hf.get_text_config().vocab_size
         self._entries = self._family.weight_map(self._hf, padded_vocab=vocab, fused=False)
-        self._stored = Stored(path, self._entries)
+        self._stored = Stored(path, self._entries, self._family.prefixes)
         self._carried = [name for name in self._stored.headers if name.startswith(self._family.carried)]
         self._headers = {
             n: header for n, header in self._stored.headers.items() if n not in set(self._carried)
         }
         self.expert_shapes = self._family.expert_shapes(self._hf)
         self.published_experts = self._family.published_experts
+        self.prefixes = self._family.prefixes
         self.experts_layout: Layout | None = None
         self._compare_with_config()
         if self.expert_shapes:

@@ -28,6 +28,13 @@ class Qwen3Decoder:
     """What a Family of this decoder has in common; its config is the whole one's, or its text_config."""
 
     prefix: str  # of the decoder's tensors in Hugging Face's names
+    norms_queries = True  # and keys, head by head
+
+    def qkv_bias(self, text: Any) -> bool:
+        return bool(text.attention_bias)
+
+    def attention_output_bias(self, hf: Any) -> bool:
+        return bool(hf.get_text_config().attention_bias)
 
     def renormalises(self, text: Any) -> bool:
         """Whether routing weights are made to sum to 1 over the chosen experts."""
@@ -52,7 +59,7 @@ class Qwen3Decoder:
         """Of the decoder and the output layer."""
         text, mixtures = hf.get_text_config(), sum(moe_layers(hf.get_text_config()))
         hidden = text.hidden_size
-        queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+        queries, keys = (n * head_dim(text) for n in (text.num_attention_heads, text.num_key_value_heads))
         attention = matmul(hidden, queries) + 2 * matmul(hidden, keys) + matmul(queries, hidden)
         experts = text.num_experts_per_tok * 3 * matmul(hidden, text.moe_intermediate_size) if mixtures else 0
         dense = 3 * matmul(hidden, text.intermediate_size)  # gate, up, down
@@ -73,13 +80,13 @@ class Qwen3Decoder:
             "ffn_hidden_size": text.intermediate_size,
             "num_attention_heads": text.num_attention_heads,
             "num_query_groups": text.num_key_value_heads,
-            "kv_channels": text.head_dim,
+            "kv_channels": head_dim(text),
             "layernorm_epsilon": text.rms_norm_eps,
-            "add_qkv_bias": bool(text.attention_bias),
+            "add_qkv_bias": self.qkv_bias(text),
             "attention_dropout": text.attention_dropout,
             "hidden_dropout": 0.0,
             "normalization": "RMSNorm",
-            "qk_layernorm": True,
+            "qk_layernorm": self.norms_queries,
             "gated_linear_unit": True,
             "activation_func": torch.nn.functional.silu,
             "add_bias_linear": False,
@@ -102,7 +109,30 @@ class Qwen3Decoder:
         vocab = VocabPad(text.vocab_size, padded_vocab)
         entries = ends(self.prefix, vocab=vocab, tied=hf.tie_word_embeddings)
         for number, is_moe in enumerate(moe_layers(text)):
-            entries += _layer(self.prefix, text, number, is_moe=is_moe, fused=fused)
+            entries += self._attention(hf, number, fused=fused)
+            entries += _mlp(self.prefix, text, number, is_moe=is_moe, fused=fused)
+        return entries
+
+    def _attention(self, hf: Any, number: int, *, fused: bool) -> list[Entry]:
+        text = hf.get_text_config()
+        layer, mcore = f"{self.prefix}.layers.{number}", f"language.decoder.layers.{number}"
+        # Transformer Engine fuses a norm into the linear layer that follows it
+        norm = "self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"
+        theirs, ours = f"{layer}.self_attn", f"{mcore}.self_attention"
+        entries = [
+            entry(f"{layer}.input_layernorm.weight", f"{mcore}.{norm}", Copy()),
+            entry(f"{theirs}.o_proj.weight", f"{ours}.linear_proj.weight", Copy("tp", 1)),
+        ]
+        if self.norms_queries:
+            entries += [
+                entry(f"{theirs}.{x}_norm.weight", f"{ours}.{x}_layernorm.weight", Copy()) for x in "qk"
+            ]
+        if self.attention_output_bias(hf):
+            entries.append(entry(f"{theirs}.o_proj.bias", f"{ours}.linear_proj.bias", Copy()))
+        qkv = MergeQkv(text.num_key_value_heads, head_dim(text))
+        for kind in ("weight", "bias") if self.qkv_bias(text) else ("weight",):
+            names = tuple(f"{theirs}.{x}_proj.{kind}" for x in "qkv")
+            entries.append(Entry(hf=names, megatron=(f"{ours}.linear_qkv.{kind}",), op=qkv))
         return entries
 
     def expert_shapes(self, hf: Any) -> Mapping[str, tuple[int, int]]:
@@ -142,19 +172,19 @@ class Qwen3Decoder:
 
     def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
         text, pattern = hf.get_text_config(), moe_layers(hf.get_text_config())
-        heads, groups, head_dim = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+        heads, groups, size = text.num_attention_heads, text.num_key_value_heads, head_dim(text)
         dims = [
             ServedDim(name="hidden_size", size=text.hidden_size, ways=1),
             ServedDim(
                 name="num_attention_heads*head_dim",
-                size=heads * head_dim,
+                size=heads * size,
                 ways=attention,
                 relief="lower rollout.sglang.tp",
             ),
             # more GPUs than groups: each group is held by several, whole
             ServedDim(
                 name="num_key_value_heads*head_dim",
-                size=groups * head_dim,
+                size=groups * size,
                 ways=min(attention, groups),
                 relief="lower rollout.sglang.tp",
             ),
@@ -232,31 +262,18 @@ def moe_layers(text: Any) -> list[bool]:
     return [number not in dense and (number + 1) % step == 0 for number in range(text.num_hidden_layers)]
 
 
-def _layer(prefix: str, text: Any, number: int, *, is_moe: bool, fused: bool) -> list[Entry]:
+def head_dim(text: Any) -> int:
+    """Size of a head, which some configs leave to the hidden states' width."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _mlp(prefix: str, text: Any, number: int, *, is_moe: bool, fused: bool) -> list[Entry]:
     hf, mcore = f"{prefix}.layers.{number}", f"language.decoder.layers.{number}"
-    # Transformer Engine fuses a norm into the linear layer that follows it
-    input_norm = "self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"
-    mlp_norm = "mlp.linear_fc1.layer_norm_weight" if fused and not is_moe else "pre_mlp_layernorm.weight"
-    qkv = MergeQkv(text.num_key_value_heads, text.head_dim)
-    entries = [
-        entry(f"{hf}.input_layernorm.weight", f"{mcore}.{input_norm}", Copy()),
-        entry(f"{hf}.post_attention_layernorm.weight", f"{mcore}.{mlp_norm}", Copy()),
-        entry(f"{hf}.self_attn.q_norm.weight", f"{mcore}.self_attention.q_layernorm.weight", Copy()),
-        entry(f"{hf}.self_attn.k_norm.weight", f"{mcore}.self_attention.k_layernorm.weight", Copy()),
-        entry(f"{hf}.self_attn.o_proj.weight", f"{mcore}.self_attention.linear_proj.weight", Copy("tp", 1)),
-    ]
-    if text.attention_bias:
-        entries.append(
-            entry(f"{hf}.self_attn.o_proj.bias", f"{mcore}.self_attention.linear_proj.bias", Copy())
-        )
-    for kind in ("weight", "bias") if text.attention_bias else ("weight",):
-        names = tuple(f"{hf}.self_attn.{x}_proj.{kind}" for x in "qkv")
-        entries.append(Entry(hf=names, megatron=(f"{mcore}.self_attention.linear_qkv.{kind}",), op=qkv))
-    if is_moe:
-        entries.append(entry(f"{hf}.mlp.gate.weight", f"{mcore}.mlp.router.weight", Copy()))
-        entries += stacked_experts(
-            f"{hf}.mlp.experts", f"{mcore}.mlp.experts", count=text.num_experts, fused=fused
-        )
-    else:
-        entries += gated_mlp(f"{hf}.mlp", f"{mcore}.mlp")
-    return entries
+    norm = "mlp.linear_fc1.layer_norm_weight" if fused and not is_moe else "pre_mlp_layernorm.weight"
+    entries = [entry(f"{hf}.post_attention_layernorm.weight", f"{mcore}.{norm}", Copy())]
+    if not is_moe:
+        return entries + gated_mlp(f"{hf}.mlp", f"{mcore}.mlp")
+    entries.append(entry(f"{hf}.mlp.gate.weight", f"{mcore}.mlp.router.weight", Copy()))
+    return entries + stacked_experts(
+        f"{hf}.mlp.experts", f"{mcore}.mlp.experts", count=text.num_experts, fused=fused
+    )

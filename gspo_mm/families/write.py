@@ -77,6 +77,7 @@ class Template:
         self.path = path
         self.expert_shapes = family.expert_shapes(family.load_config(str(path)))
         self.published_experts = family.published_experts
+        self.prefixes = family.prefixes
         self._dtypes: dict[str, str] = json.loads((path / TEMPLATE).read_text())
 
     def names(self) -> list[str]:
@@ -183,7 +184,7 @@ def _write_shards(
         if name not in origin:
             raise HfFolderError(f"{name} is not in {origin.path}, so a folder like it cannot hold it")
         for published, part in _published(origin, name, tensor):
-            add(published, part, origin.dtype(name))
+            add(origin.prefixes.published(published), part, origin.dtype(name))
         written.add(name)
     for name, tensor in origin.carried():
         add(name, tensor, tensor.dtype)

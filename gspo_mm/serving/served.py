@@ -80,12 +80,13 @@ def quantization_config(family: Family, hf: Any) -> dict[str, Any]:
     """What config.json says about a folder in this format, as transformers and SGLang read it."""
     quantized = quantized_names(family, hf)
     kept = {name.rpartition(".")[0] for name in tensor_names(weight_map(family, hf)) if name not in quantized}
+    kept -= {name.rpartition(".")[0] for name in quantized}
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": sorted(kept - {name.rpartition(".")[0] for name in quantized}),
+        "modules_to_not_convert": sorted(map(family.prefixes.published, kept)),
     }
 
 
