@@ -16,8 +16,9 @@ import torch
 from gspo_mm.checkpoint.distributed import CheckpointError, adapters_of, load_weights, save_weights
 from gspo_mm.config import ParallelConfig, PolicyConfig
 from gspo_mm.config.policy import LoraConfig
-from gspo_mm.families import HfFolder, read_hf
+from gspo_mm.families import HfFolder, family_of, read_hf
 from gspo_mm.families.write import Template, copy_template, template_of, write_hf
+from gspo_mm.hf.tensors import held
 from gspo_mm.policy.engine import build_chunks, prepare
 from gspo_mm.policy.lora import add_adapters
 from gspo_mm.policy.model import PolicyModel, padded_vocab
@@ -47,8 +48,8 @@ def hf_to_megatron(
     save_weights(ranks, chunks, temporary / "policy")
     if check:
         for chunk in chunks:
-            for parameter in chunk.parameters():
-                parameter.data.fill_(torch.nan)
+            for tensor in held(chunk).values():
+                tensor.data.fill_(torch.nan)
         load_weights(chunks, temporary / "policy")
         _compare(ranks, weights, source)
     with ranks.together():
@@ -88,7 +89,8 @@ def _build(
     hf: Path, source: HfFolder | Template, parallel: ParallelConfig, *, lora: LoraConfig | None = None
 ) -> tuple[Ranks, list[PolicyModel], Weights]:
     """The model's parts of this rank, without optimizer or gradients."""
-    dtypes = {source.dtype(name) for name in source.names()}
+    constants = family_of(hf).constants
+    dtypes = {source.dtype(name) for name in source.names() if not name.endswith(constants)}
     dtype = next((name for name, dtype in DTYPES.items() if dtypes == {dtype}), "float32")
     config = PolicyConfig.model_validate({"dtype": dtype, "parallel": parallel.model_dump()})
     family, config_of_model, plan = prepare(str(hf), config, seed=0)

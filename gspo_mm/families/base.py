@@ -267,6 +267,8 @@ class Family(ABC):
     published_experts: Literal["stacked", "exchanged", "apart"] = "stacked"
     # beginnings of tensors' names that are not trained, and go through conversion as they are
     carried: tuple[str, ...] = ()
+    # ends of names of tensors that are not trained either, and are in float32 whatever the others are in
+    constants: tuple[str, ...] = ()
     # how published names begin, where that is not transformers' way
     prefixes = Prefixes()
 

@@ -67,7 +67,10 @@ def served_template(config: Config) -> Path:
         copy_files(source, folder)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         dtypes = tensor_dtypes(
-            tensor_names(weight_map(family, hf)), quantized=quantized, kept=config.policy.dtype
+            tensor_names(weight_map(family, hf)),
+            quantized=quantized,
+            kept=config.policy.dtype,
+            constants=family.constants,
         )
         (folder / TEMPLATE).write_text(json.dumps(dtypes, indent=1) + "\n")
         target = parent / f"model-{_digest(folder)}"
@@ -105,14 +108,16 @@ def tensor_names(entries: Iterable[Entry]) -> Iterator[str]:
             yield from entry.hf
 
 
-def tensor_dtypes(names: Iterable[str], *, quantized: Collection[str], kept: str) -> dict[str, str]:
-    """Names and dtypes of all tensors of a folder; `kept`: dtype of what is not quantised."""
+def tensor_dtypes(
+    names: Iterable[str], *, quantized: Collection[str], kept: str, constants: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Names and dtypes of all tensors of a folder; `kept`: dtype of what is not quantised, nor one of `constants`."""
     dtypes: dict[str, str] = {}
     for name in names:
         if name in quantized:
             dtypes |= {name: "float8_e4m3fn", name + SCALE: "float32"}
         else:
-            dtypes[name] = kept
+            dtypes[name] = "float32" if name.endswith(constants) else kept
     return dtypes
 
 
