@@ -1,4 +1,4 @@
-"""Make a small random Qwen3-VL(-MoE) or Qwen3(-MoE) folder: weights, tokenizer, processor, chat template.
+"""Make a small random folder of a supported family, Qwen3-VL-MoE by default: weights, tokenizer, processor, chat template.
 
 It is the real architecture at a millionth of the size, so that everything which runs on a 30B checkpoint runs
 here in seconds on a CPU: DeepStack, interleaved multi-axis rotary positions, grouped queries, routed experts.
@@ -71,6 +71,7 @@ class Family(StrEnum):
     QWEN3 = "qwen3"
     QWEN3_5_MOE = "qwen3_5_moe"
     QWEN3_5 = "qwen3_5"
+    QWEN2_5_VL = "qwen2_5_vl"
 
     @property
     def sees(self) -> bool:
@@ -87,9 +88,15 @@ class Family(StrEnum):
         return self in (Family.QWEN3_5_MOE, Family.QWEN3_5)
 
     @property
+    def sees_windows(self) -> bool:
+        """Whether most blocks of its tower attend within windows; of its pixels SGLang takes patches of 14 x 14 alone."""
+        return self is Family.QWEN2_5_VL
+
+    @property
     def name_of_classes(self) -> str:
         """What the names of transformers' classes begin with."""
-        return self.replace("qwen", "Qwen").replace("_vl", "VL").replace("_moe", "Moe")
+        vl = "_VL" if self is Family.QWEN2_5_VL else "VL"
+        return self.replace("qwen", "Qwen").replace("_vl", vl).replace("_moe", "Moe")
 
 
 def make_tiny_model(
@@ -97,7 +104,7 @@ def make_tiny_model(
     *,
     family: str = "qwen3_vl_moe",
     seed: int = 0,
-    patch_size: int = 8,
+    patch_size: int | None = None,
     image_size: int = 64,
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
@@ -138,7 +145,7 @@ def make_tiny_model(
     model.save_pretrained(partial)
     if kind is Family.QWEN3_VL_MOE:
         _store_published_layout(partial / "model.safetensors", config.text_config)
-    processor = _processor(tokenizer, config.vision_config, image_size) if kind.sees else tokenizer
+    processor = _processor(kind, tokenizer, config.vision_config, image_size) if kind.sees else tokenizer
     processor.save_pretrained(partial)
     AutoProcessor.from_pretrained(partial)  # the folder must load, or it is not published
     if out.exists():
@@ -188,7 +195,7 @@ def _wrap_tokenizer(tokenizer: Tokenizer) -> Any:
 def _config(
     family: Family,
     tokenizer: Any,
-    patch_size: int,
+    patch_size: int | None,
     image_size: int,
     text: dict[str, Any],
     vision: dict[str, Any],
@@ -196,7 +203,7 @@ def _config(
     import transformers
 
     tied = text.get("tie_word_embeddings", False)
-    patch_size = vision.get("patch_size", patch_size)
+    patch_size = vision.get("patch_size", patch_size or (14 if family.sees_windows else 8))
     token = tokenizer.convert_tokens_to_ids
     text_values: dict[str, Any] = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
@@ -241,10 +248,9 @@ def _config(
     if "rope_parameters" not in text:
         half = int(text_values["head_dim"] * rotated) // 2
         side = half * 5 // 16  # Qwen3-VL's split of 64 frequencies is 24 time, 20 height, 20 width
-        text_values["rope_parameters"] |= {
-            "mrope_section": [half - 2 * side, side, side],
-            "mrope_interleaved": True,
-        }
+        text_values["rope_parameters"]["mrope_section"] = [half - 2 * side, side, side]
+        if not family.sees_windows:
+            text_values["rope_parameters"]["mrope_interleaved"] = True
     vision_values: dict[str, Any] = {
         "depth": 3,
         "hidden_size": 64,
@@ -255,11 +261,15 @@ def _config(
         "temporal_patch_size": 2,
         "in_channels": 3,
         "out_hidden_size": text_values["hidden_size"],
-        "num_position_embeddings": (image_size // patch_size) ** 2,
         "initializer_range": 0.05,
     }
-    if not family.attends_linearly:
-        vision_values["deepstack_visual_indexes"] = [0, 1, 2]  # SGLang knows exactly three
+    if family.sees_windows:
+        vision_values |= {"window_size": 4 * patch_size, "fullatt_block_indexes": [1]}
+        del text_values["head_dim"]  # is hidden_size / num_attention_heads
+    else:
+        vision_values["num_position_embeddings"] = (image_size // patch_size) ** 2
+        if not family.attends_linearly:
+            vision_values["deepstack_visual_indexes"] = [0, 1, 2]  # SGLang knows exactly three
     vision_values |= vision
     return config_class(
         text_config=text_values,
@@ -273,7 +283,7 @@ def _config(
     )
 
 
-def _processor(tokenizer: Any, vision: Any, image_size: int) -> Any:
+def _processor(family: Family, tokenizer: Any, vision: Any, image_size: int) -> Any:
     import transformers
 
     shape = {
@@ -283,11 +293,14 @@ def _processor(tokenizer: Any, vision: Any, image_size: int) -> Any:
     }
     size = {"shortest_edge": image_size**2 // 4, "longest_edge": image_size**2 * 4}
     half = [0.5, 0.5, 0.5]
-    return transformers.Qwen3VLProcessor(
+    whole, video = transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor
+    if family.sees_windows:
+        whole, video = transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor
+    return whole(
         image_processor=transformers.Qwen2VLImageProcessor(
             **shape, size=size, image_mean=half, image_std=half
         ),
-        video_processor=transformers.Qwen3VLVideoProcessor(**shape),
+        video_processor=video(**shape),
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
     )
@@ -335,9 +348,11 @@ def main(
         int, typer.Option(help="Decides the random weights; the tokenizer does not depend on it.")
     ] = 0,
     patch_size: Annotated[
-        int,
-        typer.Option(help="Pixels per patch side; 2x2 patches are one image token: 8 gives 16 for 64x64."),
-    ] = 8,
+        int | None,
+        typer.Option(
+            help="Pixels per patch side (8; Qwen2.5-VL 14); 2x2 patches are one image token: 8 gives 16 for 64x64."
+        ),
+    ] = None,
     image_size: Annotated[int, typer.Option(help="Side of the images it is meant for, in pixels.")] = 64,
     set_: Annotated[
         list[str] | None,
@@ -345,7 +360,7 @@ def main(
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
 ) -> None:
-    """Make a small random **Qwen3-VL-MoE** (or Qwen3-VL, Qwen3-MoE, Qwen3) folder that `from_pretrained` loads.
+    """Make a small random **Qwen3-VL-MoE** (or another family's) folder that `from_pretrained` loads.
 
     About 1.2 million parameters: 3 decoder layers 128 wide, 8 experts of which 2 are used, a 3-block vision tower 64
     wide feeding all three decoder layers (DeepStack). It knows nothing: teach it with `gspo-mm sft`.

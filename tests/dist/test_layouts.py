@@ -9,7 +9,7 @@ import torch
 
 from tests.dist.launch import torchrun
 from tests.dist.layouts import LAYOUTS, LORA, measure
-from tests.tiny_vl import save, tiny_hybrid, tiny_text, tiny_vl
+from tests.tiny_vl import save, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     text = tiny_text(num_hidden_layers=4, mlp_only_layers=[1], norm_topk_prob=False, vocab_size=250)
     text_dense = tiny_text(moe=False, tied=True, num_hidden_layers=4, attention_bias=True, vocab_size=131)
     hybrid = tiny_hybrid(vocab_size=250, linear_num_key_heads=4)
+    windows = tiny_windows(tied=True, vocab_size=131)
     models = {"moe": moe, "dense": dense, "text": text, "text dense": text_dense, "hybrid": hybrid}
+    models["windows"] = windows
     return {name: save(model, parent / name) for name, model in models.items()}
 
 

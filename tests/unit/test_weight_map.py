@@ -16,7 +16,7 @@ from gspo_mm.families.base import (
     StackExperts,
     VocabPad,
 )
-from tests.tiny_vl import tiny_hybrid, tiny_vl
+from tests.tiny_vl import tiny_hybrid, tiny_vl, tiny_windows
 
 G = torch.Generator().manual_seed(0)
 
@@ -122,6 +122,12 @@ def test_a_rank_holds_its_part_of_every_section() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_every_parameter_of_a_hybrid_is_named_once(options: dict[str, Any], fused: bool) -> None:
     assert_named_once(tiny_hybrid(**options), fused=fused)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_parameter_of_a_model_with_windows_is_named_once(tied: bool, fused: bool) -> None:
+    assert_named_once(tiny_windows(tied=tied), fused=fused)
 
 
 @pytest.mark.parametrize(
