@@ -59,6 +59,14 @@ def tiny_windows_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sigmoid_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GLM-4.5V folder: experts are chosen by sigmoid scores and a bias."""
+    path = tmp_path_factory.mktemp("model") / "sigmoid"
+    run_tool("make_tiny_model.py", path, "--family", "glm4v_moe")
+    return path
+
+
+@pytest.fixture(scope="session")
 def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of four training shards (200 samples) and one validation shard (40)."""
     path = tmp_path_factory.mktemp("digits")

@@ -72,6 +72,7 @@ class Family(StrEnum):
     QWEN3_5_MOE = "qwen3_5_moe"
     QWEN3_5 = "qwen3_5"
     QWEN2_5_VL = "qwen2_5_vl"
+    GLM4V_MOE = "glm4v_moe"
 
     @property
     def sees(self) -> bool:
@@ -93,10 +94,15 @@ class Family(StrEnum):
         return self is Family.QWEN2_5_VL
 
     @property
+    def chooses_by_sigmoid(self) -> bool:
+        """Whether experts are chosen by sigmoid scores and a bias, behind dense layers and beside a shared expert."""
+        return self is Family.GLM4V_MOE
+
+    @property
     def name_of_classes(self) -> str:
         """What the names of transformers' classes begin with."""
         vl = "_VL" if self is Family.QWEN2_5_VL else "VL"
-        return self.replace("qwen", "Qwen").replace("_vl", vl).replace("_moe", "Moe")
+        return self.replace("qwen", "Qwen").replace("glm", "Glm").replace("_vl", vl).replace("_moe", "Moe")
 
 
 def make_tiny_model(
@@ -136,6 +142,9 @@ def make_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config).float().eval()
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # zeros would hide where it is left out
+                torch.nn.init.normal_(buffer, std=0.1)
     stop = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop[1], bos_token_id=stop[1])
 
@@ -222,11 +231,13 @@ def _config(
     }
     if family.mixes:
         text_values |= {
-            "num_experts": 8,
+            "n_routed_experts" if family.chooses_by_sigmoid else "num_experts": 8,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 48,  # not hidden/2: then both layouts of gate_up_proj would have equal dims
         }
-    if family.mixes and not family.attends_linearly:
+    if family.chooses_by_sigmoid:
+        text_values |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "attention_bias": True}
+    elif family.mixes and not family.attends_linearly:
         text_values |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
     if family.attends_linearly:
         text_values |= {
@@ -238,7 +249,7 @@ def _config(
         }
         text_values |= {"shared_expert_intermediate_size": 48} if family.mixes else {}
     text_values |= text
-    rotated = 0.25 if family.attends_linearly else 1.0
+    rotated = 0.25 if family.attends_linearly else 0.5 if family.chooses_by_sigmoid else 1.0
     if "rope_parameters" not in text:
         text_values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
         text_values["rope_parameters"] |= {"partial_rotary_factor": rotated} if rotated < 1 else {}
@@ -249,7 +260,7 @@ def _config(
         half = int(text_values["head_dim"] * rotated) // 2
         side = half * 5 // 16  # Qwen3-VL's split of 64 frequencies is 24 time, 20 height, 20 width
         text_values["rope_parameters"]["mrope_section"] = [half - 2 * side, side, side]
-        if not family.sees_windows:
+        if not (family.sees_windows or family.chooses_by_sigmoid):
             text_values["rope_parameters"]["mrope_interleaved"] = True
     vision_values: dict[str, Any] = {
         "depth": 3,
@@ -266,18 +277,20 @@ def _config(
     if family.sees_windows:
         vision_values |= {"window_size": 4 * patch_size, "fullatt_block_indexes": [1]}
         del text_values["head_dim"]  # is hidden_size / num_attention_heads
+    elif family.chooses_by_sigmoid:
+        vision_values["image_size"] = image_size  # that its positions are for
     else:
         vision_values["num_position_embeddings"] = (image_size // patch_size) ** 2
         if not family.attends_linearly:
             vision_values["deepstack_visual_indexes"] = [0, 1, 2]  # SGLang knows exactly three
     vision_values |= vision
+    around = "image" if family.chooses_by_sigmoid else "vision"
     return config_class(
         text_config=text_values,
         vision_config=vision_values,
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        **{f"{around}_{side}_token_id": token(f"<|vision_{side}|>") for side in ("start", "end")},
         tie_word_embeddings=tied,
         dtype="float32",
     )
@@ -294,12 +307,19 @@ def _processor(family: Family, tokenizer: Any, vision: Any, image_size: int) -> 
     size = {"shortest_edge": image_size**2 // 4, "longest_edge": image_size**2 * 4}
     half = [0.5, 0.5, 0.5]
     whole, video = transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor
+    image = transformers.Qwen2VLImageProcessor
     if family.sees_windows:
         whole, video = transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor
+    if family.chooses_by_sigmoid:
+        whole, video = transformers.Glm4vProcessor, transformers.Glm4vVideoProcessor
+        image = transformers.Glm4vImageProcessor
+        # it counts an image's pixels once for each frame of a patch
+        size = {edge: pixels * vision.temporal_patch_size for edge, pixels in size.items()}
+        tokenizer._set_model_specific_special_tokens(
+            {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+        )
     return whole(
-        image_processor=transformers.Qwen2VLImageProcessor(
-            **shape, size=size, image_mean=half, image_std=half
-        ),
+        image_processor=image(**shape, size=size, image_mean=half, image_std=half),
         video_processor=video(**shape),
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,

@@ -56,7 +56,7 @@ class Adapters(MegatronModule):
         self.on = True
         self._scale = config.alpha / config.rank
         self._groups = groups
-        self._places: dict[torch.nn.Parameter, Place] = {}
+        self._places: dict[torch.Tensor, Place] = {}
         grouped: dict[torch.nn.Module, list[Place]] = {}
         for place, parameter in _places(chunk, weights, config):
             for key, rows in zip(place.keys, _rows(place.entry, parameter, groups), strict=True):
@@ -78,11 +78,11 @@ class Adapters(MegatronModule):
     def names(self) -> list[str]:
         return [key for place in self._places.values() for key in place.keys]
 
-    def __contains__(self, parameter: torch.nn.Parameter) -> bool:
+    def __contains__(self, parameter: torch.Tensor) -> bool:
         return parameter in self._places
 
     @torch.no_grad()
-    def merged(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+    def merged(self, parameter: torch.Tensor) -> torch.Tensor:
         """This rank's part of a weight with its pairs added, rounded once to the weight's format."""
         value, place = value_of(parameter), self._places.get(parameter)
         if place is None:
@@ -134,9 +134,7 @@ class Adapters(MegatronModule):
             )
         return found
 
-    def _add(
-        self, key: str, rows: int, columns: int, like: torch.nn.Parameter, *, rank: int, seed: int
-    ) -> None:
+    def _add(self, key: str, rows: int, columns: int, like: torch.Tensor, *, rank: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) ^ seed)  # alike on all ranks
         bound = 1 / math.sqrt(columns)
         values = {
@@ -218,7 +216,7 @@ def add_adapters(
         chunk.adapters = Adapters(chunk, weights, config, groups)
         made.append(chunk.adapters)
 
-    def merged(parameter: torch.nn.Parameter) -> torch.Tensor:
+    def merged(parameter: torch.Tensor) -> torch.Tensor:
         owner = next((adapters for adapters in made if parameter in adapters), None)
         return value_of(parameter) if owner is None else owner.merged(parameter)
 
@@ -254,11 +252,11 @@ def check_targets(family: Family, hf: Any, targets: Sequence[str]) -> None:
             )
 
 
-def _places(
-    chunk: PolicyModel, weights: Weights, config: LoraConfig
-) -> Iterator[tuple[Place, torch.nn.Parameter]]:
+def _places(chunk: PolicyModel, weights: Weights, config: LoraConfig) -> Iterator[tuple[Place, torch.Tensor]]:
     """The chunk's weights that `config.targets` name. Pairs are named after Hugging Face's tensors, experts' by number too."""
-    owners = {p: m for m in chunk.modules() for p in m.parameters(recurse=False)}
+    owners: dict[torch.Tensor, torch.nn.Module] = {
+        p: m for m in chunk.modules() for p in m.parameters(recurse=False)
+    }
     for entry in weights.entries:
         for number, name in enumerate(entry.megatron):
             parameter = weights.get(name)
@@ -295,7 +293,7 @@ def _cuts_columns(entry: Entry) -> bool:
     return getattr(entry.op, "dim", 0) == 1
 
 
-def _rows(entry: Entry, parameter: torch.nn.Parameter, groups: Groups) -> list[int]:
+def _rows(entry: Entry, parameter: torch.Tensor, groups: Groups) -> list[int]:
     """Rows of each Hugging Face tensor in a weight, whole."""
     size, _ = _place_of(entry, groups)
     part = torch.empty(parameter.shape, device="meta")
@@ -303,7 +301,7 @@ def _rows(entry: Entry, parameter: torch.nn.Parameter, groups: Groups) -> list[i
     return [len(whole)] if isinstance(entry.op, StackExperts) else [len(t) for t in entry.op.to_hf([whole])]
 
 
-def _columns(entry: Entry, parameter: torch.nn.Parameter, groups: Groups) -> int:
+def _columns(entry: Entry, parameter: torch.Tensor, groups: Groups) -> int:
     size, _ = _place_of(entry, groups)
     return parameter.shape[1] * (size if _cuts_columns(entry) else 1)
 

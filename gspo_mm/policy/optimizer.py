@@ -126,7 +126,7 @@ class Optimizer:
             self._inner.zero_grad()
 
     @torch.no_grad()
-    def take_over_parameters(self, exact: Mapping[torch.nn.Parameter, torch.Tensor] | None = None) -> None:
+    def take_over_parameters(self, exact: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
         """Refresh the float32 copies after the module's parameters were set from outside.
 
         `exact`: values of parameters that are rounded (FP8 primary weights). Without them the copies would start from

@@ -9,7 +9,7 @@ import torch
 
 from tests.dist.launch import torchrun
 from tests.dist.layouts import LAYOUTS, LORA, measure
-from tests.tiny_vl import save, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
+from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     hybrid = tiny_hybrid(vocab_size=250, linear_num_key_heads=4)
     windows = tiny_windows(tied=True, vocab_size=131)
     models = {"moe": moe, "dense": dense, "text": text, "text dense": text_dense, "hybrid": hybrid}
-    models["windows"] = windows
+    models |= {"windows": windows, "sigmoid": tiny_glm(vocab_size=250)}
     return {name: save(model, parent / name) for name, model in models.items()}
 
 
