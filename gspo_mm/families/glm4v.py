@@ -39,7 +39,7 @@ class Glm4vMoe(Qwen3Decoder, QwenImages):
     published_experts = "apart"
     constants = (_BIAS,)
     norms_queries = False
-    experts_key = "n_routed_experts"
+    experts_key = "num_local_experts"  # transformers' other name of it, which config.json may have too
 
     def load_config(self, path: str) -> Any:
         hf = super().load_config(path)
@@ -157,9 +157,9 @@ def _check_routing(path: str, hf: Any) -> None:
         raise HfFolderError(
             f"{path}: {key('n_shared_experts')}={text.n_shared_experts} is not supported; use a model with 1 or more"
         )
-    if text.n_routed_experts % groups or not 1 <= best <= groups:
+    if text.num_local_experts % groups or not 1 <= best <= groups:
         raise HfFolderError(
-            f"{path}: {key('n_group')}={groups} with topk_group={best} and n_routed_experts={text.n_routed_experts} is not "
+            f"{path}: {key('n_group')}={groups} with topk_group={best} and {text.num_local_experts} experts is not "
             "supported; use groups of equal size, and topk_group from 1 to n_group"
         )
     if best < groups and chosen // best != _BEST_OF_GROUP:
