@@ -181,6 +181,51 @@ HALF_TURNED: dict[str, Any] = {
 }
 
 
+SIGMOID_MODELS: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "sigmoid, tied, two groups of four, odd vocabulary": {
+        "tied": True,
+        "vocab_size": 277,
+        "num_key_value_heads": 1,
+        "n_routed_experts": 12,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 5,
+        "n_shared_experts": 2,
+    },
+    "sigmoid, one expert a token, all layers mixtures, no biases": {
+        "num_experts_per_tok": 1,
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 0,
+        "attention_bias": False,
+        "vision": {"attention_bias": True, "image_size": 20},
+    },
+    "sigmoid, odd widths, two dense layers, other angles": {
+        "hidden_size": 60,
+        "intermediate_size": 100,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 24,
+        "first_k_dense_replace": 2,
+        "n_routed_experts": 6,
+        "n_group": 3,
+        "topk_group": 3,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 30,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [4, 2, 3],
+            "partial_rotary_factor": 0.75,
+        },
+        "vision": {"depth": 2, "intermediate_size": 44, "spatial_merge_size": 3},
+    },
+    "sigmoid, no layer is a mixture": {"first_k_dense_replace": 4},
+}
+
+
 def tiny_glm(*, vision: Any = None, **text: Any) -> Any:
     """As `tiny_vl`, of the family that chooses experts by sigmoid scores and a bias."""
     left_out = ("deepstack_visual_indexes", "num_position_embeddings")

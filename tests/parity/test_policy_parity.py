@@ -12,7 +12,7 @@ from gspo_mm.families import read_hf
 from gspo_mm.families.base import Copy, Entry, MergeGateUp
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
-from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
+from tests.tiny_vl import SIGMOID_MODELS, save, tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
 from tools.check_parity import compare, random_batch, reference_logprobs
 
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
@@ -159,51 +159,6 @@ WINDOWED: dict[str, dict[str, Any]] = {
 }
 
 
-SIGMOID: dict[str, dict[str, Any]] = {
-    "sigmoid": {},
-    "sigmoid, tied, two groups of four, odd vocabulary": {
-        "tied": True,
-        "vocab_size": 277,
-        "num_key_value_heads": 1,
-        "n_routed_experts": 12,
-        "n_group": 4,
-        "topk_group": 2,
-        "num_experts_per_tok": 5,
-        "n_shared_experts": 2,
-    },
-    "sigmoid, one expert a token, all layers mixtures, no biases": {
-        "num_experts_per_tok": 1,
-        "norm_topk_prob": False,
-        "first_k_dense_replace": 0,
-        "attention_bias": False,
-        "vision": {"attention_bias": True, "image_size": 20},
-    },
-    "sigmoid, odd widths, two dense layers, other angles": {
-        "hidden_size": 60,
-        "intermediate_size": 100,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "head_dim": 24,
-        "first_k_dense_replace": 2,
-        "n_routed_experts": 6,
-        "n_group": 3,
-        "topk_group": 3,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 30,
-        "rms_norm_eps": 1e-3,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5e6,
-            "mrope_section": [4, 2, 3],
-            "partial_rotary_factor": 0.75,
-        },
-        "vision": {"depth": 2, "intermediate_size": 44, "spatial_merge_size": 3},
-    },
-    "sigmoid, no layer is a mixture": {"first_k_dense_replace": 4},
-}
-
-
 def policy_of(model: Any, folder: Path, **save_options: Any) -> Policy:
     save(model, folder, **save_options)
     return Policy.from_hf(str(folder), PolicyConfig(dtype="float32"), seed=0, total_steps=1)
@@ -225,14 +180,14 @@ def build(name: str) -> Any:
         (TEXT_ALONE, tiny_text),
         (HYBRIDS, tiny_hybrid),
         (WINDOWED, tiny_windows),
-        (SIGMOID, tiny_glm),
+        (SIGMOID_MODELS, tiny_glm),
     ):
         if name in models:
             return make(**models[name], seed=len(name))
     raise KeyError(name)
 
 
-@pytest.mark.parametrize("name", [*MODELS, *TEXT_ALONE, *HYBRIDS, *WINDOWED, *SIGMOID])
+@pytest.mark.parametrize("name", [*MODELS, *TEXT_ALONE, *HYBRIDS, *WINDOWED, *SIGMOID_MODELS])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_and_every_gradient_equal_transformers(
     name: str, temperature: float, tmp_path: Path
