@@ -55,13 +55,25 @@ class OptimizerConfig(Section):
     offload: bool = Field(
         default=False, description="keep optimizer state in host memory and step there (needs CUDA)"
     )
-    precision_aware: bool = Field(
-        default=False, description="moments in BF16 instead of float32 (Transformer Engine's or apex's Adam)"
+    moments: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="format of Adam's moments; bfloat16 by Transformer Engine's, which needs CUDA",
     )
     overlap: bool | None = Field(
         default=None,
         description="reduce gradients during backward and gather parameters during forward; null: on GPUs",
     )
+
+    @field_validator("moments", mode="before")
+    @classmethod
+    def _can_be_read_again(cls, moments: Any) -> Any:
+        if moments == "fp8":
+            raise ValueError(
+                "policy.optimizer.moments=fp8: Transformer Engine 2.20 makes NaN of a moment of zeros, as that of an expert "
+                "without tokens is, and megatron-core 0.19 reads moments in FP8 without their scale, so that a run could not be "
+                "continued; use bfloat16, or policy.lora, whose optimizer state is small"
+            )
+        return moments
 
 
 class Fp8Config(Section):
@@ -113,9 +125,18 @@ class LoraConfig(Section):
         description="matrices that have one: attention (linear attention too), mlp (dense and shared experts), experts, "
         "projector (of image features)",
     )
-    dropout: Literal[0, 0.0] = Field(
-        default=0, description="none: it would change the importance ratio at random"
+    dropout: float = Field(
+        default=0.0, description="0 alone: another would change the importance ratio at random"
     )
+
+    @field_validator("dropout")
+    @classmethod
+    def _none(cls, dropout: float) -> float:
+        if dropout:
+            raise ValueError(
+                f"policy.lora.dropout={dropout} would make the log-probs of each pass others, and so the importance ratio; use 0"
+            )
+        return dropout
 
     @field_validator("targets")
     @classmethod

@@ -62,7 +62,7 @@ REFUSED = {
     "policy.dtype": "weights and optimizer are stored in it",
     "policy.freeze": "the optimizer has no moments of parts that were frozen",
     "policy.optimizer.offload": "the optimizer's state is stored in another form",
-    "policy.optimizer.precision_aware": "the optimizer's moments are stored in another format",
+    "policy.optimizer.moments": "the optimizer's moments are stored in another format",
     "policy.lora.rank": _LORA,
     "policy.lora.alpha": _LORA,
     "policy.lora.targets": _LORA,

@@ -35,7 +35,7 @@ OTHER: dict[str, Any] = {
     "policy.dtype": "float32",
     "policy.freeze": ["vision"],
     "policy.optimizer.offload": True,
-    "policy.optimizer.precision_aware": True,
+    "policy.optimizer.moments": "bfloat16",
     "policy.lora": {"rank": 4, "alpha": 8.0, "targets": ["mlp"]},
     "policy.fp8": {"recipe": "tensorwise"},
     "policy.fp8.bf16_layers_at_start": 1,
