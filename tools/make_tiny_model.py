@@ -212,7 +212,7 @@ def _config(
     import transformers
 
     tied = text.get("tie_word_embeddings", False)
-    patch_size = vision.get("patch_size", patch_size or (14 if family.sees_windows else 8))
+    patch: int = vision.get("patch_size", patch_size or (14 if family.sees_windows else 8))
     token = tokenizer.convert_tokens_to_ids
     text_values: dict[str, Any] = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
@@ -267,7 +267,7 @@ def _config(
         "hidden_size": 64,
         "num_heads": 4,
         "intermediate_size": 128,
-        "patch_size": patch_size,
+        "patch_size": patch,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
         "in_channels": 3,
@@ -275,12 +275,12 @@ def _config(
         "initializer_range": 0.05,
     }
     if family.sees_windows:
-        vision_values |= {"window_size": 4 * patch_size, "fullatt_block_indexes": [1]}
+        vision_values |= {"window_size": 4 * patch, "fullatt_block_indexes": [1]}
         del text_values["head_dim"]  # is hidden_size / num_attention_heads
     elif family.chooses_by_sigmoid:
         vision_values["image_size"] = image_size  # that its positions are for
     else:
-        vision_values["num_position_embeddings"] = (image_size // patch_size) ** 2
+        vision_values["num_position_embeddings"] = (image_size // patch) ** 2
         if not family.attends_linearly:
             vision_values["deepstack_visual_indexes"] = [0, 1, 2]  # SGLang knows exactly three
     vision_values |= vision

@@ -125,9 +125,18 @@ class LoraConfig(Section):
         description="matrices that have one: attention (linear attention too), mlp (dense and shared experts), experts, "
         "projector (of image features)",
     )
-    dropout: Literal[0, 0.0] = Field(
-        default=0, description="none: it would change the importance ratio at random"
+    dropout: float = Field(
+        default=0.0, description="0 alone: another would change the importance ratio at random"
     )
+
+    @field_validator("dropout")
+    @classmethod
+    def _none(cls, dropout: float) -> float:
+        if dropout:
+            raise ValueError(
+                f"policy.lora.dropout={dropout} would make the log-probs of each pass others, and so the importance ratio; use 0"
+            )
+        return dropout
 
     @field_validator("targets")
     @classmethod

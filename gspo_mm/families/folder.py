@@ -4,7 +4,7 @@ A trap lies in fused experts. Published checkpoints of some families store `gate
 transformers keeps [E, 2F, D] and [E, D, F] in memory, and saves a model that it did not load in just that layout.
 Everything inside the program is in transformers' in-memory layout; reading decides by dims against config.json and
 refuses to guess. Experts that are stored one by one need no decision. write.py writes, stored.py reads what is in yet
-other forms.
+other forms or has older names (names.py).
 
 E experts, D hidden, F inner size of an expert.
 """

@@ -17,7 +17,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +65,11 @@ class Adapters(MegatronModule):
             self._places[parameter] = place
             grouped.setdefault(place.module, []).append(place)
             if chunk.visual is not None and place.module in set(chunk.visual.modules()):
+                assert chunk.features is not None
                 chunk.features.adapted = True
         for module, places in grouped.items():
             if hasattr(module, "layer_norm_weight"):  # Transformer Engine's, whose norm's output is our input
-                module.return_layernorm_output = True
+                cast(Any, module).return_layernorm_output = True
             module.register_forward_hook(self._hook(places))
 
     def pair(self, key: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:

@@ -1,5 +1,6 @@
 """A number format that the machine or another setting cannot do is refused in one sentence, before a model is built."""
 
+import re
 from typing import Any
 
 import pytest
@@ -92,6 +93,24 @@ def test_optimizer_memory_options_need_a_device(key: str, value: Any, plain: str
         match=rf"policy\.optimizer\.{key}={value} needs CUDA and Transformer Engine.*set policy\.optimizer\.{key}={plain}",
     ):
         _memory_arguments(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lora": {"rank": 4, "dropout": 0.1}}, r"policy.lora.dropout=0.1 would make .*; use 0"),
+        (
+            {"lora": {"rank": 4, "targets": []}},
+            "leaves nothing to train; name attention, mlp, experts or projector",
+        ),
+        (
+            {"lora": {"rank": 4}, "freeze": ["vision"]},
+            "all weights are frozen beside adapters; take freeze out",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(settings: dict[str, Any], said: str) -> None:
+    assert re.search(said, refused(**settings))
 
 
 def test_moments_in_fp8_are_refused_with_the_reason() -> None:

@@ -9,10 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from gspo_mm.config import PolicyConfig, load_config
 from gspo_mm.families import FAMILIES, family_of, read_hf
 from gspo_mm.families.write import copy_template, write_hf
 from gspo_mm.hf.headers import HfFolderError
+from gspo_mm.policy.engine import Policy
 from gspo_mm.serving.served import quantization_config
+from gspo_mm.sync.buckets import Bucket
+from gspo_mm.sync.distributed import DistributedSender
+from gspo_mm.sync.tensor import TensorSender
 from gspo_mm.types import GspoError
 from tests.tiny_vl import save, tiny_windows
 
@@ -138,3 +143,33 @@ def test_servers_know_tensors_by_their_published_names(model: Any, folder: Path)
     listed = {name for names in family.linear_layers(model.config).values() for name in names}
     matrices = {n for n, t in model.named_parameters() if t.dim() == 2 and ".language_model.layers." in n}
     assert listed == matrices
+
+
+class Listener:
+    """Stands for servers and their process group: notes the names that it is sent."""
+
+    servers = ()
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def send(self, bucket: Bucket, _: Any) -> None:
+        self.names += bucket.names
+
+    def start_raw(self, _: str, requests: list[Any]) -> list[Any]:
+        return requests
+
+    def requests(self, _: TensorSender, bucket: Bucket, servers: Any) -> list[Any]:
+        self.send(bucket, servers)
+        return []
+
+
+def test_servers_are_sent_published_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(Path("configs/quickstart_sglang.yaml"), [f"model.path={folder}"], any_world=True)
+    policy = Policy.from_hf(str(folder), PolicyConfig(dtype="float32"), seed=0, total_steps=1)
+    over_tensors, over_groups = Listener(), Listener()
+    monkeypatch.setattr(TensorSender, "_requests", lambda *arguments: over_tensors.requests(*arguments))
+    TensorSender(config, policy)._send(policy.export(), over_tensors)
+    DistributedSender(config, policy)._send(over_groups, policy.weights.export_own(0), over_groups)
+    stored = sorted(load_file(folder / "model.safetensors"))
+    assert sorted(over_tensors.names) == sorted(over_groups.names) == stored
