@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Copy, Entry, MergeGateUp, StackExperts, VocabPad
+from gspo_mm.families.operations import Copy, Entry, MergeGateUp, StackExperts, VocabPad
 
 
 def entry(hf: str, megatron: str, op: Any) -> Entry:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Entry
 from gspo_mm.families.cost import FlopModel, matmul
 from gspo_mm.families.names import Prefixes
+from gspo_mm.families.operations import Entry
 from gspo_mm.families.qwen3 import Qwen3Decoder, head_dim
 from gspo_mm.families.qwen3_vl import MultiAxisRotary, QwenImages
 from gspo_mm.hf.headers import HfFolderError

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Copy, Entry, Family, MergeQkv, ServedDim, VocabPad
+from gspo_mm.families.base import Family, ServedDim
 from gspo_mm.families.checks import check_rope, check_silu, check_top_k
 from gspo_mm.families.cost import FlopModel, matmul
+from gspo_mm.families.operations import Copy, Entry, MergeQkv, VocabPad
 from gspo_mm.families.parts import ends, entry, gated_mlp, stacked_experts
 from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.types import GspoError

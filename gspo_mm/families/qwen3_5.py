@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Copy, Entry, MergeGatedQkv, Sections, VocabPad
 from gspo_mm.families.checks import check_rope, check_silu, check_top_k
 from gspo_mm.families.cost import FlopModel, matmul
+from gspo_mm.families.operations import Copy, Entry, MergeGatedQkv, Sections, VocabPad
 from gspo_mm.families.parts import ends, entry, gated_mlp, stacked_experts
 from gspo_mm.families.qwen3_vl import QwenImages
 from gspo_mm.hf.headers import HfFolderError

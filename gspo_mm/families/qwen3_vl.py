@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Entry, Family
+from gspo_mm.families.base import Family
 from gspo_mm.families.cost import FlopModel, matmul
+from gspo_mm.families.operations import Entry
 from gspo_mm.families.parts import tower
 from gspo_mm.families.qwen3 import Qwen3Decoder
 

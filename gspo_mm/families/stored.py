@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from gspo_mm.families.base import Entry, StackExperts
 from gspo_mm.families.names import Prefixes
+from gspo_mm.families.operations import Entry, StackExperts
 from gspo_mm.hf.headers import FP8, Header, HfFolderError, fp8_block, read_headers
 
 SCALE = "_scale_inv"  # of the scales' name, after that of the weight

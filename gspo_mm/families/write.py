@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gspo_mm.families.base import StackExperts
 from gspo_mm.families.folder import HfFolder, expert_kind, read_hf
+from gspo_mm.families.operations import StackExperts
 from gspo_mm.families.table import family_of
 from gspo_mm.hf.headers import INDEX, SINGLE, HfFolderError, read_json
 from gspo_mm.runtime.disk import refusal, sync

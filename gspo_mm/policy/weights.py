@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_mm.families import Entry, HfFolder
-from gspo_mm.families.base import StackExperts
+from gspo_mm.families.operations import StackExperts
 from gspo_mm.hf.tensors import held
 from gspo_mm.policy.compat import is_quantized
 from gspo_mm.policy.model import PolicyModel

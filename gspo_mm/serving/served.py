@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gspo_mm.config import Config
-from gspo_mm.families.base import Entry, Family, StackExperts
+from gspo_mm.families.base import Family
+from gspo_mm.families.operations import Entry, StackExperts
 from gspo_mm.families.stored import SCALE
 from gspo_mm.families.table import family_of
 from gspo_mm.families.write import TEMPLATE, copy_files

@@ -9,7 +9,7 @@ import torch
 
 from gspo_mm.config import PolicyConfig
 from gspo_mm.families import read_hf
-from gspo_mm.families.base import Copy, Entry, MergeGateUp
+from gspo_mm.families.operations import Copy, Entry, MergeGateUp
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
 from tests.tiny_vl import SIGMOID_MODELS, save, tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows

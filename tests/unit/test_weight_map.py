@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gspo_mm.families import FAMILIES
-from gspo_mm.families.base import (
+from gspo_mm.families.operations import (
     Copy,
     MergeGatedQkv,
     MergeGateUp,
