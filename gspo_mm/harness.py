@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
-from gspo_mm.checkpoint.export import export_hf
+from gspo_mm.checkpoint.export import export_adapters, export_hf
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
 from gspo_mm.config.resume import Command
@@ -242,6 +242,8 @@ class Training:
         """Export the model, write the summary and draw the report; the summary is returned on every rank."""
         if self.exports():
             export_hf(self.stages.policy, self.run.path / "hf", self.config.model)
+            if self.stages.policy.adapters:
+                export_adapters(self.stages.policy, self.run.path / "adapter", self.config.model)
         summary: dict[str, Any] = {}
         with self.ranks.together():
             if self.ranks.main:

@@ -51,6 +51,22 @@ def tiny_hybrid_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_windows_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2.5-VL folder: its tower attends within windows."""
+    path = tmp_path_factory.mktemp("model") / "windows"
+    run_tool("make_tiny_model.py", path, "--family", "qwen2_5_vl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_sigmoid_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GLM-4.5V folder: experts are chosen by sigmoid scores and a bias."""
+    path = tmp_path_factory.mktemp("model") / "sigmoid"
+    run_tool("make_tiny_model.py", path, "--family", "glm4v_moe")
+    return path
+
+
+@pytest.fixture(scope="session")
 def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of four training shards (200 samples) and one validation shard (40)."""
     path = tmp_path_factory.mktemp("digits")

@@ -81,7 +81,7 @@ def tiny_vl(*, moe: bool = True, vision: Any = None, **text: Any) -> Any:
     return _tiny(kind, {**TEXT, **(EXPERTS if moe else {}), **text}, {**VISION, **(vision or {})})
 
 
-def _tiny(kind: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+def _tiny(kind: str, text: dict[str, Any], vision: dict[str, Any], *, around: str = "vision") -> Any:
     tied, seed = text.pop("tied", False), text.pop("seed", 0)
     last = text["vocab_size"]
     config = getattr(transformers, f"{kind}Config")(
@@ -89,8 +89,7 @@ def _tiny(kind: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
         vision_config={**vision, "out_hidden_size": text["hidden_size"]},
         image_token_id=last - 4,
         video_token_id=last - 3,
-        vision_start_token_id=last - 2,
-        vision_end_token_id=last - 1,
+        **{f"{around}_start_token_id": last - 2, f"{around}_end_token_id": last - 1},
         tie_word_embeddings=tied,
         dtype="float32",
     )
@@ -118,6 +117,9 @@ def _with_weights(kind: Any, config: Any, seed: int) -> Any:
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(noise * (0.5 if name.endswith(("mlp.gate.weight", "conv1d.weight")) else 0.1))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model
@@ -146,6 +148,90 @@ def tiny_hybrid(*, moe: bool = True, vision: Any = None, **text: Any) -> Any:
         {**TEXT, **LINEAR, **(experts | shared if moe else {}), **text},
         vision,
     )
+
+
+WINDOWS: dict[str, Any] = {
+    **{k: v for k, v in VISION.items() if k not in ("deepstack_visual_indexes", "num_position_embeddings")},
+    "window_size": 16,  # pixels: 4 x 4 patches
+    "fullatt_block_indexes": [1],
+}
+
+
+def tiny_windows(*, vision: Any = None, **text: Any) -> Any:
+    """As `tiny_vl`, of the family whose tower attends within windows, and whose rotary frequencies come in blocks."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    values = {k: v for k, v in TEXT.items() if k != "head_dim"}
+    return _tiny("Qwen2_5_VL", {**values, "rope_parameters": rope, **text}, {**WINDOWS, **(vision or {})})
+
+
+SIGMOID: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "attention_bias": True,
+}
+HALF_TURNED: dict[str, Any] = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [1, 2, 1],
+    "partial_rotary_factor": 0.5,
+}
+
+
+SIGMOID_MODELS: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "sigmoid, tied, two groups of four, odd vocabulary": {
+        "tied": True,
+        "vocab_size": 277,
+        "num_key_value_heads": 1,
+        "n_routed_experts": 12,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 5,
+        "n_shared_experts": 2,
+    },
+    "sigmoid, one expert a token, all layers mixtures, no biases": {
+        "num_experts_per_tok": 1,
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 0,
+        "attention_bias": False,
+        "vision": {"attention_bias": True, "image_size": 20},
+    },
+    "sigmoid, odd widths, two dense layers, other angles": {
+        "hidden_size": 60,
+        "intermediate_size": 100,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 24,
+        "first_k_dense_replace": 2,
+        "n_routed_experts": 6,
+        "n_group": 3,
+        "topk_group": 3,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 30,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [4, 2, 3],
+            "partial_rotary_factor": 0.75,
+        },
+        "vision": {"depth": 2, "intermediate_size": 44, "spatial_merge_size": 3},
+    },
+    "sigmoid, no layer is a mixture": {"first_k_dense_replace": 4},
+}
+
+
+def tiny_glm(*, vision: Any = None, **text: Any) -> Any:
+    """As `tiny_vl`, of the family that chooses experts by sigmoid scores and a bias."""
+    left_out = ("deepstack_visual_indexes", "num_position_embeddings")
+    seen = {k: v for k, v in VISION.items() if k not in left_out} | {"image_size": 32}
+    values = {**TEXT, **SIGMOID, "rope_parameters": HALF_TURNED, **text}
+    return _tiny("Glm4vMoe", values, {**seen, **(vision or {})}, around="image")
 
 
 def save(model: Any, path: Path, *, layout: str = "published", dtype: torch.dtype = torch.float32) -> Path:

@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from gspo_mm.families.base import Copy, Entry, Family, MergeQkv, VocabPad
+from gspo_mm.families.base import Family
 from gspo_mm.families.cost import FlopModel
+from gspo_mm.families.operations import Copy, Entry, MergeQkv, VocabPad
 
 HF, OURS = "model.language_model", "language.decoder"
 

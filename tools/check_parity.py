@@ -49,6 +49,8 @@ def compare(policy: Policy, reference: Any, batches: list[MicroBatch], *, temper
     """
     import torch
 
+    from gspo_mm.hf.tensors import held
+
     weights = [
         torch.randn(b.num_response_tokens, generator=torch.Generator().manual_seed(i))
         for i, b in enumerate(batches)  # of each token in the common loss
@@ -83,7 +85,7 @@ def compare(policy: Policy, reference: Any, batches: list[MicroBatch], *, temper
         )
 
     def check_round_trip(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        named = dict(reference.named_parameters())
+        named = held(reference)
         same = {name: torch.equal(tensor.to(named[name].device), named[name]) for name, tensor in tensors}
         parities[0] = replace(parities[0], roundtrip_exact=same.keys() == named.keys() and all(same.values()))
 
@@ -194,7 +196,10 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
     grids = grids.reshape(-1, 3)
     tokens = family.tokens_per_image(config, grids)
     pixels = torch.randn(int(grids.prod(-1).sum()), family.patch_dim(config), generator=generator)
-    around = [getattr(config, f"vision_{side}_token_id", None) for side in ("start", "end")]
+    around = [
+        getattr(config, f"vision_{side}_token_id", getattr(config, f"image_{side}_token_id", None))
+        for side in ("start", "end")
+    ]
     special = {image_token_id, getattr(config, "video_token_id", None), *around}
     plain = torch.tensor([i for i in range(config.get_text_config().vocab_size) if i not in special])
 

@@ -1,4 +1,4 @@
-"""Make a small random Qwen3-VL(-MoE) or Qwen3(-MoE) folder: weights, tokenizer, processor, chat template.
+"""Make a small random folder of a supported family, Qwen3-VL-MoE by default: weights, tokenizer, processor, chat template.
 
 It is the real architecture at a millionth of the size, so that everything which runs on a 30B checkpoint runs
 here in seconds on a CPU: DeepStack, interleaved multi-axis rotary positions, grouped queries, routed experts.
@@ -71,6 +71,8 @@ class Family(StrEnum):
     QWEN3 = "qwen3"
     QWEN3_5_MOE = "qwen3_5_moe"
     QWEN3_5 = "qwen3_5"
+    QWEN2_5_VL = "qwen2_5_vl"
+    GLM4V_MOE = "glm4v_moe"
 
     @property
     def sees(self) -> bool:
@@ -87,9 +89,20 @@ class Family(StrEnum):
         return self in (Family.QWEN3_5_MOE, Family.QWEN3_5)
 
     @property
+    def sees_windows(self) -> bool:
+        """Whether most blocks of its tower attend within windows; of its pixels SGLang takes patches of 14 x 14 alone."""
+        return self is Family.QWEN2_5_VL
+
+    @property
+    def chooses_by_sigmoid(self) -> bool:
+        """Whether experts are chosen by sigmoid scores and a bias, behind dense layers and beside a shared expert."""
+        return self is Family.GLM4V_MOE
+
+    @property
     def name_of_classes(self) -> str:
         """What the names of transformers' classes begin with."""
-        return self.replace("qwen", "Qwen").replace("_vl", "VL").replace("_moe", "Moe")
+        vl = "_VL" if self is Family.QWEN2_5_VL else "VL"
+        return self.replace("qwen", "Qwen").replace("glm", "Glm").replace("_vl", vl).replace("_moe", "Moe")
 
 
 def make_tiny_model(
@@ -97,7 +110,7 @@ def make_tiny_model(
     *,
     family: str = "qwen3_vl_moe",
     seed: int = 0,
-    patch_size: int = 8,
+    patch_size: int | None = None,
     image_size: int = 64,
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
@@ -129,6 +142,9 @@ def make_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config).float().eval()
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # zeros would hide where it is left out
+                torch.nn.init.normal_(buffer, std=0.1)
     stop = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop[1], bos_token_id=stop[1])
 
@@ -138,7 +154,7 @@ def make_tiny_model(
     model.save_pretrained(partial)
     if kind is Family.QWEN3_VL_MOE:
         _store_published_layout(partial / "model.safetensors", config.text_config)
-    processor = _processor(tokenizer, config.vision_config, image_size) if kind.sees else tokenizer
+    processor = _processor(kind, tokenizer, config.vision_config, image_size) if kind.sees else tokenizer
     processor.save_pretrained(partial)
     AutoProcessor.from_pretrained(partial)  # the folder must load, or it is not published
     if out.exists():
@@ -188,7 +204,7 @@ def _wrap_tokenizer(tokenizer: Tokenizer) -> Any:
 def _config(
     family: Family,
     tokenizer: Any,
-    patch_size: int,
+    patch_size: int | None,
     image_size: int,
     text: dict[str, Any],
     vision: dict[str, Any],
@@ -196,7 +212,7 @@ def _config(
     import transformers
 
     tied = text.get("tie_word_embeddings", False)
-    patch_size = vision.get("patch_size", patch_size)
+    patch: int = vision.get("patch_size", patch_size or (14 if family.sees_windows else 8))
     token = tokenizer.convert_tokens_to_ids
     text_values: dict[str, Any] = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
@@ -215,11 +231,13 @@ def _config(
     }
     if family.mixes:
         text_values |= {
-            "num_experts": 8,
+            "n_routed_experts" if family.chooses_by_sigmoid else "num_experts": 8,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 48,  # not hidden/2: then both layouts of gate_up_proj would have equal dims
         }
-    if family.mixes and not family.attends_linearly:
+    if family.chooses_by_sigmoid:
+        text_values |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "attention_bias": True}
+    elif family.mixes and not family.attends_linearly:
         text_values |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
     if family.attends_linearly:
         text_values |= {
@@ -231,7 +249,7 @@ def _config(
         }
         text_values |= {"shared_expert_intermediate_size": 48} if family.mixes else {}
     text_values |= text
-    rotated = 0.25 if family.attends_linearly else 1.0
+    rotated = 0.25 if family.attends_linearly else 0.5 if family.chooses_by_sigmoid else 1.0
     if "rope_parameters" not in text:
         text_values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
         text_values["rope_parameters"] |= {"partial_rotary_factor": rotated} if rotated < 1 else {}
@@ -241,39 +259,44 @@ def _config(
     if "rope_parameters" not in text:
         half = int(text_values["head_dim"] * rotated) // 2
         side = half * 5 // 16  # Qwen3-VL's split of 64 frequencies is 24 time, 20 height, 20 width
-        text_values["rope_parameters"] |= {
-            "mrope_section": [half - 2 * side, side, side],
-            "mrope_interleaved": True,
-        }
+        text_values["rope_parameters"]["mrope_section"] = [half - 2 * side, side, side]
+        if not (family.sees_windows or family.chooses_by_sigmoid):
+            text_values["rope_parameters"]["mrope_interleaved"] = True
     vision_values: dict[str, Any] = {
         "depth": 3,
         "hidden_size": 64,
         "num_heads": 4,
         "intermediate_size": 128,
-        "patch_size": patch_size,
+        "patch_size": patch,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
         "in_channels": 3,
         "out_hidden_size": text_values["hidden_size"],
-        "num_position_embeddings": (image_size // patch_size) ** 2,
         "initializer_range": 0.05,
     }
-    if not family.attends_linearly:
-        vision_values["deepstack_visual_indexes"] = [0, 1, 2]  # SGLang knows exactly three
+    if family.sees_windows:
+        vision_values |= {"window_size": 4 * patch, "fullatt_block_indexes": [1]}
+        del text_values["head_dim"]  # is hidden_size / num_attention_heads
+    elif family.chooses_by_sigmoid:
+        vision_values["image_size"] = image_size  # that its positions are for
+    else:
+        vision_values["num_position_embeddings"] = (image_size // patch) ** 2
+        if not family.attends_linearly:
+            vision_values["deepstack_visual_indexes"] = [0, 1, 2]  # SGLang knows exactly three
     vision_values |= vision
+    around = "image" if family.chooses_by_sigmoid else "vision"
     return config_class(
         text_config=text_values,
         vision_config=vision_values,
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        **{f"{around}_{side}_token_id": token(f"<|vision_{side}|>") for side in ("start", "end")},
         tie_word_embeddings=tied,
         dtype="float32",
     )
 
 
-def _processor(tokenizer: Any, vision: Any, image_size: int) -> Any:
+def _processor(family: Family, tokenizer: Any, vision: Any, image_size: int) -> Any:
     import transformers
 
     shape = {
@@ -283,11 +306,21 @@ def _processor(tokenizer: Any, vision: Any, image_size: int) -> Any:
     }
     size = {"shortest_edge": image_size**2 // 4, "longest_edge": image_size**2 * 4}
     half = [0.5, 0.5, 0.5]
-    return transformers.Qwen3VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(
-            **shape, size=size, image_mean=half, image_std=half
-        ),
-        video_processor=transformers.Qwen3VLVideoProcessor(**shape),
+    whole, video = transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor
+    image = transformers.Qwen2VLImageProcessor
+    if family.sees_windows:
+        whole, video = transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor
+    if family.chooses_by_sigmoid:
+        whole, video = transformers.Glm4vProcessor, transformers.Glm4vVideoProcessor
+        image = transformers.Glm4vImageProcessor
+        # it counts an image's pixels once for each frame of a patch
+        size = {edge: pixels * vision.temporal_patch_size for edge, pixels in size.items()}
+        tokenizer._set_model_specific_special_tokens(
+            {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+        )
+    return whole(
+        image_processor=image(**shape, size=size, image_mean=half, image_std=half),
+        video_processor=video(**shape),
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
     )
@@ -335,9 +368,11 @@ def main(
         int, typer.Option(help="Decides the random weights; the tokenizer does not depend on it.")
     ] = 0,
     patch_size: Annotated[
-        int,
-        typer.Option(help="Pixels per patch side; 2x2 patches are one image token: 8 gives 16 for 64x64."),
-    ] = 8,
+        int | None,
+        typer.Option(
+            help="Pixels per patch side (8; Qwen2.5-VL 14); 2x2 patches are one image token: 8 gives 16 for 64x64."
+        ),
+    ] = None,
     image_size: Annotated[int, typer.Option(help="Side of the images it is meant for, in pixels.")] = 64,
     set_: Annotated[
         list[str] | None,
@@ -345,7 +380,7 @@ def main(
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
 ) -> None:
-    """Make a small random **Qwen3-VL-MoE** (or Qwen3-VL, Qwen3-MoE, Qwen3) folder that `from_pretrained` loads.
+    """Make a small random **Qwen3-VL-MoE** (or another family's) folder that `from_pretrained` loads.
 
     About 1.2 million parameters: 3 decoder layers 128 wide, 8 experts of which 2 are used, a 3-block vision tower 64
     wide feeding all three decoder layers (DeepStack). It knows nothing: teach it with `gspo-mm sft`.

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
-from gspo_mm.checkpoint.distributed import CheckpointError, load_weights, save_weights
+from gspo_mm.checkpoint.distributed import CheckpointError, adapters_of, load_weights, save_weights
 from gspo_mm.config import ParallelConfig, PolicyConfig
-from gspo_mm.families import HfFolder, read_hf
+from gspo_mm.config.policy import LoraConfig
+from gspo_mm.families import HfFolder, family_of, read_hf
 from gspo_mm.families.write import Template, copy_template, template_of, write_hf
+from gspo_mm.hf.tensors import held
 from gspo_mm.policy.engine import build_chunks, prepare
+from gspo_mm.policy.lora import add_adapters
 from gspo_mm.policy.model import PolicyModel, padded_vocab
 from gspo_mm.policy.parallel import Groups
 from gspo_mm.policy.precision import DTYPES
@@ -45,8 +48,8 @@ def hf_to_megatron(
     save_weights(ranks, chunks, temporary / "policy")
     if check:
         for chunk in chunks:
-            for parameter in chunk.parameters():
-                parameter.data.fill_(torch.nan)
+            for tensor in held(chunk).values():
+                tensor.data.fill_(torch.nan)
         load_weights(chunks, temporary / "policy")
         _compare(ranks, weights, source)
     with ranks.together():
@@ -71,7 +74,7 @@ def megatron_to_hf(
     the ranks at work, whatever wrote the checkpoint. A collective. Raises CheckpointError.
     """
     template = template_of(hf, experts_layout)
-    ranks, chunks, weights = _build(hf, template, parallel)
+    ranks, chunks, weights = _build(hf, template, parallel, lora=adapters_of(checkpoint / "policy"))
     load_weights(chunks, checkpoint / "policy")
     ranks.stream_to_main(
         weights.export(), lambda tensors: write_hf(out, hf, tensors, experts_layout=experts_layout)
@@ -83,10 +86,11 @@ def megatron_to_hf(
 
 
 def _build(
-    hf: Path, source: HfFolder | Template, parallel: ParallelConfig
+    hf: Path, source: HfFolder | Template, parallel: ParallelConfig, *, lora: LoraConfig | None = None
 ) -> tuple[Ranks, list[PolicyModel], Weights]:
     """The model's parts of this rank, without optimizer or gradients."""
-    dtypes = {source.dtype(name) for name in source.names()}
+    constants = family_of(hf).constants
+    dtypes = {source.dtype(name) for name in source.names() if not name.endswith(constants)}
     dtype = next((name for name, dtype in DTYPES.items() if dtypes == {dtype}), "float32")
     config = PolicyConfig.model_validate({"dtype": dtype, "parallel": parallel.model_dump()})
     family, config_of_model, plan = prepare(str(hf), config, seed=0)
@@ -94,7 +98,10 @@ def _build(
     chunks = build_chunks(family, config_of_model, config, plan, groups)
     vocab = padded_vocab(config_of_model.get_text_config().vocab_size, plan)
     entries = family.weight_map(config_of_model, padded_vocab=vocab, fused=has_fused_modules())
-    return Ranks(), chunks, Weights(chunks, entries, plan, groups)
+    weights = Weights(chunks, entries, plan, groups)
+    if lora:
+        add_adapters(chunks, weights, lora, groups)
+    return Ranks(), chunks, weights
 
 
 def _compare(ranks: Ranks, weights: Weights, folder: HfFolder) -> None:

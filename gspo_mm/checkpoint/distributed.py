@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import gspo_mm.policy  # noqa: F401  # isort: skip  # before megatron-core, which it keeps from looking for kernels in vain
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as state
@@ -27,6 +28,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
+from gspo_mm.config.policy import LoraConfig
 from gspo_mm.policy.compat import is_quantized, make_optimizer_state, write_checkpoints_by_thread
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.model import PolicyModel, quiet_megatron
@@ -96,6 +98,8 @@ def save_policy(policy: Policy, folder: Path, *, background: bool = False) -> Sa
     metadata = _metadata()
     model = _model_part(policy.chunks, metadata)
     content: dict[str, Any] = {**model, "optimizer_steps": policy.optimizer.step_count}
+    if policy.config.lora:
+        content["lora"] = policy.config.lora.model_dump()
     if policy.optimizer.step_count:  # before the first step it has no state, which megatron does not expect
         content["optimizer"] = policy.optimizer.inner.sharded_state_dict(
             model, is_loading=False, metadata=metadata
@@ -192,6 +196,12 @@ def _begin(
         )
     assert request is not None
     return Saving(request, background=background)
+
+
+def adapters_of(folder: Path) -> LoraConfig | None:
+    """`policy.lora` of the run that wrote a checkpoint. Raises CheckpointError when it is none."""
+    found = _common(folder).get("lora")
+    return LoraConfig.model_validate(found) if found else None
 
 
 def _common(folder: Path) -> dict[str, Any]:

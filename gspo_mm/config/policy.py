@@ -55,13 +55,25 @@ class OptimizerConfig(Section):
     offload: bool = Field(
         default=False, description="keep optimizer state in host memory and step there (needs CUDA)"
     )
-    precision_aware: bool = Field(
-        default=False, description="moments in BF16 instead of float32 (Transformer Engine's or apex's Adam)"
+    moments: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="format of Adam's moments; bfloat16 by Transformer Engine's, which needs CUDA",
     )
     overlap: bool | None = Field(
         default=None,
         description="reduce gradients during backward and gather parameters during forward; null: on GPUs",
     )
+
+    @field_validator("moments", mode="before")
+    @classmethod
+    def _can_be_read_again(cls, moments: Any) -> Any:
+        if moments == "fp8":
+            raise ValueError(
+                "policy.optimizer.moments=fp8: Transformer Engine 2.20 makes NaN of a moment of zeros, as that of an expert "
+                "without tokens is, and megatron-core 0.19 reads moments in FP8 without their scale, so that a run could not be "
+                "continued; use bfloat16, or policy.lora, whose optimizer state is small"
+            )
+        return moments
 
 
 class Fp8Config(Section):
@@ -103,6 +115,39 @@ class MoeConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    rank: Positive = Field(description="inner size of the trained products")
+    alpha: Annotated[float, Field(gt=0.0)] = Field(
+        default=16.0, description="what is added is scaled by alpha / rank"
+    )
+    targets: list[Literal["attention", "mlp", "experts", "projector"]] = Field(
+        default=["attention", "mlp"],
+        description="matrices that have one: attention (linear attention too), mlp (dense and shared experts), experts, "
+        "projector (of image features)",
+    )
+    dropout: float = Field(
+        default=0.0, description="0 alone: another would change the importance ratio at random"
+    )
+
+    @field_validator("dropout")
+    @classmethod
+    def _none(cls, dropout: float) -> float:
+        if dropout:
+            raise ValueError(
+                f"policy.lora.dropout={dropout} would make the log-probs of each pass others, and so the importance ratio; use 0"
+            )
+        return dropout
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: list[str]) -> list[str]:
+        if not targets:
+            raise ValueError(
+                "policy.lora.targets=[] leaves nothing to train; name attention, mlp, experts or projector"
+            )
+        return targets
+
+
 class PolicyConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="parameters and activations"
@@ -111,6 +156,10 @@ class PolicyConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     freeze: list[Literal["vision", "projector", "router", "language"]] = Field(
         default=[], description="parts that are not trained"
+    )
+    lora: LoraConfig | None = Field(
+        default=None,
+        description="train small products beside the weights, which stay as they are; null: the weights",
     )
     micro_batch_tokens: Positive = Field(default=16384, description="packed tokens per forward/backward pass")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -129,6 +178,25 @@ class PolicyConfig(Section):
         description="settings of megatron-core's TransformerConfig by their names there, over those that `gspo-mm doctor "
         "CONFIG` shows",
     )
+
+    @property
+    def frozen(self) -> list[str]:
+        """Parts whose weights get no gradients."""
+        return ["vision", "projector", "router", "language"] if self.lora else list(self.freeze)
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether the features of an image stay the same over updates."""
+        return {"vision", "projector"} <= {*self.frozen} - {*(self.lora.targets if self.lora else [])}
+
+    @model_validator(mode="after")
+    def _adapters_alone(self) -> PolicyConfig:
+        if self.lora and self.freeze:
+            raise ValueError(
+                f"policy.freeze={self.freeze} with policy.lora: all weights are frozen beside adapters; take freeze out, and "
+                "say in policy.lora.targets what has adapters"
+            )
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> PolicyConfig:

@@ -47,6 +47,7 @@ observe.save_rollouts_every observe.rollouts_per_save observe.report
 """
 APPLIED = frozenset(_APPLIED.split())
 
+_LORA = "the checkpoint holds adapters of that kind"
 _FP8 = "the checkpoint holds the state of the layers that are in FP8"
 _CURRICULUM = "it decides which prompts of an epoch are left"
 REFUSED = {
@@ -61,7 +62,11 @@ REFUSED = {
     "policy.dtype": "weights and optimizer are stored in it",
     "policy.freeze": "the optimizer has no moments of parts that were frozen",
     "policy.optimizer.offload": "the optimizer's state is stored in another form",
-    "policy.optimizer.precision_aware": "the optimizer's moments are stored in another format",
+    "policy.optimizer.moments": "the optimizer's moments are stored in another format",
+    "policy.lora.rank": _LORA,
+    "policy.lora.alpha": _LORA,
+    "policy.lora.targets": _LORA,
+    "policy.lora.dropout": _LORA,
     "policy.fp8.recipe": _FP8,
     "policy.fp8.primary_weights": _FP8,
     "policy.fp8.bf16_layers_at_start": _FP8,

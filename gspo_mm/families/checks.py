@@ -29,16 +29,16 @@ def check_rope(path: str, hf: Any) -> None:
         )
 
 
-def check_top_k(path: str, hf: Any, *, sums_to_one: bool) -> None:
+def check_top_k(path: str, hf: Any, *, sums_to_one: bool, experts: str = "num_experts") -> None:
     """Raise HfFolderError for a number of experts a token that cannot be chosen, or that trains no router.
 
-    `sums_to_one`: routing weights are normalised over the chosen experts.
+    `sums_to_one`: routing weights are normalised over the chosen experts. `experts`: the key of how many there are.
     """
     text = hf.get_text_config()
-    least = 2 if sums_to_one else 1
-    if not least <= text.num_experts_per_tok <= text.num_experts:
+    least, most = 2 if sums_to_one else 1, getattr(text, experts)
+    if not least <= text.num_experts_per_tok <= most:
         why = "routing weights sum to 1 over the chosen experts, so that a single one leaves the router untrained; "
         raise HfFolderError(
-            f"{path}: {key_of(hf, 'num_experts_per_tok')}={text.num_experts_per_tok} with num_experts={text.num_experts} "
-            f"is not supported: {why if sums_to_one else ''}use a model with {least} to {text.num_experts} experts per token"
+            f"{path}: {key_of(hf, 'num_experts_per_tok')}={text.num_experts_per_tok} with {experts}={most} "
+            f"is not supported: {why if sums_to_one else ''}use a model with {least} to {most} experts per token"
         )

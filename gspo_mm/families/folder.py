@@ -4,7 +4,7 @@ A trap lies in fused experts. Published checkpoints of some families store `gate
 transformers keeps [E, 2F, D] and [E, D, F] in memory, and saves a model that it did not load in just that layout.
 Everything inside the program is in transformers' in-memory layout; reading decides by dims against config.json and
 refuses to guess. Experts that are stored one by one need no decision. write.py writes, stored.py reads what is in yet
-other forms.
+other forms or has older names (names.py).
 
 E experts, D hidden, F inner size of an expert.
 """
@@ -55,13 +55,14 @@ class HfFolder:
         self._hf = self._family.load_config(str(path))
         vocab = self._hf.get_text_config().vocab_size
         self._entries = self._family.weight_map(self._hf, padded_vocab=vocab, fused=False)
-        self._stored = Stored(path, self._entries)
+        self._stored = Stored(path, self._entries, self._family.prefixes)
         self._carried = [name for name in self._stored.headers if name.startswith(self._family.carried)]
         self._headers = {
             n: header for n, header in self._stored.headers.items() if n not in set(self._carried)
         }
         self.expert_shapes = self._family.expert_shapes(self._hf)
         self.published_experts = self._family.published_experts
+        self.prefixes = self._family.prefixes
         self.experts_layout: Layout | None = None
         self._compare_with_config()
         if self.expert_shapes:

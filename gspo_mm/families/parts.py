@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Copy, Entry, MergeGateUp, ServedDim, StackExperts, VocabPad
+from gspo_mm.families.base import ServedDim
+from gspo_mm.families.operations import Copy, Entry, MergeGateUp, StackExperts, VocabPad
 
 
 def entry(hf: str, megatron: str, op: Any) -> Entry:
@@ -69,14 +70,14 @@ def served_experts(hf: str, server: str, *, count: int) -> dict[str, tuple[str, 
     }
 
 
-def served_attention(text: Any, ways: int) -> list[ServedDim]:
+def served_attention(text: Any, ways: int, *, head_dim: int) -> list[ServedDim]:
     """Dims of the decoder's width and of grouped attention, cut that many ways."""
     groups = text.num_key_value_heads
     return [
         ServedDim(name="hidden_size", size=text.hidden_size, ways=1),
-        cut_by_tp("num_attention_heads*head_dim", text.num_attention_heads * text.head_dim, ways),
+        cut_by_tp("num_attention_heads*head_dim", text.num_attention_heads * head_dim, ways),
         # more GPUs than groups: each group is held by several, whole
-        cut_by_tp("num_key_value_heads*head_dim", groups * text.head_dim, min(ways, groups)),
+        cut_by_tp("num_key_value_heads*head_dim", groups * head_dim, min(ways, groups)),
     ]
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Copy, Entry, Family, MergeQkv, ServedDim, VocabPad
+from gspo_mm.families.base import Family, ServedDim
 from gspo_mm.families.checks import check_rope, check_silu, check_top_k
 from gspo_mm.families.cost import FlopModel, matmul
+from gspo_mm.families.operations import Copy, Entry, MergeQkv, VocabPad
 from gspo_mm.families.parts import (
     cut_by_ep,
     cut_by_tp,
@@ -38,6 +39,28 @@ class Qwen3Decoder:
     """What a Family of this decoder has in common; its config is the whole one's, or its text_config."""
 
     prefix: str  # of the decoder's tensors in Hugging Face's names
+    norms_queries = True  # and keys, head by head
+    experts_key = "num_experts"  # of the config: how many experts are routed to
+
+    def mixtures(self, text: Any) -> list[bool]:
+        """Which decoder layers are mixtures of experts."""
+        if not getattr(text, "num_experts", 0):
+            return [False] * text.num_hidden_layers
+        dense, step = getattr(text, "mlp_only_layers", ()), getattr(text, "decoder_sparse_step", 1)
+        return [number not in dense and (number + 1) % step == 0 for number in range(text.num_hidden_layers)]
+
+    def num_experts(self, text: Any) -> int:
+        return getattr(text, self.experts_key)
+
+    def shared_width(self, text: Any) -> int:
+        """Inner size of the expert that every token of a mixture passes; 0: there is none."""
+        return 0
+
+    def qkv_bias(self, text: Any) -> bool:
+        return bool(text.attention_bias)
+
+    def attention_output_bias(self, hf: Any) -> bool:
+        return bool(hf.get_text_config().attention_bias)
 
     def renormalises(self, text: Any) -> bool:
         """Whether routing weights are made to sum to 1 over the chosen experts."""
@@ -55,22 +78,23 @@ class Qwen3Decoder:
                 f"{path}: use_sliding_window={text.use_sliding_window} with layers that see a window of tokens alone is not "
                 "supported; use a model whose layers see all tokens (use_sliding_window=false)"
             )
-        if any(moe_layers(text)):
-            check_top_k(path, hf, sums_to_one=self.renormalises(text))
+        if any(self.mixtures(text)):
+            check_top_k(path, hf, sums_to_one=self.renormalises(text), experts=self.experts_key)
 
     def decoder_flops(self, hf: Any) -> FlopModel:
         """Of the decoder and the output layer."""
-        text, mixtures = hf.get_text_config(), sum(moe_layers(hf.get_text_config()))
+        text, mixtures = hf.get_text_config(), sum(self.mixtures(hf.get_text_config()))
         hidden = text.hidden_size
-        queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+        queries, keys = (n * head_dim(text) for n in (text.num_attention_heads, text.num_key_value_heads))
         attention = matmul(hidden, queries) + 2 * matmul(hidden, keys) + matmul(queries, hidden)
-        experts = text.num_experts_per_tok * 3 * matmul(hidden, text.moe_intermediate_size) if mixtures else 0
+        chosen = text.num_experts_per_tok * text.moe_intermediate_size if mixtures else 0
+        experts = 3 * matmul(hidden, chosen + self.shared_width(text))
         dense = 3 * matmul(hidden, text.intermediate_size)  # gate, up, down
         return FlopModel(
             token=text.num_hidden_layers * attention
             + mixtures * experts
             + (text.num_hidden_layers - mixtures) * dense,
-            router=mixtures * matmul(hidden, text.num_experts) if mixtures else 0,
+            router=mixtures * matmul(hidden, self.num_experts(text)) if mixtures else 0,
             pair=text.num_hidden_layers * 2 * matmul(1, queries),
             row=matmul(hidden, text.vocab_size),
         )
@@ -83,21 +107,21 @@ class Qwen3Decoder:
             "ffn_hidden_size": text.intermediate_size,
             "num_attention_heads": text.num_attention_heads,
             "num_query_groups": text.num_key_value_heads,
-            "kv_channels": text.head_dim,
+            "kv_channels": head_dim(text),
             "layernorm_epsilon": text.rms_norm_eps,
-            "add_qkv_bias": bool(text.attention_bias),
+            "add_qkv_bias": self.qkv_bias(text),
             "attention_dropout": text.attention_dropout,
             "hidden_dropout": 0.0,
             "normalization": "RMSNorm",
-            "qk_layernorm": True,
+            "qk_layernorm": self.norms_queries,
             "gated_linear_unit": True,
             "activation_func": torch.nn.functional.silu,
             "add_bias_linear": False,
         }
-        pattern = moe_layers(text)
+        pattern = self.mixtures(text)
         if any(pattern):
             arguments |= {
-                "num_moe_experts": text.num_experts,
+                "num_moe_experts": self.num_experts(text),
                 "moe_router_topk": text.num_experts_per_tok,
                 "moe_ffn_hidden_size": text.moe_intermediate_size,
                 "moe_layer_freq": [int(is_moe) for is_moe in pattern],
@@ -111,19 +135,57 @@ class Qwen3Decoder:
         text = hf.get_text_config()
         vocab = VocabPad(text.vocab_size, padded_vocab)
         entries = ends(self.prefix, vocab=vocab, tied=hf.tie_word_embeddings)
-        for number, is_moe in enumerate(moe_layers(text)):
-            entries += _layer(self.prefix, text, number, is_moe=is_moe, fused=fused)
+        for number, is_moe in enumerate(self.mixtures(text)):
+            entries += self._attention(hf, number, fused=fused)
+            entries += self._mlp(text, number, is_moe=is_moe, fused=fused)
         return entries
+
+    def _attention(self, hf: Any, number: int, *, fused: bool) -> list[Entry]:
+        text = hf.get_text_config()
+        layer, mcore = f"{self.prefix}.layers.{number}", f"language.decoder.layers.{number}"
+        # Transformer Engine fuses a norm into the linear layer that follows it
+        norm = "self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"
+        theirs, ours = f"{layer}.self_attn", f"{mcore}.self_attention"
+        entries = [
+            entry(f"{layer}.input_layernorm.weight", f"{mcore}.{norm}", Copy()),
+            entry(f"{theirs}.o_proj.weight", f"{ours}.linear_proj.weight", Copy("tp", 1)),
+        ]
+        if self.norms_queries:
+            entries += [
+                entry(f"{theirs}.{x}_norm.weight", f"{ours}.{x}_layernorm.weight", Copy()) for x in "qk"
+            ]
+        if self.attention_output_bias(hf):
+            entries.append(entry(f"{theirs}.o_proj.bias", f"{ours}.linear_proj.bias", Copy()))
+        qkv = MergeQkv(text.num_key_value_heads, head_dim(text))
+        for kind in ("weight", "bias") if self.qkv_bias(text) else ("weight",):
+            names = tuple(f"{theirs}.{x}_proj.{kind}" for x in "qkv")
+            entries.append(Entry(hf=names, megatron=(f"{ours}.linear_qkv.{kind}",), op=qkv))
+        return entries
+
+    def _mlp(self, text: Any, number: int, *, is_moe: bool, fused: bool) -> list[Entry]:
+        hf, mcore = f"{self.prefix}.layers.{number}", f"language.decoder.layers.{number}"
+        norm = "mlp.linear_fc1.layer_norm_weight" if fused and not is_moe else "pre_mlp_layernorm.weight"
+        entries = [entry(f"{hf}.post_attention_layernorm.weight", f"{mcore}.{norm}", Copy())]
+        if not is_moe:
+            return entries + gated_mlp(f"{hf}.mlp", f"{mcore}.mlp")
+        return entries + self.mixture_entries(text, f"{hf}.mlp", f"{mcore}.mlp", fused=fused)
+
+    def mixture_entries(self, text: Any, hf: str, mcore: str, *, fused: bool) -> list[Entry]:
+        """Router and experts of a layer."""
+        experts = stacked_experts(
+            f"{hf}.experts", f"{mcore}.experts", count=self.num_experts(text), fused=fused
+        )
+        return [entry(f"{hf}.gate.weight", f"{mcore}.router.weight", Copy()), *experts]
 
     def expert_shapes(self, hf: Any) -> Mapping[str, tuple[int, int]]:
         text = hf.get_text_config()
-        if not any(moe_layers(text)):
+        if not any(self.mixtures(text)):
             return {}
         hidden, inner = text.hidden_size, text.moe_intermediate_size
         return {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
 
     def check_served(self, hf: Any) -> None:
-        pattern = moe_layers(hf.get_text_config())
+        pattern = self.mixtures(hf.get_text_config())
         if any(pattern) and not all(pattern):  # its Qwen3MoeModel makes every layer a mixture
             raise GspoError(
                 f"decoder layer {pattern.index(False)} is dense (mlp_only_layers or decoder_sparse_step of "
@@ -132,7 +194,7 @@ class Qwen3Decoder:
 
     def linear_layers(self, hf: Any) -> Mapping[str, tuple[str, ...]]:
         layers: dict[str, tuple[str, ...]] = {}
-        for number, is_moe in enumerate(moe_layers(hf.get_text_config())):
+        for number, is_moe in enumerate(self.mixtures(hf.get_text_config())):
             ours, servers = f"{self.prefix}.layers.{number}", f"model.layers.{number}"
             attention = f"{ours}.self_attn"
             layers[f"{servers}.self_attn.qkv_proj.weight"] = tuple(
@@ -141,14 +203,14 @@ class Qwen3Decoder:
             layers[f"{servers}.self_attn.o_proj.weight"] = (f"{attention}.o_proj.weight",)
             if is_moe:
                 experts = f"{ours}.mlp.experts", f"{servers}.mlp.experts"
-                layers |= served_experts(*experts, count=hf.get_text_config().num_experts)
+                layers |= served_experts(*experts, count=self.num_experts(hf.get_text_config()))
             else:
                 layers |= served_mlp(f"{ours}.mlp", f"{servers}.mlp")
         return layers
 
     def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
-        text, pattern = hf.get_text_config(), moe_layers(hf.get_text_config())
-        dims = served_attention(text, attention)
+        text, pattern = hf.get_text_config(), self.mixtures(hf.get_text_config())
+        dims = served_attention(text, attention, head_dim=head_dim(text))
         if not all(pattern):
             dims.append(cut_by_tp("intermediate_size", text.intermediate_size, mlp))
         if any(pattern):
@@ -178,7 +240,9 @@ class Qwen3(Qwen3Decoder, Family):
 
     def check_served(self, hf: Any) -> None:
         super().check_served(hf)
-        if any(moe_layers(hf)) and self.is_tied(hf):  # its Qwen3MoeForCausalLM has an output layer of its own
+        if any(self.mixtures(hf)) and self.is_tied(
+            hf
+        ):  # its Qwen3MoeForCausalLM has an output layer of its own
             raise GspoError(
                 "config.json says tie_word_embeddings=true, which SGLang ignores in a mixture of experts of type "
                 f"{hf.model_type}; set rollout.engine=embedded"
@@ -206,39 +270,6 @@ class Rotary(torch.nn.Module):
         return (positions_1N[0, :, None].float() * self.inv_freq).repeat(1, 2)
 
 
-def moe_layers(text: Any) -> list[bool]:
-    """Which decoder layers are mixtures of experts."""
-    if not getattr(text, "num_experts", 0):
-        return [False] * text.num_hidden_layers
-    dense, step = getattr(text, "mlp_only_layers", ()), getattr(text, "decoder_sparse_step", 1)
-    return [number not in dense and (number + 1) % step == 0 for number in range(text.num_hidden_layers)]
-
-
-def _layer(prefix: str, text: Any, number: int, *, is_moe: bool, fused: bool) -> list[Entry]:
-    hf, mcore = f"{prefix}.layers.{number}", f"language.decoder.layers.{number}"
-    # Transformer Engine fuses a norm into the linear layer that follows it
-    input_norm = "self_attention.linear_qkv.layer_norm_weight" if fused else "input_layernorm.weight"
-    mlp_norm = "mlp.linear_fc1.layer_norm_weight" if fused and not is_moe else "pre_mlp_layernorm.weight"
-    qkv = MergeQkv(text.num_key_value_heads, text.head_dim)
-    entries = [
-        entry(f"{hf}.input_layernorm.weight", f"{mcore}.{input_norm}", Copy()),
-        entry(f"{hf}.post_attention_layernorm.weight", f"{mcore}.{mlp_norm}", Copy()),
-        entry(f"{hf}.self_attn.q_norm.weight", f"{mcore}.self_attention.q_layernorm.weight", Copy()),
-        entry(f"{hf}.self_attn.k_norm.weight", f"{mcore}.self_attention.k_layernorm.weight", Copy()),
-        entry(f"{hf}.self_attn.o_proj.weight", f"{mcore}.self_attention.linear_proj.weight", Copy("tp", 1)),
-    ]
-    if text.attention_bias:
-        entries.append(
-            entry(f"{hf}.self_attn.o_proj.bias", f"{mcore}.self_attention.linear_proj.bias", Copy())
-        )
-    for kind in ("weight", "bias") if text.attention_bias else ("weight",):
-        names = tuple(f"{hf}.self_attn.{x}_proj.{kind}" for x in "qkv")
-        entries.append(Entry(hf=names, megatron=(f"{mcore}.self_attention.linear_qkv.{kind}",), op=qkv))
-    if is_moe:
-        entries.append(entry(f"{hf}.mlp.gate.weight", f"{mcore}.mlp.router.weight", Copy()))
-        entries += stacked_experts(
-            f"{hf}.mlp.experts", f"{mcore}.mlp.experts", count=text.num_experts, fused=fused
-        )
-    else:
-        entries += gated_mlp(f"{hf}.mlp", f"{mcore}.mlp")
-    return entries
+def head_dim(text: Any) -> int:
+    """Size of a head, which some configs leave to the hidden states' width."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

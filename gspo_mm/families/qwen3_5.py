@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Copy, Entry, MergeGatedQkv, Sections, ServedDim, VocabPad
+from gspo_mm.families.base import ServedDim
 from gspo_mm.families.checks import check_rope, check_silu, check_top_k
 from gspo_mm.families.cost import FlopModel, matmul
+from gspo_mm.families.operations import Copy, Entry, MergeGatedQkv, Sections, VocabPad
 from gspo_mm.families.parts import (
     cut_by_ep,
     cut_by_tp,
@@ -149,28 +150,28 @@ class Qwen35(QwenImages):
         return {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
 
     def check_served(self, hf: Any) -> None:
-        text, rope = hf.text_config, hf.text_config.rope_parameters
-        for key, right in _SGLANGS_OWN.items():
-            if (value := getattr(text, key, right[0])) not in right:
-                raise GspoError(
-                    f"text_config.{key}={value!r} of config.json, which SGLang follows and transformers ignores, makes another "
-                    "model of it; leave it out, or set rollout.engine=embedded"
-                )
-        # its layers_block_type; transformers keeps the key only where layer_types are given
+        # SGLang reads the file its own way, and transformers' config does not hold all of it
         stored = json.loads((Path(hf.name_or_path) / "config.json").read_text())["text_config"]
-        interval = stored.get("full_attention_interval")
-        if not interval or linear_layers(text) != [
-            bool((n + 1) % interval) for n in range(text.num_hidden_layers)
-        ]:
+        for key, right in _SGLANGS_OWN.items():
+            if (value := stored.get(key, right[0])) not in right:
+                raise GspoError(
+                    f"text_config.{key}={json.dumps(value)} of config.json changes the model that SGLang computes, and "
+                    f"transformers ignores it; set it to {json.dumps(right[0])}, or rollout.engine=embedded"
+                )
+        _check_interval(linear_layers(hf.text_config), stored.get("full_attention_interval"))
+        rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+        for key in ("rope_type", "mrope_interleaved"):
+            if not rope.get(key):
+                raise GspoError(
+                    f"text_config.rope_parameters.{key} of config.json is not set, without which SGLang turns heads in another "
+                    'way; set rope_type to "default" and mrope_interleaved to true, or rollout.engine=embedded'
+                )
+        ours = hf.text_config.rope_parameters.get("partial_rotary_factor", 1.0)
+        if (servers := stored.get("partial_rotary_factor", 0.25)) != ours:
             raise GspoError(
-                f"text_config.full_attention_interval={interval} of config.json is not what layer_types say, and SGLang goes by "
-                "it alone; set it to the number of the first layer of full_attention, counted from 1, or "
-                "rollout.engine=embedded"
+                f"text_config.partial_rotary_factor of config.json is {servers} for SGLang (0.25 where it is not set), and "
+                f"rope_parameters.partial_rotary_factor is {ours}; set both to the same, or rollout.engine=embedded"
             )
-        if stored.get("partial_rotary_factor", 0.25) != rope.get("partial_rotary_factor"):
-            raise GspoError("TODO")
-        if not rope.get("mrope_interleaved"):
-            raise GspoError("TODO")
 
     def linear_layers(self, hf: Any) -> Mapping[str, tuple[str, ...]]:
         text, layers = hf.text_config, {}
@@ -194,7 +195,7 @@ class Qwen35(QwenImages):
 
     def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
         text = hf.text_config
-        dims = served_attention(text, attention)
+        dims = served_attention(text, attention, head_dim=text.head_dim)
         for kind in ("key", "value"):
             heads, size = f"linear_num_{kind}_heads", f"linear_{kind}_head_dim"
             dims.append(cut_by_tp(f"{heads}*{size}", getattr(text, heads) * getattr(text, size), attention))
@@ -210,6 +211,19 @@ class Qwen35(QwenImages):
     def whole_tensor(self, name: str) -> str | None:
         server = super().whole_tensor(name)
         return server and server.replace(".self_attn.", ".")
+
+
+def _check_interval(linear: list[bool], interval: int | None) -> None:
+    """Raise GspoError unless every `interval`-th layer, and no other, attends to all tokens: SGLang knows no other way."""
+    places = range(1, len(linear) + 1)
+    if interval and linear == [bool(place % interval) for place in places]:
+        return
+    periods = [each for each in places if linear == [bool(place % each) for place in places]]
+    fix = f"set it to {periods[0]}" if periods else "set rollout.engine=embedded"
+    raise GspoError(
+        f"text_config.full_attention_interval={json.dumps(interval)} of config.json, which SGLang goes by, does not make the "
+        f"layers that layer_types say; {fix}"
+    )
 
 
 def linear_layers(text: Any) -> list[bool]:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Entry, Family
+from gspo_mm.families.base import Family
 from gspo_mm.families.cost import FlopModel, matmul
+from gspo_mm.families.operations import Entry
 from gspo_mm.families.parts import tower
 from gspo_mm.families.qwen3 import Qwen3Decoder
 
@@ -26,7 +27,7 @@ _WHOLE = re.compile(r"(norm\d?|mlp\.(shared_expert_)?gate|patch_embed\.proj)\.(w
 
 
 class QwenImages(Family):
-    """Tower and positions that Qwen's families since 3 have in common; DeepStack where the config has its levels."""
+    """Tower and positions that Qwen's families have in common; DeepStack where the config has its levels."""
 
     def with_vision_flops(self, hf: Any, decoder: FlopModel) -> FlopModel:
         """Of the whole model, from those of decoder and output layer."""
@@ -75,11 +76,10 @@ class QwenImages(Family):
 
     def build_rotary(self, hf: Any) -> torch.nn.Module:
         text = hf.text_config
-        return InterleavedRotary(
-            int(text.head_dim * text.rope_parameters.get("partial_rotary_factor", 1.0)),
-            base=text.rope_parameters["rope_theta"],
-            section=text.rope_parameters["mrope_section"],
-        )
+        rope = text.rope_parameters
+        turned = int(text.head_dim * rope.get("partial_rotary_factor", 1.0))
+        axis = interleaved(rope["mrope_section"], turned // 2)
+        return MultiAxisRotary(turned, base=rope["rope_theta"], axis=axis)
 
     def part_of(self, name: str) -> str:
         is_merger = name.startswith("visual.") and "merger" in name.split(".")[1]
@@ -135,22 +135,16 @@ class Qwen3VL(Qwen3Decoder, QwenImages):
         return decoder + self.vision_entries(hf)
 
 
-class InterleavedRotary(torch.nn.Module):
-    """Angles of multi-axis rotary positions, frequencies dealt to time, height, width in turn: t h w t h w ... t t.
-
-    megatron-core's own multi-axis embedding splits them into three blocks, which is Qwen2-VL's way.
-    """
+class MultiAxisRotary(torch.nn.Module):
+    """Angles of multi-axis rotary positions; every frequency turns by the position on one axis."""
 
     inv_freq: torch.Tensor  # [head_dim / 2] float32
     axis: torch.Tensor  # [head_dim / 2] int64, of every frequency: 0 time, 1 height, 2 width
 
-    def __init__(self, head_dim: int, *, base: float, section: list[int]) -> None:
+    def __init__(self, head_dim: int, *, base: float, axis: torch.Tensor) -> None:
         super().__init__()
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
         self.register_buffer("inv_freq", 1.0 / base**exponents, persistent=False)
-        axis = torch.zeros(head_dim // 2, dtype=torch.int64)
-        for number in (1, 2):
-            axis[number : section[number] * 3 : 3] = number
         self.register_buffer("axis", axis, persistent=False)
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
@@ -158,3 +152,14 @@ class InterleavedRotary(torch.nn.Module):
         positions_NF = position_ids.float()[self.axis].T
         angles_NF = positions_NF * self.inv_freq
         return torch.cat([angles_NF, angles_NF], dim=-1)
+
+
+def interleaved(section: list[int], count: int) -> torch.Tensor:
+    """Axis of each of `count` frequencies, dealt to time, height, width in turn: t h w t h w ... t t.
+
+    megatron-core's own multi-axis embedding splits them into three blocks, which is Qwen2-VL's way.
+    """
+    axis = torch.zeros(count, dtype=torch.int64)
+    for number in (1, 2):
+        axis[number : section[number] * 3 : 3] = number
+    return axis

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from gspo_mm.families.base import Entry, StackExperts
+from gspo_mm.families.names import Prefixes
+from gspo_mm.families.operations import Entry, StackExperts
 from gspo_mm.hf.headers import FP8, Header, HfFolderError, fp8_block, read_headers
 
 SCALE = "_scale_inv"  # of the scales' name, after that of the weight
@@ -24,10 +25,17 @@ SCALE = "_scale_inv"  # of the scales' name, after that of the weight
 class Stored:
     """The tensors of a folder under transformers' names. `headers`: what they are once they are read."""
 
-    def __init__(self, path: Path, entries: Iterable[Entry]) -> None:
+    def __init__(self, path: Path, entries: Iterable[Entry], prefixes: Prefixes) -> None:
         """`entries`: the family's weight map. Raises HfFolderError for scales or experts that are not complete."""
         self._path = path
-        self._files = read_headers(path)
+        self._files: dict[str, Header] = {}
+        self._name_in_file: dict[str, str] = {}  # by transformers' name
+        for name, header in read_headers(path).items():
+            if (ours := prefixes.in_memory(name)) in self._files:
+                raise HfFolderError(
+                    f"{path} holds one tensor under two names, {self._name_in_file[ours]} and {name}; take one out of the files"
+                )
+            self._files[ours], self._name_in_file[ours] = header, name
         self._block = fp8_block(path)
         self._handles: dict[Path, Any] = {}
         # fused tensor -> names of each expert's
@@ -44,16 +52,16 @@ class Stored:
         return self._read(name)
 
     def _read(self, name: str) -> torch.Tensor:
-        tensor = self._handle(name).get_tensor(name)
+        tensor = self._from_file(name)
         if self._block and name + SCALE in self._files:
-            return dequantize(tensor, self._handle(name + SCALE).get_tensor(name + SCALE), self._block)
+            return dequantize(tensor, self._from_file(name + SCALE), self._block)
         return tensor
 
-    def _handle(self, name: str) -> Any:
+    def _from_file(self, name: str) -> torch.Tensor:
         file = self._files[name].file
         if file not in self._handles:
             self._handles[file] = safe_open(file, framework="pt")
-        return self._handles[file]
+        return self._handles[file].get_tensor(self._name_in_file[name])
 
     def _without_scales(self) -> dict[str, Header]:
         """Headers of what is read: FP8 as BF16, its scales left out."""

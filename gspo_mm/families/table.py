@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gspo_mm.families.base import Family
+from gspo_mm.families.glm4v import Glm4vMoe
+from gspo_mm.families.qwen2_5_vl import Qwen25VL
 from gspo_mm.families.qwen3 import Qwen3
 from gspo_mm.families.qwen3_5 import Qwen35
 from gspo_mm.families.qwen3_vl import Qwen3VL
@@ -16,6 +18,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe": Qwen3VL(),
     "qwen3_5": Qwen35(),
     "qwen3_5_moe": Qwen35(),
+    "qwen2_5_vl": Qwen25VL(),
+    "glm4v_moe": Glm4vMoe(),
     "qwen3": Qwen3(),
     "qwen3_moe": Qwen3(),
 }

@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gspo_mm.families.base import StackExperts
 from gspo_mm.families.folder import HfFolder, expert_kind, read_hf
+from gspo_mm.families.operations import StackExperts
 from gspo_mm.families.table import family_of
 from gspo_mm.hf.headers import INDEX, SINGLE, HfFolderError, read_json
 from gspo_mm.runtime.disk import refusal, sync
@@ -77,6 +77,7 @@ class Template:
         self.path = path
         self.expert_shapes = family.expert_shapes(family.load_config(str(path)))
         self.published_experts = family.published_experts
+        self.prefixes = family.prefixes
         self._dtypes: dict[str, str] = json.loads((path / TEMPLATE).read_text())
 
     def names(self) -> list[str]:
@@ -183,7 +184,7 @@ def _write_shards(
         if name not in origin:
             raise HfFolderError(f"{name} is not in {origin.path}, so a folder like it cannot hold it")
         for published, part in _published(origin, name, tensor):
-            add(published, part, origin.dtype(name))
+            add(origin.prefixes.published(published), part, origin.dtype(name))
         written.add(name)
     for name, tensor in origin.carried():
         add(name, tensor, tensor.dtype)

@@ -4,7 +4,9 @@ import sys
 
 import torch
 
-# sglang brings a flash_mla that cannot be loaded without a CUDA driver and says so by an OSError, while megatron-core
-# 0.19 (transformer/attention.py) expects an ImportError of a package that is not there.
+# megatron-core 0.19 imports kernels of these where it finds them, and sglang brings them. Without a CUDA driver flash_mla cannot
+# be loaded and says so by an OSError, while megatron (transformer/attention.py) expects an ImportError; the others load, which
+# takes seconds, and serve no one.
 if not torch.cuda.is_available():
-    sys.modules.setdefault("flash_mla", None)  # pyright: ignore[reportArgumentType]
+    for _kernels in ("flash_mla", "flash_attn.cute", "flashinfer"):
+        sys.modules.setdefault(_kernels, None)  # pyright: ignore[reportArgumentType]

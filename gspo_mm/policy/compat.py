@@ -40,7 +40,7 @@ def refresh(parameter: torch.Tensor) -> None:
         post_all_gather_processing([parameter])
 
 
-def own_range(optimizer: Any, parameter: torch.nn.Parameter) -> slice | None:
+def own_range(optimizer: Any, parameter: torch.Tensor) -> slice | None:
     """The part of a parameter, flattened, that this rank's distributed optimizer steps; None: another optimizer's."""
     if parameter not in optimizer.model_param_gbuf_map:
         return None

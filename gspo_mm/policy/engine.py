@@ -31,6 +31,7 @@ from gspo_mm.loss.metrics import Metrics
 from gspo_mm.policy import cpu
 from gspo_mm.policy.expert_load import ExpertLoad
 from gspo_mm.policy.layout import padded_tokens
+from gspo_mm.policy.lora import Adapters, add_adapters, check_targets
 from gspo_mm.policy.model import PolicyModel, padded_vocab, quiet_megatron
 from gspo_mm.policy.optimizer import Optimizer
 from gspo_mm.policy.parallel import Groups, ParallelPlan, PlanError
@@ -78,11 +79,7 @@ class Policy:
         self.dp_rank_of = self.ranks.gather(self.groups.dp.rank())  # data-parallel rank of every rank
         self.chunks = build_chunks(family, hf, config, plan, self.groups)
         for chunk in self.chunks:
-            freeze(chunk, config.freeze)
-        if not self.ranks.any(any(p.requires_grad for p in self.parameters())):
-            raise ValueError(
-                f"policy.freeze={config.freeze} leaves nothing to train; take a part off the list"
-            )
+            freeze(chunk, config.frozen)
         self.weights = Weights(
             self.chunks,
             family.weight_map(
@@ -93,6 +90,13 @@ class Policy:
             plan,
             self.groups,
         )
+        self.adapters: list[Adapters] = []
+        if config.lora:
+            self.adapters = add_adapters(self.chunks, self.weights, config.lora, self.groups)
+        if not self.ranks.any(any(p.requires_grad for p in self.parameters())):
+            raise ValueError(
+                f"policy.freeze={config.freeze} leaves nothing to train; take a part off the list"
+            )
         self._overlaps = overlaps_reduction(config, plan)
         self._gathered = not self._overlaps  # whether all of a parameter is up to date on this rank
         with quiet_megatron():
@@ -351,6 +355,8 @@ def prepare(path: str, config: PolicyConfig, *, seed: int) -> tuple[Family, Any,
     family = family_of(path)
     hf = family.load_config(path)
     check_frozen(family, hf, config.freeze)
+    if config.lora:
+        check_targets(family, hf, config.lora.targets)
     plan = ParallelPlan.from_config(config.parallel)
     plan.check_model(family.dims(hf))
     check_fp8(config)

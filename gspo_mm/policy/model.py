@@ -199,7 +199,8 @@ def build_decoder(
     computing log-probs of chosen rows; and it splits a layer into attention and MLP blocks, which breaks
     layer-indexed DeepStack. To look at again with megatron-core 0.20 (the bound in pyproject.toml).
     """
-    spec: Any = block_spec(config, attention_bias=config.add_qkv_bias, vp_stage=owner.vp_stage)
+    bias = family.attention_output_bias(hf)
+    spec: Any = block_spec(config, attention_bias=bias, vp_stage=owner.vp_stage)
     with quiet_megatron():
         decoder = GPTModel(
             config=config,

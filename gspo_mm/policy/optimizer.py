@@ -126,7 +126,7 @@ class Optimizer:
             self._inner.zero_grad()
 
     @torch.no_grad()
-    def take_over_parameters(self, exact: Mapping[torch.nn.Parameter, torch.Tensor] | None = None) -> None:
+    def take_over_parameters(self, exact: Mapping[torch.Tensor, torch.Tensor] | None = None) -> None:
         """Refresh the float32 copies after the module's parameters were set from outside.
 
         `exact`: values of parameters that are rounded (FP8 primary weights). Without them the copies would start from
@@ -163,11 +163,12 @@ class Optimizer:
 def _memory_arguments(config: OptimizerConfig) -> dict[str, Any]:
     """What makes the state smaller, or lets it live on the host. Raises PrecisionError where it cannot be had."""
     arguments: dict[str, Any] = {}
-    for key, wanted in (("offload", config.offload), ("precision_aware", config.precision_aware)):
-        if wanted and not has_fused_modules():
+    for setting, plain in ((f"offload={config.offload}", "false"), (f"moments={config.moments}", "float32")):
+        key, _, value = setting.partition("=")
+        if value.lower() != plain and not has_fused_modules():
             raise PrecisionError(
-                f"policy.optimizer.{key}=true needs CUDA and Transformer Engine, which this machine has not; set it to "
-                "false"
+                f"policy.optimizer.{setting} needs CUDA and Transformer Engine, which this machine has not; set "
+                f"policy.optimizer.{key}={plain}"
             )
     if config.offload:
         arguments |= {
@@ -175,7 +176,7 @@ def _memory_arguments(config: OptimizerConfig) -> dict[str, Any]:
             "optimizer_offload_fraction": 1.0,
             "overlap_cpu_optimizer_d2h_h2d": True,
         }
-    if config.precision_aware:
+    if config.moments != "float32":
         arguments |= {
             "use_precision_aware_optimizer": True,
             "exp_avg_dtype": torch.bfloat16,

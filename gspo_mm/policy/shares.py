@@ -34,7 +34,7 @@ def share_out(
             ranks=plan.dp,
             max_tokens=config.micro_batch_tokens,
             flops=policy.family.flops(policy.hf),
-            frozen=config.freeze,
+            frozen=config.frozen,
             num_patches=processor.num_patches,
             multiple_of=plan.sequence_multiple,
             micro_batches_multiple_of=plan.pp if plan.vpp > 1 else 1,

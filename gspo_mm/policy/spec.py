@@ -142,11 +142,18 @@ class DeepStackLayer(TransformerLayer):
 
 
 class Router(TopKRouter):
-    """megatron's router, whose balancing loss is here weighed by the real tokens of a micro-batch.
+    """megatron's router, whose balancing loss is here weighed by the real tokens of a micro-batch, and whose bias stays as it is.
 
     megatron-core 0.19 multiplies it by the ranks of the group times a rank's own count of tokens, and counts that after
     the sum over the group has replaced it: too much by the number of ranks. Padding on one rank only would be wrong too.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.frozen_expert_bias = True  # read where megatron finishes gradients
+
+    def _apply_expert_bias(self, *args: Any, **kwargs: Any) -> None:
+        """Count no tokens for an update of the bias: it is a value of the checkpoint."""
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None

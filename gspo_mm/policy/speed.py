@@ -216,6 +216,8 @@ def _vision(config: PolicyConfig) -> Choice:
 
 def _experts(config: PolicyConfig, plan: ParallelPlan, architecture: Mapping[str, Any]) -> list[Choice]:
     fused, cuda, moe = has_fused_modules(), torch.cuda.is_available(), config.moe
+    # what is computed in pieces, out of turn, passes adapters by
+    whole = config.lora is None
     flex = moe.dispatcher == "flex"
     shared = bool(architecture.get("moe_shared_expert_intermediate_size"))
     return [
@@ -242,16 +244,18 @@ def _experts(config: PolicyConfig, plan: ParallelPlan, architecture: Mapping[str
         ),
         _choice(
             "experts' weight gradients during dispatch",
-            fused and plan.ep > 1,
+            fused and plan.ep > 1 and whole,
             "they are computed while backward's all-to-all is under way",
-            "needs fused layers and policy.parallel.ep above 1, which alone sends tokens between ranks",
+            "needs fused layers and policy.parallel.ep above 1, which alone sends tokens between ranks; not with policy.lora",
             overlap_dispatch_backward_with_experts_wgrad=True,
         ),
         _choice(
             "shared experts during dispatch",
-            fused and shared and plan.ep > 1,
+            fused and shared and plan.ep > 1 and whole,
             "they are computed while tokens are under way",
-            "this model has none" if not shared else "needs fused layers and policy.parallel.ep above 1",
+            "this model has none"
+            if not shared
+            else "needs fused layers and policy.parallel.ep above 1; not with policy.lora",
             moe_shared_expert_overlap=True,
         ),
         _choice(

@@ -43,11 +43,12 @@ class Features:
         self._hf = hf
         self._tower = tower
         self._group = group
+        self.adapted = False  # whether something is trained beside its weights
         self._cache = LRUCache[str, torch.Tensor](cache_bytes, getsizeof=lambda features: features.nbytes)
 
     @property
     def trained(self) -> bool:
-        return any(p.requires_grad for p in self._tower.parameters())
+        return self.adapted or any(p.requires_grad for p in self._tower.parameters())
 
     def forget(self) -> None:
         """Drop what is kept: the weights are others now."""

@@ -6,7 +6,8 @@ and expert-parallel ranks of the stage that holds it, put in Hugging Face layout
 rank ever holds more than one entry whole. Weight sync takes experts one by one, and may leave them, and the stages,
 where they are: `export_own`.
 
-Parameters are known here by their global names (layers and experts counted over the whole model).
+Parameters, and buffers that checkpoints hold, are known here by their global names (layers and experts counted over the
+whole model).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from gspo_mm.families import Entry, HfFolder
-from gspo_mm.families.base import StackExperts
+from gspo_mm.families.operations import StackExperts
+from gspo_mm.hf.tensors import held
 from gspo_mm.policy.compat import is_quantized
 from gspo_mm.policy.model import PolicyModel
 from gspo_mm.policy.parallel import Groups, ParallelPlan
@@ -31,7 +33,7 @@ _EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)(\d+)|(?<=\.experts\.linea
 _TIED = "language.output_layer.weight"  # the last stage's copy of a tied embedding
 _EMBEDDING = "language.embedding.word_embeddings.weight"
 
-type Take = Callable[[torch.nn.Parameter], torch.Tensor]
+type Take = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Weights:
@@ -43,28 +45,34 @@ class Weights:
         self.entries = weight_map
         self.plan = plan
         self.groups = groups
-        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._parameters: dict[str, torch.Tensor] = {}
         for chunk in chunks:
             experts = (chunk.config.num_moe_experts or 0) // plan.ep * self.groups.ep.rank()
-            for name, parameter in chunk.named_parameters():
+            for name, parameter in held(chunk).items():
                 self._parameters[_global_name(name, chunk, experts)] = parameter
+        # what of a parameter is exported unless a caller says otherwise
+        self.value: Take = value_of
         # a tied output weight on a stage of its own is a second copy of the embedding
         self._tied_copy = self._parameters.pop(_TIED, None) if _is_tied(weight_map) else None
 
-    def __getitem__(self, name: str) -> torch.nn.Parameter:
+    def __getitem__(self, name: str) -> torch.Tensor:
         return self._parameters[name]
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """None for a parameter that another rank holds."""
+        return self._parameters.get(name)
 
     def names(self) -> list[str]:
         return list(self._parameters)
 
     @torch.no_grad()
-    def load(self, folder: HfFolder) -> dict[torch.nn.Parameter, torch.Tensor]:
+    def load(self, folder: HfFolder) -> dict[torch.Tensor, torch.Tensor]:
         """Replace all weights by those of `folder`; each rank reads what it holds.
 
         Returns the exact values of parameters that keep only a rounded copy themselves (FP8 primary weights), for the
         optimizer. Raises ValueError when a shape is not the one that the folder's config.json describes.
         """
-        exact: dict[torch.nn.Parameter, torch.Tensor] = {}
+        exact: dict[torch.Tensor, torch.Tensor] = {}
         stale = set(self._parameters)
         for entry in self.entries:
             wanted = [name for name in entry.megatron if name in self._parameters]
@@ -100,7 +108,7 @@ class Weights:
         default. With `experts_apart`, experts come one by one, under `StackExperts.names_apart`.
         Tensors may share memory with the policy: use them before the next update.
         """
-        take = take or value_of
+        take = take or self.value
         shapes = self._exchange_shapes(take, experts_apart) if self.plan.pp > 1 else []
         for number, entry in enumerate(self.entries):
             for names, tensors in self._pieces(entry, take, experts_apart):
@@ -117,13 +125,13 @@ class Weights:
         """
         if sender == _first(self.groups.tp) == _first(self.groups.tp_dp_cp):
             for entry in self.entries:
-                if not isinstance(entry.op, StackExperts) and (whole := self._whole(entry, value_of)):
+                if not isinstance(entry.op, StackExperts) and (whole := self._whole(entry, self.value)):
                     yield from zip(entry.hf, entry.op.to_hf(whole), strict=True)
         if sender == _first(self.groups.etp):
             for entry in self.entries:
                 for number, name in enumerate(entry.megatron):
                     if isinstance(entry.op, StackExperts) and name in self._parameters:
-                        one = entry.op.apart(self._whole_one(entry, name, value_of))
+                        one = entry.op.apart(self._whole_one(entry, name, self.value))
                         yield from zip(entry.op.names_apart(entry.hf[0], number), one, strict=True)
 
     def senders(self, ranks: Ranks) -> list[int]:
@@ -221,13 +229,13 @@ class Weights:
         return next(iter(self._parameters.values())).device
 
 
-def value_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+def value_of(parameter: torch.Tensor) -> torch.Tensor:
     """The parameter's value; FP8 primary weights are turned back into the format they stand for."""
     return parameter.dequantize() if is_quantized(parameter) else parameter.detach()
 
 
-def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """What backward left in the gradient buffer; zeros for a frozen parameter."""
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    """What backward left in the gradient buffer; zeros for a frozen parameter, or a buffer."""
     main_grad = getattr(parameter, "main_grad", None)
     return torch.zeros_like(parameter) if main_grad is None else main_grad
 

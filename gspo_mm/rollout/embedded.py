@@ -15,6 +15,7 @@ import torch
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.families import family_of
+from gspo_mm.hf.tensors import held
 from gspo_mm.rollout.cache import make_room, share_keys_in_decoding, use_torch_norms
 from gspo_mm.rollout.engine import TokenSide
 from gspo_mm.rollout.traced import Decoder
@@ -58,8 +59,8 @@ class EmbeddedEngine:
         share_keys_in_decoding(self._model)
         use_torch_norms(self._model)
         self._decode: Any = Decoder(self._model)
-        self._parameters = dict(model.named_parameters())
-        self._tied = set(model.state_dict()) - set(self._parameters)  # second names of shared tensors
+        self._tensors = held(model)
+        self._tied = set(model.state_dict()) - set(self._tensors)  # second names of shared tensors
         self._processor = processor
         self._device = device
         self._max_batch = max_batch
@@ -72,13 +73,13 @@ class EmbeddedEngine:
     @torch.no_grad()
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Replace all weights by HF-named tensors (transformers' in-memory layout). Raises ValueError on a gap."""
-        missing = set(self._parameters)
+        missing = set(self._tensors)
         for name, tensor in tensors:
-            if name not in self._parameters:
+            if name not in self._tensors:
                 if name in self._tied:
                     continue
                 raise ValueError(f"weight sync sent {name}, which the rollout model does not have")
-            self._parameters[name].copy_(tensor)
+            self._tensors[name].copy_(tensor)
             missing.discard(name)
         if missing:
             raise ValueError(f"weight sync left {len(missing)} tensors stale, first {min(missing)}")
@@ -101,7 +102,7 @@ class EmbeddedEngine:
         return answers
 
     def close(self, reason: str = "") -> None:
-        self._parameters, self._model, self._decode = {}, None, None
+        self._tensors, self._model, self._decode = {}, None, None
 
     @torch.inference_mode()
     def _generate_chunk(

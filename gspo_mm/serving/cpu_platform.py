@@ -11,7 +11,7 @@ from sglang.srt.platforms.interface import SRTPlatform
 
 # release_memory_occupation waits for torch's default device, which torch built for CUDA says is one also without any
 torch.cuda.synchronize = lambda device=None: None
-# where Triton's kernels run, which its interpreter does not ask
+# SGLang's Triton kernels are launched under it
 torch.cpu.device = nullcontext  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -32,7 +32,7 @@ class CpuPlatform(SRTPlatform, CpuDeviceMixin):
         """Nothing. SGLang's own collects garbage, a walk of 0.6 s over its heap at every push, while nothing is sampled."""
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        """Before attention is set up."""
+        """Called before attention is set up. What linear attention has in place of what only GPUs can."""
         from sglang.kernels.ops.attention.fla import layernorm_gated
         from sglang.srt.layers.attention.linear import gdn_backend
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gspo_mm.config import Config
-from gspo_mm.families.base import Entry, Family, StackExperts
+from gspo_mm.families.base import Family
+from gspo_mm.families.operations import Entry, StackExperts
 from gspo_mm.families.stored import SCALE
 from gspo_mm.families.table import family_of
 from gspo_mm.families.write import TEMPLATE, copy_files
@@ -67,7 +68,10 @@ def served_template(config: Config) -> Path:
         copy_files(source, folder)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         dtypes = tensor_dtypes(
-            tensor_names(weight_map(family, hf)), quantized=quantized, kept=config.policy.dtype
+            tensor_names(weight_map(family, hf)),
+            quantized=quantized,
+            kept=config.policy.dtype,
+            constants=family.constants,
         )
         (folder / TEMPLATE).write_text(json.dumps(dtypes, indent=1) + "\n")
         target = parent / f"model-{_digest(folder)}"
@@ -80,12 +84,13 @@ def quantization_config(family: Family, hf: Any) -> dict[str, Any]:
     """What config.json says about a folder in this format, as transformers and SGLang read it."""
     quantized = quantized_names(family, hf)
     kept = {name.rpartition(".")[0] for name in tensor_names(weight_map(family, hf)) if name not in quantized}
+    kept -= {name.rpartition(".")[0] for name in quantized}
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": sorted(kept - {name.rpartition(".")[0] for name in quantized}),
+        "modules_to_not_convert": sorted(map(family.prefixes.published, kept)),
     }
 
 
@@ -104,14 +109,16 @@ def tensor_names(entries: Iterable[Entry]) -> Iterator[str]:
             yield from entry.hf
 
 
-def tensor_dtypes(names: Iterable[str], *, quantized: Collection[str], kept: str) -> dict[str, str]:
-    """Names and dtypes of all tensors of a folder; `kept`: dtype of what is not quantised."""
+def tensor_dtypes(
+    names: Iterable[str], *, quantized: Collection[str], kept: str, constants: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Names and dtypes of all tensors of a folder; `kept`: dtype of what is not quantised, nor one of `constants`."""
     dtypes: dict[str, str] = {}
     for name in names:
         if name in quantized:
             dtypes |= {name: "float8_e4m3fn", name + SCALE: "float32"}
         else:
-            dtypes[name] = kept
+            dtypes[name] = "float32" if name.endswith(constants) else kept
     return dtypes
 
 

@@ -74,7 +74,7 @@ class DistributedSender:
     def _send(self, group: UpdateGroup, tensors: Iterator[tuple[str, torch.Tensor]], calls: Calls) -> None:
         buffers = Buffers(self._sync.bucket_mb * MIB, device())
         under_way = None
-        for bucket in buffers.fill(tensors):
+        for bucket in buffers.fill(self._policy.family.prefixes.renamed(tensors)):
             if under_way:
                 under_way.wait()
             under_way = group.send(bucket, calls)

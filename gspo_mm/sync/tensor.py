@@ -74,7 +74,7 @@ class TensorSender:
         else:
             buffers = Buffers(bucket_bytes, device())
         under_way: list[Future[dict[str, Any]]] = []
-        for bucket in buffers.fill(tensors):
+        for bucket in buffers.fill(self._policy.family.prefixes.renamed(tensors)):
             requests = self._requests(bucket, calls.servers)
             with self._ranks.together():
                 if self._ranks.main:

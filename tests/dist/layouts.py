@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,11 @@ from gspo_mm.config import PolicyConfig
 from gspo_mm.families import read_hf
 from gspo_mm.policy import engine
 from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.weights import gradient_of
 from gspo_mm.types import MicroBatch
 from tools.check_parity import positions_model, random_batches
+
+LORA = {"rank": 3, "alpha": 6, "targets": ["attention", "mlp", "experts", "projector"]}
 
 # name -> (ranks, model, what differs from the plain policy config)
 LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
@@ -47,6 +51,16 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "hybrid dp2 recompute full": (2, "hybrid", {"parallel": {"dp": 2}, "recompute": "full"}),
     "hybrid ep2 recompute selective": (2, "hybrid", {"parallel": {"ep": 2}, "recompute": "selective"}),
     "hybrid tp2 cp2": (4, "hybrid", {"parallel": {"tp": 2, "cp": 2}}),
+    "windows tp2": (2, "windows", {"parallel": {"tp": 2}}),
+    "windows pp2": (2, "windows", {"parallel": {"pp": 2}}),
+    "windows cp2": (2, "windows", {"parallel": {"cp": 2}}),
+    "windows dp2 recompute full": (2, "windows", {"parallel": {"dp": 2}, "recompute": "full"}),
+    "sigmoid tp2": (2, "sigmoid", {"parallel": {"tp": 2}}),
+    "sigmoid ep2": (2, "sigmoid", {"parallel": {"ep": 2}}),
+    "sigmoid tp2 ep2": (2, "sigmoid", {"parallel": {"tp": 2, "ep": 2, "etp": 1}}),
+    "sigmoid pp2": (2, "sigmoid", {"parallel": {"pp": 2}}),
+    "sigmoid cp2": (2, "sigmoid", {"parallel": {"cp": 2}}),
+    "sigmoid dp2 recompute full": (2, "sigmoid", {"parallel": {"dp": 2}, "recompute": "full"}),
     "tp2 ep2 etp2": (4, "moe", {"parallel": {"tp": 2, "ep": 2, "etp": 2}}),
     "pp2 ep2": (4, "moe", {"parallel": {"pp": 2, "ep": 2}}),
     "tp2 pp2": (4, "moe", {"parallel": {"tp": 2, "pp": 2}}),
@@ -60,6 +74,16 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
         {"parallel": {"pp": 2, "vpp": 2, "dp": 2}, "optimizer": {"overlap": True}, "bucket": 20_000},
     ),
     "ep4": (4, "moe", {"parallel": {"ep": 4}}),
+    **{
+        f"lora {name}": (ranks, "moe", {"parallel": parallel, "lora": LORA})
+        for name, ranks, parallel in (
+            ("tp2 ep2", 2, {"tp": 2, "ep": 2, "etp": 1}),
+            ("pp2", 2, {"pp": 2}),
+            ("cp2", 2, {"cp": 2}),
+            ("dp2", 2, {"dp": 2}),
+            ("tp2 ep2 etp2", 4, {"tp": 2, "ep": 2, "etp": 2}),
+        )
+    },
     # text alone: no stage has a tower
     "tp2 text": (2, "text", {"parallel": {"tp": 2}}),
     "ep2 text": (2, "text", {"parallel": {"ep": 2}}),
@@ -96,6 +120,17 @@ def loss_of(mine: list[int], batches: list[MicroBatch]) -> Callable[..., tuple[t
     return loss_fn
 
 
+@torch.no_grad()
+def set_pairs(policy: Policy) -> None:
+    """Adapters that change something: they begin with B = 0, through which nothing reaches A."""
+    for adapters in policy.adapters:
+        for key in adapters.names():
+            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            for pair in adapters.pair(key):
+                pair.copy_(0.1 * torch.randn(pair.shape, generator=generator))
+    policy.optimizer.take_over_parameters()
+
+
 def in_pieces(bucket: int | None, folder: Path, config: PolicyConfig) -> Policy:
     """A policy whose ranks exchange so many numbers at once: a tiny model in many pieces, as a large one is."""
     with pytest.MonkeyPatch.context() as patched:
@@ -110,6 +145,7 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     policy = in_pieces(changes.pop("bucket", None), folder, policy_config(changes))
     source = read_hf(folder)
     there_and_back = {name: torch.equal(tensor, source.tensor(name)) for name, tensor in policy.export()}
+    set_pairs(policy)
     everything = batches_of(policy)
     mine = list(range(len(everything)))[policy.groups.dp.rank() :: policy.plan.dp]
     batches = [everything[i] for i in mine]
@@ -118,6 +154,13 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     numbered = policy.ranks.gather(list(zip(mine, logprobs, strict=True)))
     loss, metrics = policy.backward(batches, loss_fn, temperature=0.7)
     gradients = {name: tensor.clone() for name, tensor in policy.export_gradients()}
+    own = {
+        f"{key} {letter}": gradient_of(pair).clone()
+        for adapters in policy.adapters
+        for key in adapters.names()
+        for letter, pair in zip("AB", adapters.pair(key), strict=True)
+    }
+    gradients |= {name: tensor for of_rank in policy.ranks.gather(own) for name, tensor in of_rank.items()}
     steps = [policy.update(batches, loss_fn, temperature=0.7, last=number == 1) for number in range(2)]
     return {
         "exact": there_and_back,

@@ -15,7 +15,7 @@ import torch
 
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
 from gspo_mm.policy.engine import Policy
-from tests.dist.layouts import LAYOUTS, batches_of, loss_of, policy_config
+from tests.dist.layouts import LAYOUTS, batches_of, loss_of, policy_config, set_pairs
 
 
 def steps(action: str, folder: Path, checkpoint: Path, changes: dict[str, Any]) -> list[tuple[float, float, float]]:
@@ -24,6 +24,7 @@ def steps(action: str, folder: Path, checkpoint: Path, changes: dict[str, Any]) 
     policy = Policy.from_hf(
         str(folder), policy_config({**changes, "optimizer": optimizer}), seed=0, total_steps=6
     )
+    set_pairs(policy)
     everything = batches_of(policy)
     mine = list(range(len(everything)))[policy.groups.dp.rank() :: policy.plan.dp]
     batches, loss_fn = [everything[i] for i in mine], loss_of(mine, everything)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from gspo_mm.families import read_hf
 from tests.dist.launch import ROOT, torchrun
-from tests.dist.layouts import LAYOUTS
+from tests.dist.layouts import LAYOUTS, LORA
 from tests.dist.resume import steps
 from tests.tiny_vl import save, tiny_text, tiny_vl
 from tools.check_parity import load_reference
@@ -56,6 +56,15 @@ def test_resuming_on_one_rank_continues_the_run(folder: Path, saved: tuple[Path,
     checkpoint, expected = saved
     for ours, theirs in zip(steps("load", folder, checkpoint, {}), expected, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+def test_adapters_of_all_ranks_are_continued_on_one(folder: Path, tmp_path: Path) -> None:
+    """Experts' adapters lie on different ranks, others are the same on all."""
+    expected = run("save", "lora tp2 ep2", folder, tmp_path / "checkpoint", tmp_path / "out")
+    found = steps("load", folder, tmp_path / "checkpoint", {"lora": LORA})
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+    assert expected[0][0] != pytest.approx(expected[1][0], rel=1e-3)
 
 
 def test_the_state_decides_what_comes_next(folder: Path, saved: tuple[Path, Any]) -> None:

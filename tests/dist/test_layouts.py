@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.dist.launch import torchrun
-from tests.dist.layouts import LAYOUTS, measure
-from tests.tiny_vl import save, tiny_hybrid, tiny_text, tiny_vl
+from tests.dist.layouts import LAYOUTS, LORA, measure
+from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
 
 
 @pytest.fixture(scope="module")
@@ -21,25 +21,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     text = tiny_text(num_hidden_layers=4, mlp_only_layers=[1], norm_topk_prob=False, vocab_size=250)
     text_dense = tiny_text(moe=False, tied=True, num_hidden_layers=4, attention_bias=True, vocab_size=131)
     hybrid = tiny_hybrid(vocab_size=250, linear_num_key_heads=4)
+    windows = tiny_windows(tied=True, vocab_size=131)
     models = {"moe": moe, "dense": dense, "text": text, "text dense": text_dense, "hybrid": hybrid}
+    models |= {"windows": windows, "sigmoid": tiny_glm(vocab_size=250)}
     return {name: save(model, parent / name) for name, model in models.items()}
 
 
 @pytest.fixture(scope="module")
 def measured(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """name -> what its ranks measured; all layouts of one size share a launch."""
+    """name -> what its ranks measured; all layouts of one size and model share a launch."""
     out = tmp_path_factory.mktemp("measured")
 
     @cache
-    def launch(ranks: int) -> str:
-        names = [name for name, (size, _, _) in LAYOUTS.items() if size == ranks]
+    def launch(ranks: int, model: str) -> str:
+        names = [name for name, (size, of, _) in LAYOUTS.items() if (size, of) == (ranks, model)]
         done = torchrun(
             ranks, "-m", "tests.dist.layouts", str(out), *map(str, folders.values()), "--", *names
         )
         return "" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
 
     def get(name: str) -> dict[str, Any]:
-        fault = launch(LAYOUTS[name][0])
+        fault = launch(*LAYOUTS[name][:2])
         file = out / f"{name}.pt"
         assert file.exists(), f"{name} was not measured: {fault}"
         return torch.load(file, weights_only=True)
@@ -52,8 +54,9 @@ def alone(folders: dict[str, Path]) -> Any:
     """What one rank measures."""
 
     @cache
-    def get(model: str, freeze: tuple[str, ...], aux_loss: float) -> dict[str, Any]:
-        return measure(folders[model], {"freeze": list(freeze), "moe": {"aux_loss": aux_loss}})
+    def get(model: str, freeze: tuple[str, ...], aux_loss: float, lora: bool) -> dict[str, Any]:
+        plain = {"freeze": list(freeze), "moe": {"aux_loss": aux_loss}, "lora": LORA if lora else None}
+        return measure(folders[model], plain)
 
     return get
 
@@ -62,7 +65,8 @@ def alone(folders: dict[str, Path]) -> Any:
 def test_a_layout_computes_what_one_rank_computes(name: str, measured: Any, alone: Any) -> None:
     _, model, changes = LAYOUTS[name]
     aux_loss = changes.get("moe", {}).get("aux_loss", 0.0)
-    expected, found = alone(model, tuple(changes.get("freeze", ())), aux_loss), measured(name)
+    expected = alone(model, tuple(changes.get("freeze", ())), aux_loss, "lora" in changes)
+    found = measured(name)
     assert found["exact"].keys() == expected["weights"].keys()
     assert all(found["exact"].values())
     for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):

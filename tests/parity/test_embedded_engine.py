@@ -18,9 +18,13 @@ GREEDY = SamplingParams(temperature=0.0, max_new_tokens=8)
 SAMPLED = SamplingParams(temperature=0.8, max_new_tokens=8)
 
 
-@pytest.fixture(scope="module", params=["tiny_model", "tiny_hybrid_model"])
+@pytest.fixture(
+    scope="module", params=["tiny_model", "tiny_hybrid_model", "tiny_windows_model", "tiny_sigmoid_model"]
+)
 def tiny_model(request: pytest.FixtureRequest) -> Path:
-    """One whose keys and values grow, and one with layers that hold a memory of one size."""
+    """One whose keys and values grow, one with layers that hold a memory of one size, one without norms of queries and keys,
+    one whose routers have a bias.
+    """
     return request.getfixturevalue(request.param)
 
 

@@ -9,10 +9,10 @@ import torch
 
 from gspo_mm.config import PolicyConfig
 from gspo_mm.families import read_hf
-from gspo_mm.families.base import Copy, Entry, MergeGateUp
+from gspo_mm.families.operations import Copy, Entry, MergeGateUp
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
-from tests.tiny_vl import save, tiny_hybrid, tiny_text, tiny_vl
+from tests.tiny_vl import SIGMOID_MODELS, save, tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
 from tools.check_parity import compare, random_batch, reference_logprobs
 
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
@@ -134,6 +134,31 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }
 
 
+WINDOWED: dict[str, dict[str, Any]] = {
+    "windows": {},
+    "windows, tied, one key group, odd vocabulary": {
+        "tied": True,
+        "num_key_value_heads": 1,
+        "vocab_size": 277,
+    },
+    "windows in every block, larger than images, wide time, other angles": {
+        "vision": {"fullatt_block_indexes": [], "window_size": 64},
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [1, 3, 4]},
+    },
+    "windows, odd widths, blocks of their own": {
+        "hidden_size": 60,
+        "intermediate_size": 100,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "num_hidden_layers": 5,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
+        "vision": {"depth": 4, "window_size": 24, "fullatt_block_indexes": [0, 3], "intermediate_size": 44},
+    },
+}
+
+
 def policy_of(model: Any, folder: Path, **save_options: Any) -> Policy:
     save(model, folder, **save_options)
     return Policy.from_hf(str(folder), PolicyConfig(dtype="float32"), seed=0, total_steps=1)
@@ -150,13 +175,19 @@ def policy(model: Any, tmp_path: Path) -> Policy:
 
 
 def build(name: str) -> Any:
-    for models, make in ((MODELS, tiny_vl), (TEXT_ALONE, tiny_text), (HYBRIDS, tiny_hybrid)):
+    for models, make in (
+        (MODELS, tiny_vl),
+        (TEXT_ALONE, tiny_text),
+        (HYBRIDS, tiny_hybrid),
+        (WINDOWED, tiny_windows),
+        (SIGMOID_MODELS, tiny_glm),
+    ):
         if name in models:
             return make(**models[name], seed=len(name))
     raise KeyError(name)
 
 
-@pytest.mark.parametrize("name", [*MODELS, *TEXT_ALONE, *HYBRIDS])
+@pytest.mark.parametrize("name", [*MODELS, *TEXT_ALONE, *HYBRIDS, *WINDOWED, *SIGMOID_MODELS])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_and_every_gradient_equal_transformers(
     name: str, temperature: float, tmp_path: Path
@@ -278,7 +309,16 @@ def test_neighbours_in_the_pack_change_nothing(policy: Policy, model: Any) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["grouped queries 2", "dense", "text, dense", "text, weights sum to 1", "hybrid, a mixture"]
+    "name",
+    [
+        "grouped queries 2",
+        "dense",
+        "text, dense",
+        "text, weights sum to 1",
+        "hybrid, a mixture",
+        "windows",
+        "sigmoid",
+    ],
 )
 def test_other_tokens_in_one_sequence_change_no_other(name: str, tmp_path: Path) -> None:
     model = build(name)

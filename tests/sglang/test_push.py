@@ -25,6 +25,7 @@ from gspo_mm.serving.server import ServerError
 from gspo_mm.sync.checksums import Checksums
 from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import Completion, EncodedPrompt, GspoError, SamplingParams
+from tests.dist.layouts import set_pairs
 from tests.sglang.conftest import MakeConfig
 from tests.waiting import PATIENCE, eventually
 
@@ -121,6 +122,23 @@ def test_the_server_answers_as_the_policy_before_and_after_each_of_five_updates(
         perturb(policy, seed=version)
         assert gap(policy, processor, some, answers) > 1e-3, "the server cannot have these weights yet"
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize("mode", ["disk", "distributed"])
+def test_servers_get_weights_with_adapters_merged(
+    mode: str, make_config: MakeConfig, engine: SGLangEngine, processor: Processor, some: list[EncodedPrompt]
+) -> None:
+    targets = ["attention", "experts", "projector"]
+    config = make_config(sync={"mode": mode}, policy={"lora": {"rank": 4, "targets": targets}})
+    adapted = Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=10)
+    push = SGLangPush(config, adapted, engine)
+    for changed in (False, True):
+        if changed:
+            set_pairs(adapted)
+            assert gap(adapted, processor, some, greedy(engine, some)) > 1e-3
+        push.push(version=next(VERSIONS))
+        assert gap(adapted, processor, some, greedy(engine, some)) <= 1e-4
+    push.close()
 
 
 @pytest.mark.parametrize("push", MODES, indirect=True)

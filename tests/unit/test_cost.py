@@ -8,10 +8,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gspo_mm.families.cost import FlopModel
+from gspo_mm.families.glm4v import Glm4vMoe
+from gspo_mm.families.qwen2_5_vl import Qwen25VL
 from gspo_mm.families.qwen3 import Qwen3
 from gspo_mm.families.qwen3_5 import Qwen35
 from gspo_mm.families.qwen3_vl import Qwen3VL
-from tests.tiny_vl import tiny_hybrid, tiny_text, tiny_vl
+from tests.tiny_vl import tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
 from tools.check_parity import random_batch, token_by_token
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -42,11 +44,7 @@ def inputs_of(model: Any, grids: list[tuple[int, int]], text: int) -> dict[str, 
     config = model.config
     ids: list[int] = []
     for h, w in grids:
-        ids += [
-            config.vision_start_token_id,
-            *[config.image_token_id] * (h * w // 4),
-            config.vision_end_token_id,
-        ]
+        ids += [1, *[config.image_token_id] * (h * w // 4), 2]
     ids += [i % 50 for i in range(text)]
     inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
     if grids:
@@ -138,6 +136,44 @@ def test_forward_flops_of_a_hybrid_are_those_that_torch_counts(moe: bool) -> Non
     expected -= layers * length * 3 * 2 * memory
     expected += layers * (text.linear_conv_kernel_dim - 1) * 2 * channels * text.linear_conv_kernel_dim
     assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize("frozen", [(), ("vision",)])
+def test_flops_of_whole_windows_are_those_that_torch_counts(frozen: tuple[str, ...]) -> None:
+    model = tiny_windows(tied=True, vision={"depth": 4, "fullatt_block_indexes": [1, 3]})
+    model.set_attn_implementation("eager")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) not in frozen)
+    flops, grids = Qwen25VL().flops(model.config), [(4, 4), (8, 4), (4, 12)]
+    inputs = inputs_of(model, grids, 11)
+    length, patches = inputs["input_ids"].shape[1], [h * w for h, w in grids]
+    with FlopCounterMode(display=False) as counter:
+        logits = model(**inputs, use_cache=False, logits_to_keep=6).logits
+        assert counter.get_total_flops() == flops.count([length], 6, patches) + masked(flops, length)
+        logits.sum().backward()
+    update = flops.training(frozen)
+    assert counter.get_total_flops() == update.count([length], 6, patches) + masked(update, length)
+
+
+@pytest.mark.parametrize("frozen", [(), ("vision",), ("vision", "projector"), ("projector",), ("router",)])
+def test_flops_of_sigmoid_routing_are_those_that_torch_counts(frozen: tuple[str, ...]) -> None:
+    model = tiny_glm(n_shared_experts=2, first_k_dense_replace=2)
+    model.set_attn_implementation("eager")
+    family = Glm4vMoe()
+    for name, parameter in model.named_parameters():
+        ours = "visual." + name.partition(".visual.")[2] if ".visual." in name else name
+        parameter.requires_grad_(
+            (family.part_of(ours) if ".visual." in name else part_of(name)) not in frozen
+        )
+    flops = family.flops(model.config)
+    inputs = inputs_of(model, GRIDS[2], 11)
+    length, patches = inputs["input_ids"].shape[1], [h * w for h, w in GRIDS[2]]
+    with FlopCounterMode(display=False) as counter:
+        logits = model(**inputs, use_cache=False, logits_to_keep=6).logits
+        assert counter.get_total_flops() == flops.count([length], 6, patches) + masked(flops, length)
+        logits.sum().backward()
+    update = flops.training(frozen)
+    assert counter.get_total_flops() == update.count([length], 6, patches) + masked(update, length)
 
 
 def frozen_parts(frozen: tuple[str, ...]) -> set[str]:

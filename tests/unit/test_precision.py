@@ -1,5 +1,6 @@
 """A number format that the machine or another setting cannot do is refused in one sentence, before a model is built."""
 
+import re
 from typing import Any
 
 import pytest
@@ -80,15 +81,40 @@ def test_a_recipe_becomes_megatrons_arguments() -> None:
     assert fp8_arguments(policy(fp8={"recipe": "blockwise"}))["fp8"] == "e4m3"
 
 
-@pytest.mark.parametrize("key", ["offload", "precision_aware"])
-def test_optimizer_memory_options_need_a_device(key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "plain"), [("offload", True, "false"), ("moments", "bfloat16", "float32")]
+)
+def test_optimizer_memory_options_need_a_device(key: str, value: Any, plain: str) -> None:
     from gspo_mm.policy.optimizer import _memory_arguments
 
-    config = policy(optimizer={key: True}).optimizer
+    config = policy(optimizer={key: value}).optimizer
     with pytest.raises(
-        PrecisionError, match=rf"policy\.optimizer\.{key}=true needs CUDA and Transformer Engine"
+        PrecisionError,
+        match=rf"policy\.optimizer\.{key}={value} needs CUDA and Transformer Engine.*set policy\.optimizer\.{key}={plain}",
     ):
         _memory_arguments(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lora": {"rank": 4, "dropout": 0.1}}, r"policy.lora.dropout=0.1 would make .*; use 0"),
+        (
+            {"lora": {"rank": 4, "targets": []}},
+            "leaves nothing to train; name attention, mlp, experts or projector",
+        ),
+        (
+            {"lora": {"rank": 4}, "freeze": ["vision"]},
+            "all weights are frozen beside adapters; take freeze out",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(settings: dict[str, Any], said: str) -> None:
+    assert re.search(said, refused(**settings))
+
+
+def test_moments_in_fp8_are_refused_with_the_reason() -> None:
+    assert "use bfloat16, or policy.lora" in refused(optimizer={"moments": "fp8"})
 
 
 def test_freezing_language_and_pipelines_exclude_each_other() -> None:

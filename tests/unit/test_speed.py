@@ -20,7 +20,7 @@ from gspo_mm.policy.model import transformer_config
 from gspo_mm.policy.parallel import ParallelPlan, PlanError
 from gspo_mm.policy.speed import Choice, choices, overlaps_reduction
 from gspo_mm.policy.vision import attend_to_all_images
-from tests.tiny_vl import save, tiny_vl, wide_vl
+from tests.tiny_vl import save, tiny_vl, tiny_windows, wide_vl
 
 MIXTURE = {"num_moe_experts": 8, "activation_func": F.silu, "gated_linear_unit": True}
 ON_A_CPU: set[str] = set()
@@ -156,7 +156,22 @@ def test_transfers_start_before_the_products_that_hide_them(monkeypatch: pytest.
     assert len(asked) == 3
 
 
-def test_all_images_of_a_micro_batch_are_attended_to_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+# ends of what sees itself, block by block: 4 x 4 patches are a window of the second tower, whose grids have ragged edges
+IMAGES = [[0, 256, 288, 352]]
+WINDOWS = [[0, 16, 24, 40, 48, 56, 60, 76, 84, 92, 96], [0, 60, 76, 96]]
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes", "ends"),
+    [
+        (wide_vl, [(16, 16), (8, 4), (8, 8)], IMAGES * 3),
+        (tiny_windows, [(10, 6), (4, 4), (2, 10)], [WINDOWS[0], WINDOWS[1], WINDOWS[0]]),
+    ],
+    ids=["images", "windows of images"],
+)
+def test_all_images_of_a_micro_batch_are_attended_to_in_one_call(
+    make: Any, sizes: list[tuple[int, int]], ends: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the kernel for variable lengths, here written out: each image sees itself, as in transformers' own loop."""
     calls: list[list[int]] = []
 
@@ -178,15 +193,17 @@ def test_all_images_of_a_micro_batch_are_attended_to_in_one_call(monkeypatch: py
         return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=1).transpose(0, 1)
 
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    tower = wide_vl().model.visual
-    grids = torch.tensor([[1, 16, 16], [1, 8, 4], [1, 8, 8]])
+    tower = make().model.visual
+    grids = torch.tensor([(1, *size) for size in sizes])
     pixels = torch.randn(int(grids.prod(-1).sum()), 3 * 2 * tower.config.patch_size**2)
     expected = tower(pixels, grid_thw=grids)
     attend_to_all_images(tower)
     found = tower(pixels, grid_thw=grids)
-    assert calls == [[0, 256, 288, 352]] * len(tower.blocks)
+    assert calls == ends
     torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=0, atol=1e-6)
-    for level, other in zip(found.deepstack_features, expected.deepstack_features, strict=True):
+    for level, other in zip(
+        getattr(found, "deepstack_features", []), getattr(expected, "deepstack_features", []), strict=True
+    ):
         torch.testing.assert_close(level, other, rtol=0, atol=1e-6)
 
 

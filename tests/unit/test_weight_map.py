@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gspo_mm.families import FAMILIES
-from gspo_mm.families.base import (
+from gspo_mm.families.operations import (
     Copy,
     MergeGatedQkv,
     MergeGateUp,
@@ -16,7 +16,8 @@ from gspo_mm.families.base import (
     StackExperts,
     VocabPad,
 )
-from tests.tiny_vl import tiny_hybrid, tiny_vl
+from gspo_mm.hf.tensors import held
+from tests.tiny_vl import tiny_glm, tiny_hybrid, tiny_vl, tiny_windows
 
 G = torch.Generator().manual_seed(0)
 
@@ -125,6 +126,22 @@ def test_every_parameter_of_a_hybrid_is_named_once(options: dict[str, Any], fuse
 
 
 @pytest.mark.parametrize(
+    "options", [{"n_shared_experts": 2}, {"attention_bias": False, "tied": True}], ids=str
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_parameter_and_bias_of_sigmoid_routers_is_named_once(
+    options: dict[str, Any], fused: bool
+) -> None:
+    assert_named_once(tiny_glm(**options), fused=fused)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_parameter_of_a_model_with_windows_is_named_once(tied: bool, fused: bool) -> None:
+    assert_named_once(tiny_windows(tied=tied), fused=fused)
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {},
@@ -145,6 +162,6 @@ def assert_named_once(model: Any, *, fused: bool) -> None:
     family = FAMILIES[model.config.model_type]
     entries = family.weight_map(model.config, padded_vocab=256, fused=fused)
     hf = [name for entry in entries for name in entry.hf]
-    assert sorted(hf) == sorted(dict(model.named_parameters()))
+    assert sorted(hf) == sorted(held(model))
     megatron = [name for entry in entries for name in entry.megatron]
     assert len(megatron) == len(set(megatron))

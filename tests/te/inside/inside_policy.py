@@ -141,7 +141,7 @@ def test_moments_in_bf16_beside_fp8_primary_weights(folder: Path, batch: MicroBa
     made = policy(
         folder,
         fp8={"recipe": "tensorwise", "primary_weights": True},
-        optimizer={"lr": 1e-3, "precision_aware": True},
+        optimizer={"lr": 1e-3, "moments": "bfloat16"},
     )
     before = weights(made)
     assert losses(made, batch, 3) == pytest.approx(losses(policy(folder), batch, 3), rel=0.05)

@@ -94,7 +94,7 @@ def measure(
 
     policy = build(widths, layers or _layers(), number_format, recompute, freeze_vision)
     batch = make_batch(policy, sequences, length, patches)
-    cost = policy.family.flops(policy.hf).training(policy.config.freeze).of_batch(batch)
+    cost = policy.family.flops(policy.hf).training(policy.config.frozen).of_batch(batch)
     report(layers=policy.hf.text_config.num_hidden_layers, tokens=batch.num_tokens)
     report(first_update_s=update(policy, batch))
     for _ in range(_WARM_UP - 1):
