@@ -151,7 +151,13 @@ class Qwen35(QwenImages):
 
     def check_served(self, hf: Any) -> None:
         # SGLang reads the file its own way, and transformers' config does not hold all of it
-        stored = json.loads((Path(hf.name_or_path) / "config.json").read_text())["text_config"]
+        whole = json.loads((Path(hf.name_or_path) / "config.json").read_text())
+        stored = whole["text_config"]
+        if whole["vision_config"].get("deepstack_visual_indexes") != []:
+            raise GspoError(
+                "vision_config.deepstack_visual_indexes of config.json is not [], for which SGLang takes Qwen3-VL's levels "
+                "where it is not set; set it to [], or rollout.engine=embedded"
+            )
         for key, right in _SGLANGS_OWN.items():
             if (value := stored.get(key, right[0])) not in right:
                 raise GspoError(

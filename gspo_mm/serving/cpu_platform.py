@@ -32,7 +32,11 @@ class CpuPlatform(SRTPlatform, CpuDeviceMixin):
         """Nothing. SGLang's own collects garbage, a walk of 0.6 s over its heap at every push, while nothing is sampled."""
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        """Called before attention is set up. What linear attention has in place of what only GPUs can."""
+        """Called before attention is set up. Linear attention gets a CPU's for what GPUs alone can do."""
+        from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
+
+        if not any(isinstance(module, RadixLinearAttention) for module in model.modules()):
+            return
         from sglang.kernels.ops.attention.fla import layernorm_gated
         from sglang.srt.layers.attention.linear import gdn_backend
 
