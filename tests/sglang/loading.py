@@ -1,8 +1,8 @@
-"""SGLang's own model and loader, in a process of their own: python -m tests.sglang.loading FOLDER TENSORS OUT
+"""SGLang's own model and loader, in a process of their own: python -m tests.sglang.loading FOLDER DTYPE TENSORS OUT
 
 Builds the model of FOLDER on the CPU, fills it with NaN, and lets its `load_weights` read the safetensors file TENSORS. OUT gets
-what its parameters hold then. OUT.json says for each tensor which parameters stay without a value where it is left out, and
-where it is sent under another name.
+what its parameters hold then, OUT.json which of them have no value; in float32 also which have none where one tensor is left
+out, or sent under another name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 type Tensors = Iterable[tuple[str, torch.Tensor]]
 
 
-def build(folder: str) -> torch.nn.Module:
+def build(folder: str, dtype: str) -> torch.nn.Module:
     """As a server's scheduler does, on one device."""
     from sglang.benchmark.one_batch import _init_process_global_configs
     from sglang.srt.configs.device_config import DeviceConfig
@@ -34,7 +35,7 @@ def build(folder: str) -> torch.nn.Module:
     server = ServerArgs(
         model_path=folder,
         device="cpu",
-        dtype="float32",
+        dtype=dtype,
         attention_backend="torch_native",
         load_format="dummy",
         disable_overlap_schedule=True,
@@ -52,8 +53,8 @@ def build(folder: str) -> torch.nn.Module:
 
 
 def main() -> None:
-    folder, tensors, out = sys.argv[1:]
-    model, sent = build(folder), load_file(tensors)
+    folder, dtype, tensors, out = sys.argv[1:]
+    model, sent = build(folder, dtype), load_file(tensors)
     parameters = dict(model.named_parameters())
 
     def load(tensors: Tensors) -> list[str]:
@@ -62,7 +63,7 @@ def main() -> None:
             for parameter in parameters.values():
                 parameter.fill_(math.nan)
         model.load_weights(tensors)  # pyright: ignore[reportCallIssue]
-        return sorted(name for name, parameter in parameters.items() if parameter.isnan().any())
+        return sorted(name for name, parameter in parameters.items() if parameter.float().isnan().any())
 
     def changed(change: Callable[[str], Tensors]) -> dict[str, list[str]]:
         """For each tensor; of one that the loader refuses, none."""
@@ -78,11 +79,11 @@ def main() -> None:
                 )
         return unfilled
 
-    report = {
-        "left out": changed(lambda name: []),
-        "renamed": changed(lambda name: [(f"{name.rpartition('.')[0]}.other", sent[name])]),
-    }
-    report["all"] = load(sent.items())
+    report: dict[str, Any] = {"all": load(sent.items())}
+    if dtype == "float32":
+        report["left out"] = changed(lambda name: [])
+        report["renamed"] = changed(lambda name: [(f"{name.rpartition('.')[0]}.other", sent[name])])
+        load(sent.items())
     Path(f"{out}.json").write_text(json.dumps(report))
     save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, out)
 

@@ -21,11 +21,10 @@ from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving.admin import call_all
 from gspo_mm.serving.fleet import Fleet
 from gspo_mm.serving.server import bearer
-from gspo_mm.sync.parity import check_parity
 from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import EncodedPrompt
 from tests.sglang.conftest import MakeConfig
-from tests.sglang.test_push import GREEDY, MODES, gap, greedy, perturb
+from tests.sglang.test_push import GREEDY, gap, greedy, perturb
 from tools.make_tiny_model import make_tiny_model
 
 
@@ -43,8 +42,8 @@ def reader(hybrid_config: Config) -> Processor:
 
 @pytest.fixture(scope="module")
 def some(reader: Processor, prompts: list[EncodedPrompt]) -> list[EncodedPrompt]:
-    """Two each with 0, 1, 2 and 3 images."""
-    return [reader.encode(each.prompt) for each in prompts[:8]]
+    """One each with 0, 1, 2 and 3 images: the interpreter takes a second for each."""
+    return [reader.encode(each.prompt) for each in prompts[:4]]
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +58,15 @@ def policy(hybrid_config: Config) -> Policy:
     return Policy.from_hf(hybrid_config.model.path, hybrid_config.policy, seed=0, total_steps=1)
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_the_server_answers_as_the_policy_before_and_after_an_update(
-    mode: str,
     hybrid_config: Config,
     hybrid: SGLangEngine,
     policy: Policy,
     reader: Processor,
     some: list[EncodedPrompt],
 ) -> None:
-    config = hybrid_config.model_copy(update={"sync": hybrid_config.sync.model_copy(update={"mode": mode})})
-    push = SGLangPush(config, policy, hybrid)
-    embedded = EmbeddedEngine(config.model.path, reader, dtype=torch.float32, max_batch=64)
+    push = SGLangPush(hybrid_config, policy, hybrid)
+    embedded = EmbeddedEngine(hybrid_config.model.path, reader, dtype=torch.float32, max_batch=64)
     for version in range(1, 3):
         push.push(version=version)
         answers = greedy(hybrid, some)
@@ -80,9 +76,6 @@ def test_the_server_answers_as_the_policy_before_and_after_an_update(
         assert gap(policy, reader, some, answers) <= 1e-4
         perturb(policy, seed=version)
         assert gap(policy, reader, some, answers) > 1e-3, "the server cannot have these weights yet"
-    push.push(version=3)
-    gaps = check_parity(policy, hybrid, reader, some, threshold=1e-4)
-    assert all(each.largest < 1e-4 for each in gaps.values())
     push.close()
 
 

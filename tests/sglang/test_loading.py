@@ -18,11 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gspo_mm.config.policy import PolicyConfig
+from gspo_mm.config import parse_config
 from gspo_mm.families import family_of
 from gspo_mm.policy.engine import Policy
 from gspo_mm.serving import cpu
-from tests.tiny_vl import save, tiny_hybrid
+from gspo_mm.serving.served import SCALE, check_served, served
+from gspo_mm.sync.quantize import FP8 as FORMAT
+from gspo_mm.sync.quantize import on_the_way
+from tests.tiny_vl import WIDE, save, tiny_hybrid
 
 MERGED = {
     "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"],
@@ -43,46 +46,67 @@ class Loaded:
     unfilled: dict[str, Any]
 
 
-def send(folder: Path, *, moe: bool) -> tuple[Any, subprocess.Popen[str]]:
-    """A model, and the process that loads what a push sends of it."""
-    model = tiny_hybrid(moe=moe, tied=not moe)
+def send(folder: Path, model: Any, *, fp8: bool) -> subprocess.Popen[str]:
+    """The process that loads what a push sends of `model`."""
     save(model, folder / "hf")
-    policy = Policy.from_hf(str(folder / "hf"), PolicyConfig(dtype="float32"), seed=0, total_steps=1)
-    sent = {name: tensor.detach().clone() for name, tensor in policy.weights.export(experts_apart=True)}
-    save_file(sent, folder / "sent")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.sglang.loading", *(str(folder / x) for x in ("hf", "sent", "held"))],
+    dtype = "bfloat16" if fp8 else "float32"
+    config = parse_config(
+        {
+            "run": {"name": "run", "dir": str(folder)},
+            "model": {"path": str(folder / "hf")},
+            "data": {"train": ["none.tar"]},
+            "reward": {"file": "configs/rewards/digits.yaml"},
+            "policy": {"dtype": dtype},
+            "rollout": {"engine": "sglang", "sglang": {"fp8": fp8}},
+        }
+    )
+    check_served(config)
+    policy = Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=1)
+    sent = on_the_way(config)(policy.weights.export(experts_apart=True))
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in sent}, folder / "sent")
+    files = served(config).model.path, dtype, str(folder / "sent"), str(folder / "held")
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.sglang.loading", *files],
         env=os.environ | cpu.environment(folder),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    return model, process
+
+
+MIXTURE, DENSE, FP8 = "mixture", "dense and tied", "mixture in FP8"
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Loaded]:
-    """Side by side, as nearly all of the half minute is SGLang's imports."""
-    folders = {moe: tmp_path_factory.mktemp("loading") for moe in (True, False)}
-    started = {moe: send(folder, moe=moe) for moe, folder in folders.items()}
+def each(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    """Side by side, as nearly all of the time, 40 s on two cores, is SGLang's imports."""
+    rope = {**WIDE["rope_parameters"], "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.25}
+    linear = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    inner = {"num_experts": 4, "moe_intermediate_size": 384, "shared_expert_intermediate_size": 128}
+    models = {
+        MIXTURE: tiny_hybrid(),
+        DENSE: tiny_hybrid(moe=False, tied=True),
+        FP8: tiny_hybrid(hidden_size=256, head_dim=64, rope_parameters=rope, **linear, **inner),
+    }
+    folders = {name: tmp_path_factory.mktemp("loading") for name in models}
+    started = {name: send(folders[name], model, fp8=name is FP8) for name, model in models.items()}
     results = {}
-    for moe, (model, process) in started.items():
+    for name, process in started.items():
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-        folder = folders[moe]
-        results[moe] = Loaded(
-            model=model,
-            folder=folder / "hf",
-            sent=load_file(folder / "sent"),
-            held=load_file(folder / "held"),
-            unfilled=json.loads((folder / "held.json").read_text()),
+        results[name] = Loaded(
+            model=models[name],
+            folder=folders[name] / "hf",
+            sent=load_file(folders[name] / "sent"),
+            held=load_file(folders[name] / "held"),
+            unfilled=json.loads((folders[name] / "held.json").read_text()),
         )
     return results
 
 
-@pytest.fixture(params=[True, False], ids=["mixture", "dense and tied"])
-def loaded(request: pytest.FixtureRequest, both: dict[bool, Loaded]) -> Loaded:
-    return both[request.param]
+@pytest.fixture(params=[MIXTURE, DENSE])
+def loaded(request: pytest.FixtureRequest, each: dict[str, Loaded]) -> Loaded:
+    return each[request.param]
 
 
 def parameter(name: str) -> str:
@@ -124,7 +148,6 @@ def test_each_tensor_that_is_missing_is_missed(change: str, loaded: Loaded) -> N
 def test_names_that_pushes_are_checked_by_are_the_servers(loaded: Loaded) -> None:
     family = family_of(loaded.folder)
     hf = family.load_config(str(loaded.folder))
-    family.check_served(hf)
     layers = family.linear_layers(hf)
     for name, parts in layers.items():
         rows = sum(len(loaded.sent[part]) for part in parts)
@@ -141,3 +164,16 @@ def test_names_that_pushes_are_checked_by_are_the_servers(loaded: Loaded) -> Non
         assert torch.equal(loaded.held[server], loaded.sent[name])
     vectors = {name for name, tensor in loaded.held.items() if tensor.dim() == 1 and "norm" in name}
     assert vectors <= set(whole.values())
+
+
+def test_what_is_sent_in_fp8_is_what_is_held_so(each: dict[str, Loaded]) -> None:
+    loaded = each[FP8]
+    family = family_of(loaded.folder)
+    layers = family.linear_layers(family.load_config(str(loaded.folder)))
+    # scales of the key/value cache, which come with no push
+    assert {name.rpartition(".")[2] for name in loaded.unfilled["all"]} == {"k_scale", "v_scale"}
+    assert {name for name, tensor in loaded.held.items() if tensor.dtype == FORMAT} == layers.keys()
+    for name, parts in layers.items():
+        for suffix in ("", SCALE):
+            held, sent = loaded.held[name + suffix], [loaded.sent[part + suffix] for part in parts]
+            assert torch.equal(held.flatten(0, -2).view(torch.uint8), torch.cat(sent).view(torch.uint8))
