@@ -21,7 +21,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 type Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
@@ -198,22 +200,22 @@ class SamplingParams:
     max_new_tokens: int = 64
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TrainSequence:
-    """One sequence to train on: what `batch/` packs."""
+    """One sequence to train on: what `batch/` packs. Arrays, since a batch of them is sent over the ranks."""
 
     name: str  # "group 12 completion 3 (digits-000001.tar/000042)", for error messages
-    token_ids: tuple[int, ...]  # [L] what is read, such as the prompt, and what was sampled, as they followed
+    token_ids: NDArray[np.int32]  # [L] what is read, such as the prompt, and what was sampled, as they followed
     # [L] whether the policy sampled the token; all else conditions, and is in no loss
-    trained: tuple[bool, ...]
+    trained: NDArray[np.bool_]
     images: tuple[EncodedImage, ...]  # [I] in the order of their tokens, all of which are read
     advantage: float = 0.0
-    rollout_logprobs: tuple[float, ...] | None = None  # [trained tokens] nats
+    rollout_logprobs: NDArray[np.float32] | None = None  # [trained tokens] nats
 
     @property
     def num_trained(self) -> int:
         """|y_i|"""
-        return sum(self.trained)
+        return int(self.trained.sum())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,14 @@ a micro-batch is decided in balance.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gspo_mm.types import EncodedImage, EncodedPrompt, MicroBatch, RolloutGroup, TrainSequence, Turn
 
@@ -40,7 +42,7 @@ def sequences_of(groups: Iterable[RolloutGroup]) -> list[TrainSequence]:
         replace(
             _flat(sequence_name(group, i), group.prompt_ids, group.prompt.images, completion.turns),
             advantage=group.advantages[i],
-            rollout_logprobs=completion.logprobs,
+            rollout_logprobs=np.array(completion.logprobs, np.float32),
         )
         for group in groups
         for i, completion in enumerate(group.completions)
@@ -58,16 +60,19 @@ def _flat(
     name: str, prompt_ids: tuple[int, ...], images: tuple[EncodedImage, ...], turns: tuple[Turn, ...]
 ) -> TrainSequence:
     """What was read and what was sampled, one after the other; nothing that follows the last sampled token."""
-    token_ids, trained = list(prompt_ids), [False] * len(prompt_ids)
+    runs = [(prompt_ids, False)]  # token ids and whether they were sampled
     seen = list(images)
     for number, turn in enumerate(turns):
-        token_ids += turn.token_ids
-        trained += [True] * len(turn.token_ids)
+        runs.append((turn.token_ids, True))
         if turn.observation and any(later.token_ids for later in turns[number + 1 :]):
-            token_ids += turn.observation.token_ids
-            trained += [False] * len(turn.observation.token_ids)
+            runs.append((turn.observation.token_ids, False))
             seen += turn.observation.images
-    return TrainSequence(name=name, token_ids=tuple(token_ids), trained=tuple(trained), images=tuple(seen))
+    return TrainSequence(
+        name=name,
+        token_ids=np.concatenate([np.array(ids, np.int32) for ids, _ in runs]),
+        trained=np.repeat([sampled for _, sampled in runs], [len(ids) for ids, _ in runs]),
+        images=tuple(seen),
+    )
 
 
 def sequence_name(group: RolloutGroup, number: int) -> str:
@@ -83,7 +88,7 @@ def pack(sequences: list[TrainSequence], processor: Pixels) -> MicroBatch:
     positions: list[torch.Tensor] = []
     masks: list[torch.Tensor] = []
     for sequence in sequences:
-        assert any(sequence.trained[1:]), sequence.name
+        assert sequence.trained[1:].any(), sequence.name
         assert not sequence.trained[0], sequence.name
         for image in sequence.images:
             if image.key not in images:
@@ -95,13 +100,13 @@ def pack(sequences: list[TrainSequence], processor: Pixels) -> MicroBatch:
         own = [grids[images[image.key]] for image in sequence.images]
         mask = torch.tensor(sequence.trained)
         # a sampled token is text whatever its id, an image token that a model samples by mistake included
-        read = torch.tensor(sequence.token_ids).masked_fill(mask, _SAMPLED)
+        read = torch.tensor(sequence.token_ids, dtype=torch.int64).masked_fill(mask, _SAMPLED)
         positions.append(processor.positions(read, torch.cat(own) if own else None))
         masks.append(mask)
-    has_logprobs = all(s.rollout_logprobs is not None for s in sequences)
+    logprobs = [s.rollout_logprobs for s in sequences if s.rollout_logprobs is not None]
     return MicroBatch(
         names=tuple(s.name for s in sequences),
-        token_ids=torch.tensor([t for s in sequences for t in s.token_ids], dtype=torch.int64),
+        token_ids=_joined([s.token_ids for s in sequences], torch.int64),
         cu_seqlens=_offsets(len(s.token_ids) for s in sequences),
         positions=torch.cat(
             positions or [processor.positions(torch.empty(0, dtype=torch.int64), None)], dim=1
@@ -109,16 +114,16 @@ def pack(sequences: list[TrainSequence], processor: Pixels) -> MicroBatch:
         response_mask=torch.cat([torch.empty(0, dtype=torch.bool), *masks]),
         response_cu_seqlens=_offsets(s.num_trained for s in sequences),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
-        rollout_logprobs=torch.tensor(
-            [x for s in sequences for x in s.rollout_logprobs or ()], dtype=torch.float32
-        )
-        if has_logprobs
-        else None,
+        rollout_logprobs=_joined(logprobs, torch.float32) if len(logprobs) == len(sequences) else None,
         pixel_values=torch.cat(pixels) if pixels else None,
         image_grid_thw=torch.cat(grids) if grids else None,
         image_keys=tuple(images),
         image_index=torch.tensor(image_index, dtype=torch.int64),
     )
+
+
+def _joined(arrays: Sequence[NDArray[Any]], dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([torch.empty(0, dtype=dtype), *(torch.tensor(array, dtype=dtype) for array in arrays)])
 
 
 def _offsets(lengths: Iterable[int]) -> torch.Tensor:

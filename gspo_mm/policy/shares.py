@@ -11,6 +11,7 @@ from gspo_mm.batch.packing import Pixels
 from gspo_mm.config import PolicyConfig
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.parcels import passed_on
 from gspo_mm.types import Share, TrainSequence, Work
 
 
@@ -25,7 +26,7 @@ def share_out(
 
     Rank 0 gives `updates`, and deals them over the data-parallel ranks by cost; what others give is ignored.
     """
-    dealt = None
+    of_dp_rank, told = None, None
     if policy.ranks.main:
         assert updates is not None
         plan = policy.plan
@@ -39,8 +40,9 @@ def share_out(
             multiple_of=plan.sequence_multiple,
             micro_batches_multiple_of=plan.pp if plan.vpp > 1 else 1,
         )
-        dealt = [(of_dp_rank[dp_rank], metrics, work) for dp_rank in policy.dp_rank_of]
-    return policy.ranks.scatter(dealt)
+        told = metrics, work
+    metrics, work = policy.ranks.from_main(told)
+    return passed_on(of_dp_rank, policy.ranks, policy.dp_rank_of), metrics, work
 
 
 def deal_updates(

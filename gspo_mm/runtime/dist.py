@@ -3,7 +3,7 @@
     with ranks.together():            # a GspoError inside, on rank 0, is raised on every rank
         if ranks.main:
             work = ...                # sampling, scoring, dealing: one place, no collective
-    share = ranks.scatter(work)       # each rank its part
+    work = ranks.from_main(work)      # on every rank
 
 Objects travel over gloo on the host, whatever the devices use, so that a control message never waits behind a
 kernel. torchrun and srun start the same command on every rank; without them the world is one rank.
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -60,13 +61,17 @@ def ranks_here() -> int:
 
 
 class Ranks:
-    """All ranks of the job. Every method but `main` is a collective: all ranks must call it, in the same order."""
+    """All ranks of the job. Methods are collectives, which all ranks must call in the same order, where they do not say otherwise."""
 
     def __init__(self) -> None:
         start_process_group()
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+        machines: dict[str, list[int]] = {}
+        for rank, host in enumerate(self.gather(socket.gethostname())):
+            machines.setdefault(host, []).append(rank)
+        self.machines = list(machines.values())  # the ranks of each, in order
 
     @property
     def main(self) -> bool:
@@ -111,13 +116,18 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self._group)
         return cast(T, box[0])
 
-    def scatter[T](self, values: Sequence[T] | None) -> T:
-        """Item `rank` of rank 0's sequence, which has one item per rank; what others pass is ignored."""
-        box: list[Any] = [None]
-        dist.scatter_object_list(
-            box, list(values) if values and self.main else None, src=0, group=self._group
-        )
-        return box[0]
+    def send(self, data: memoryview, to: int) -> None:
+        """Bytes to one other rank, which receives them: not a collective."""
+        dist.send(torch.tensor(len(data)), to, group=self._group)
+        dist.send(torch.frombuffer(data, dtype=torch.uint8), to, group=self._group)
+
+    def receive(self, source: int) -> memoryview:
+        """What a rank sends to this one: not a collective."""
+        size = torch.tensor(0)
+        dist.recv(size, source, group=self._group)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(data, source, group=self._group)
+        return data.numpy().data
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable
 from itertools import chain
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,8 +45,8 @@ def group(
     return [
         TrainSequence(
             name=f"{name}.{i}",
-            token_ids=(1,) * (prompt_length + r),
-            trained=(False,) * prompt_length + (True,) * r,
+            token_ids=np.ones(prompt_length + r, np.int32),
+            trained=np.arange(prompt_length + r) >= prompt_length,
             images=images,
         )
         for i, r in enumerate(responses)

@@ -1,5 +1,6 @@
 """Packing lays sequences end to end and changes nothing about them."""
 
+import numpy as np
 import torch
 
 from gspo_mm.batch import pack, sequences_of
@@ -37,11 +38,11 @@ def sequence(
 ) -> TrainSequence:
     return TrainSequence(
         name=str(tokens[0]),
-        token_ids=tuple(tokens),
-        trained=tuple(i >= prompt_length for i in range(len(tokens))),
+        token_ids=np.array(tokens, np.int32),
+        trained=np.arange(len(tokens)) >= prompt_length,
         images=images,
         advantage=advantage,
-        rollout_logprobs=tuple(-float(t) for t in tokens[prompt_length:]),
+        rollout_logprobs=-np.array(tokens[prompt_length:], np.float32),
     )
 
 

@@ -1,5 +1,7 @@
 """Shares hold every sequence of their update once, with the denominators of the whole step."""
 
+import numpy as np
+
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.policy.shares import deal_updates, split_evenly
 from gspo_mm.types import TrainSequence, Work
@@ -13,8 +15,8 @@ def sequences(count: int, first: int = 0) -> list[TrainSequence]:
     return [
         TrainSequence(
             name=f"s{first + i}",
-            token_ids=tuple(range(3 + i % 5)),
-            trained=(False, False) + (True,) * (1 + i % 5),
+            token_ids=np.arange(3 + i % 5, dtype=np.int32),
+            trained=np.arange(3 + i % 5) >= 2,
             images=(),
         )
         for i in range(count)

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,12 +81,14 @@ def group(processor: Processor) -> RolloutGroup:
 def test_what_was_sampled_is_trained_and_what_came_back_is_read(group: RolloutGroup) -> None:
     two, one = sequences_of([group])
     (first, second), came_back = group.completions[0].turns, group.completions[0].observations[0]
-    assert two.token_ids == group.prompt_ids + first.token_ids + came_back.token_ids + second.token_ids
+    parts = group.prompt_ids, first.token_ids, came_back.token_ids, second.token_ids
+    assert two.token_ids.tolist() == list(chain(*parts))
     read = [len(group.prompt_ids), len(came_back.token_ids)]
-    assert two.trained == (False,) * read[0] + (True,) * 3 + (False,) * read[1] + (True,) * 2
+    assert two.trained.tolist() == [False] * read[0] + [True] * 3 + [False] * read[1] + [True] * 2
     assert two.num_trained == 5
     assert two.images == (*group.prompt.images, *came_back.images)
-    assert two.rollout_logprobs == (-0.5, -1.5, -0.25, -2.0, -0.125)
+    assert two.rollout_logprobs is not None
+    assert two.rollout_logprobs.tolist() == [-0.5, -1.5, -0.25, -2.0, -0.125]
     assert (one.num_trained, one.images) == (3, group.prompt.images)
 
 
@@ -97,7 +100,7 @@ def test_what_comes_back_after_the_last_sampled_token_is_left_out(group: Rollout
     ]:
         changed = replace(group, completions=(replace(completion, turns=turns), group.completions[1]))
         two, _ = sequences_of([changed])
-        assert two.token_ids == group.prompt_ids + completion.turns[0].token_ids
+        assert two.token_ids.tolist() == [*group.prompt_ids, *completion.turns[0].token_ids]
         assert two.images == group.prompt.images
 
 
