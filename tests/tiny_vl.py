@@ -142,12 +142,14 @@ def tiny_hybrid(*, moe: bool = True, vision: Any = None, **text: Any) -> Any:
     """As `tiny_vl`, of the family that attends linearly in three of four layers."""
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     shared = {"shared_expert_intermediate_size": 40}
-    vision = {**{k: v for k, v in VISION.items() if k != "deepstack_visual_indexes"}, **(vision or {})}
-    return _tiny(
+    interval = text.get("full_attention_interval", 4)
+    model = _tiny(
         "Qwen3_5Moe" if moe else "Qwen3_5",
         {**TEXT, **LINEAR, **(experts | shared if moe else {}), **text},
-        vision,
+        {**VISION, "deepstack_visual_indexes": [], **(vision or {})},
     )
+    model.config.text_config.full_attention_interval = interval  # as published folders have it
+    return model
 
 
 WINDOWS: dict[str, Any] = {

@@ -281,11 +281,11 @@ def _config(
         vision_values["image_size"] = image_size  # that its positions are for
     else:
         vision_values["num_position_embeddings"] = (image_size // patch) ** 2
-        if not family.attends_linearly:
-            vision_values["deepstack_visual_indexes"] = [0, 1, 2]  # SGLang knows exactly three
+        # SGLang knows exactly three; where there are none it must be said
+        vision_values["deepstack_visual_indexes"] = [] if family.attends_linearly else [0, 1, 2]
     vision_values |= vision
     around = "image" if family.chooses_by_sigmoid else "vision"
-    return config_class(
+    config = config_class(
         text_config=text_values,
         vision_config=vision_values,
         image_token_id=token("<|image_pad|>"),
@@ -294,6 +294,9 @@ def _config(
         tie_word_embeddings=tied,
         dtype="float32",
     )
+    if family.attends_linearly:  # transformers does not write it, and SGLang reads it in layer_types' place
+        config.text_config.full_attention_interval = text.get("full_attention_interval", 4)
+    return config
 
 
 def _processor(family: Family, tokenizer: Any, vision: Any, image_size: int) -> Any:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import gspo_mm.policy  # noqa: F401  # isort: skip  # before megatron-core, which it keeps from looking for kernels in vain
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as state

@@ -4,6 +4,13 @@ Some are decided by keys of the config, from which other parts of the run are se
 answer with another model, other prompts or another sampling than the one that training scores, in silence. What merely
 rounds otherwise (attention backends, kernels, the cache's dtype) is let through: the comparison of servers with the
 policy before the first step, and `logprob_gap` at every step, measure it.
+
+Models with linear attention (Qwen3.5) have states beside the key/value cache, which SGLang 0.5.23 sizes by itself: memory in
+the ratio `mamba-full-memory-ratio` (0.9) to the cache's, or `max-mamba-cache-size` states; too few of them lower the number of
+sequences decoded together. For the prefix cache a GPU's server keeps a state every `mamba-track-interval` (256) tokens
+(`mamba-radix-cache-strategy` extra_buffer), one without overlap scheduling that of a prompt's and an answer's end (no_buffer,
+pages of 1 token). States are float32 unless `mamba-ssm-dtype` or config.json's mamba_ssm_dtype says otherwise. /flush_cache,
+and with it a push, drops them together with the cache: Scheduler.flush_cache resets the tree and HybridReqToTokenPool.
 """
 
 from __future__ import annotations

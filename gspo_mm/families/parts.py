@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gspo_mm.families.base import ServedDim
 from gspo_mm.families.operations import Copy, Entry, MergeGateUp, StackExperts, VocabPad
 
 
@@ -47,3 +48,43 @@ def stacked_experts(hf: str, mcore: str, *, count: int, fused: bool) -> list[Ent
 def tower(hf: str, module: torch.nn.Module) -> list[Entry]:
     """transformers' own vision module, tensor by tensor."""
     return [entry(f"{hf}.{name}", f"visual.{name}", Copy()) for name in module.state_dict()]
+
+
+# as SGLang merges them, for `Family.linear_layers` and `linear_dims`
+
+
+def served_mlp(hf: str, server: str) -> dict[str, tuple[str, ...]]:
+    """Of a dense MLP."""
+    return {
+        f"{server}.gate_up_proj.weight": (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
+        f"{server}.down_proj.weight": (f"{hf}.down_proj.weight",),
+    }
+
+
+def served_experts(hf: str, server: str, *, count: int) -> dict[str, tuple[str, ...]]:
+    """Of all experts of a layer; `hf` and `server` end in `experts`."""
+    experts = [f"{hf}.{e}" for e in range(count)]
+    return {
+        f"{server}.w13_weight": tuple(f"{e}.{x}_proj.weight" for e in experts for x in ("gate", "up")),
+        f"{server}.w2_weight": tuple(f"{e}.down_proj.weight" for e in experts),
+    }
+
+
+def served_attention(text: Any, ways: int, *, head_dim: int) -> list[ServedDim]:
+    """Dims of the decoder's width and of grouped attention, cut that many ways."""
+    groups = text.num_key_value_heads
+    return [
+        ServedDim(name="hidden_size", size=text.hidden_size, ways=1),
+        cut_by_tp("num_attention_heads*head_dim", text.num_attention_heads * head_dim, ways),
+        # more GPUs than groups: each group is held by several, whole
+        cut_by_tp("num_key_value_heads*head_dim", groups * head_dim, min(ways, groups)),
+    ]
+
+
+def cut_by_tp(name: str, size: int, ways: int) -> ServedDim:
+    return ServedDim(name=name, size=size, ways=ways, relief="lower rollout.sglang.tp")
+
+
+def cut_by_ep(name: str, size: int, ways: int) -> ServedDim:
+    """Of experts, which are cut over what tp has left over when it is divided by ep."""
+    return ServedDim(name=name, size=size, ways=ways, relief="raise rollout.sglang.ep")

@@ -18,7 +18,17 @@ from gspo_mm.families.base import Family, ServedDim
 from gspo_mm.families.checks import check_rope, check_silu, check_top_k
 from gspo_mm.families.cost import FlopModel, matmul
 from gspo_mm.families.operations import Copy, Entry, MergeQkv, VocabPad
-from gspo_mm.families.parts import ends, entry, gated_mlp, stacked_experts
+from gspo_mm.families.parts import (
+    cut_by_ep,
+    cut_by_tp,
+    ends,
+    entry,
+    gated_mlp,
+    served_attention,
+    served_experts,
+    served_mlp,
+    stacked_experts,
+)
 from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.types import GspoError
 
@@ -192,47 +202,19 @@ class Qwen3Decoder:
             )
             layers[f"{servers}.self_attn.o_proj.weight"] = (f"{attention}.o_proj.weight",)
             if is_moe:
-                experts = [f"{ours}.mlp.experts.{e}" for e in range(self.num_experts(hf.get_text_config()))]
-                gate_up = tuple(f"{e}.{x}_proj.weight" for e in experts for x in ("gate", "up"))
-                layers[f"{servers}.mlp.experts.w13_weight"] = gate_up
-                layers[f"{servers}.mlp.experts.w2_weight"] = tuple(f"{e}.down_proj.weight" for e in experts)
+                experts = f"{ours}.mlp.experts", f"{servers}.mlp.experts"
+                layers |= served_experts(*experts, count=self.num_experts(hf.get_text_config()))
             else:
-                gate_up = tuple(f"{ours}.mlp.{x}_proj.weight" for x in ("gate", "up"))
-                layers[f"{servers}.mlp.gate_up_proj.weight"] = gate_up
-                layers[f"{servers}.mlp.down_proj.weight"] = (f"{ours}.mlp.down_proj.weight",)
+                layers |= served_mlp(f"{ours}.mlp", f"{servers}.mlp")
         return layers
 
     def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
         text, pattern = hf.get_text_config(), self.mixtures(hf.get_text_config())
-        heads, groups, size = text.num_attention_heads, text.num_key_value_heads, head_dim(text)
-        dims = [
-            ServedDim(name="hidden_size", size=text.hidden_size, ways=1),
-            ServedDim(
-                name="num_attention_heads*head_dim",
-                size=heads * size,
-                ways=attention,
-                relief="lower rollout.sglang.tp",
-            ),
-            # more GPUs than groups: each group is held by several, whole
-            ServedDim(
-                name="num_key_value_heads*head_dim",
-                size=groups * size,
-                ways=min(attention, groups),
-                relief="lower rollout.sglang.tp",
-            ),
-        ]
+        dims = served_attention(text, attention, head_dim=head_dim(text))
         if not all(pattern):
-            dense = text.intermediate_size
-            dims.append(
-                ServedDim(name="intermediate_size", size=dense, ways=mlp, relief="lower rollout.sglang.tp")
-            )
+            dims.append(cut_by_tp("intermediate_size", text.intermediate_size, mlp))
         if any(pattern):
-            inner = text.moe_intermediate_size
-            dims.append(
-                ServedDim(
-                    name="moe_intermediate_size", size=inner, ways=experts, relief="raise rollout.sglang.ep"
-                )
-            )
+            dims.append(cut_by_ep("moe_intermediate_size", text.moe_intermediate_size, experts))
         return dims
 
 

@@ -10,19 +10,39 @@ Left out: videos, router losses, and training of the layers that predict several
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from gspo_mm.families.base import ServedDim
 from gspo_mm.families.checks import check_rope, check_silu, check_top_k
 from gspo_mm.families.cost import FlopModel, matmul
 from gspo_mm.families.operations import Copy, Entry, MergeGatedQkv, Sections, VocabPad
-from gspo_mm.families.parts import ends, entry, gated_mlp, stacked_experts
-from gspo_mm.families.qwen3_vl import QwenImages
+from gspo_mm.families.parts import (
+    cut_by_ep,
+    cut_by_tp,
+    ends,
+    entry,
+    gated_mlp,
+    served_attention,
+    served_experts,
+    served_mlp,
+    stacked_experts,
+)
+from gspo_mm.families.qwen3_vl import HF_TEXT, QwenImages
 from gspo_mm.hf.headers import HfFolderError
+from gspo_mm.types import GspoError
 
-_HF_TEXT = "model.language_model"
+# keys of text_config that SGLang reads and transformers does not -> values that are transformers' way
+_SGLANGS_OWN = {
+    "norm_topk_prob": (True,),
+    "attn_output_gate": (True,),
+    "is_causal": (True,),
+    "output_gate_type": (None, "silu", "swish"),
+}
 
 
 class Qwen35(QwenImages):
@@ -114,9 +134,9 @@ class Qwen35(QwenImages):
 
     def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
         text = hf.text_config
-        entries = ends(_HF_TEXT, vocab=VocabPad(text.vocab_size, padded_vocab), tied=self.is_tied(hf))
+        entries = ends(HF_TEXT, vocab=VocabPad(text.vocab_size, padded_vocab), tied=self.is_tied(hf))
         for number, is_linear in enumerate(linear_layers(text)):
-            ours, megatrons = f"{_HF_TEXT}.layers.{number}", f"language.decoder.layers.{number}"
+            ours, megatrons = f"{HF_TEXT}.layers.{number}", f"language.decoder.layers.{number}"
             attend = _linear if is_linear else _attention
             entries += attend(text, ours, megatrons, fused=fused)
             entries += (_mixture if _num_experts(text) else _dense)(text, ours, megatrons, fused=fused)
@@ -128,6 +148,88 @@ class Qwen35(QwenImages):
             return {}
         hidden, inner = text.hidden_size, text.moe_intermediate_size
         return {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+
+    def check_served(self, hf: Any) -> None:
+        # SGLang reads the file its own way, and transformers' config does not hold all of it
+        whole = json.loads((Path(hf.name_or_path) / "config.json").read_text())
+        stored = whole["text_config"]
+        if whole["vision_config"].get("deepstack_visual_indexes") != []:
+            raise GspoError(
+                "vision_config.deepstack_visual_indexes of config.json is not [], for which SGLang takes Qwen3-VL's levels "
+                "where it is not set; set it to [], or rollout.engine=embedded"
+            )
+        for key, right in _SGLANGS_OWN.items():
+            if (value := stored.get(key, right[0])) not in right:
+                raise GspoError(
+                    f"text_config.{key}={json.dumps(value)} of config.json changes the model that SGLang computes, and "
+                    f"transformers ignores it; set it to {json.dumps(right[0])}, or rollout.engine=embedded"
+                )
+        _check_interval(linear_layers(hf.text_config), stored.get("full_attention_interval"))
+        rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
+        for key in ("rope_type", "mrope_interleaved"):
+            if not rope.get(key):
+                raise GspoError(
+                    f"text_config.rope_parameters.{key} of config.json is not set, without which SGLang turns heads in another "
+                    'way; set rope_type to "default" and mrope_interleaved to true, or rollout.engine=embedded'
+                )
+        ours = hf.text_config.rope_parameters.get("partial_rotary_factor", 1.0)
+        if (servers := stored.get("partial_rotary_factor", 0.25)) != ours:
+            raise GspoError(
+                f"text_config.partial_rotary_factor of config.json is {servers} for SGLang (0.25 where it is not set), and "
+                f"rope_parameters.partial_rotary_factor is {ours}; set both to the same, or rollout.engine=embedded"
+            )
+
+    def linear_layers(self, hf: Any) -> Mapping[str, tuple[str, ...]]:
+        text, layers = hf.text_config, {}
+        for number, is_linear in enumerate(linear_layers(text)):
+            ours, servers = f"{HF_TEXT}.layers.{number}", f"model.layers.{number}"
+            if is_linear:
+                of, at = f"{ours}.linear_attn", f"{servers}.linear_attn"
+                layers[f"{at}.in_proj_qkvz.weight"] = (f"{of}.in_proj_qkv.weight", f"{of}.in_proj_z.weight")
+                layers[f"{at}.out_proj.weight"] = (f"{of}.out_proj.weight",)
+            else:
+                of = f"{ours}.self_attn"
+                layers[f"{servers}.qkv_proj.weight"] = tuple(f"{of}.{x}_proj.weight" for x in "qkv")
+                layers[f"{servers}.o_proj.weight"] = (f"{of}.o_proj.weight",)
+            ours, servers = f"{ours}.mlp", f"{servers}.mlp"
+            if count := _num_experts(text):
+                layers |= served_experts(f"{ours}.experts", f"{servers}.experts", count=count)
+                layers |= served_mlp(f"{ours}.shared_expert", f"{servers}.shared_expert")
+            else:
+                layers |= served_mlp(ours, servers)
+        return layers
+
+    def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
+        text = hf.text_config
+        dims = served_attention(text, attention, head_dim=text.head_dim)
+        for kind in ("key", "value"):
+            heads, size = f"linear_num_{kind}_heads", f"linear_{kind}_head_dim"
+            dims.append(cut_by_tp(f"{heads}*{size}", getattr(text, heads) * getattr(text, size), attention))
+        if not _num_experts(text):
+            return [*dims, cut_by_tp("intermediate_size", text.intermediate_size, mlp)]
+        shared = "shared_expert_intermediate_size"
+        return [
+            *dims,
+            cut_by_ep("moe_intermediate_size", text.moe_intermediate_size, experts),
+            cut_by_tp(shared, getattr(text, shared), mlp),
+        ]
+
+    def whole_tensor(self, name: str) -> str | None:
+        server = super().whole_tensor(name)
+        return server and server.replace(".self_attn.", ".")
+
+
+def _check_interval(linear: list[bool], interval: int | None) -> None:
+    """Raise GspoError unless every `interval`-th layer, and no other, attends to all tokens: SGLang knows no other way."""
+    places = range(1, len(linear) + 1)
+    if interval and linear == [bool(place % interval) for place in places]:
+        return
+    periods = [each for each in places if linear == [bool(place % each) for place in places]]
+    fix = f"set it to {periods[0]}" if periods else "set rollout.engine=embedded"
+    raise GspoError(
+        f"text_config.full_attention_interval={json.dumps(interval)} of config.json, which SGLang goes by, does not make the "
+        f"layers that layer_types say; {fix}"
+    )
 
 
 def linear_layers(text: Any) -> list[bool]:

@@ -21,8 +21,9 @@ from gspo_mm.families.operations import Entry
 from gspo_mm.families.parts import tower
 from gspo_mm.families.qwen3 import Qwen3Decoder
 
+HF_TEXT = "model.language_model"
 _HF_VISION = "model.visual"
-_WHOLE = re.compile(r"(norm\d?|mlp\.gate|patch_embed\.proj)\.(weight|bias)$")
+_WHOLE = re.compile(r"(norm\d?|mlp\.(shared_expert_)?gate|patch_embed\.proj)\.(weight|bias)$")
 
 
 class QwenImages(Family):
@@ -106,11 +107,16 @@ class QwenImages(Family):
         pieces.append(torch.arange(position, position + len(token_ids) - begin).expand(3, -1))
         return torch.cat(pieces, dim=1)
 
+    def whole_tensor(self, name: str) -> str | None:
+        if not _WHOLE.search(name):
+            return None
+        return name.replace(f"{HF_TEXT}.", "model.").replace(f"{_HF_VISION}.", "visual.")
+
 
 class Qwen3VL(Qwen3Decoder, QwenImages):
     """The Family of both variants; which one is in the config."""
 
-    prefix = "model.language_model"
+    prefix = HF_TEXT
     published_experts = "exchanged"
 
     def load_config(self, path: str) -> Any:
@@ -127,11 +133,6 @@ class Qwen3VL(Qwen3Decoder, QwenImages):
     def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
         decoder = self.decoder_entries(hf, padded_vocab=padded_vocab, fused=fused)
         return decoder + self.vision_entries(hf)
-
-    def whole_tensor(self, name: str) -> str | None:
-        if not _WHOLE.search(name):
-            return None
-        return name.replace(f"{self.prefix}.", "model.").replace(f"{_HF_VISION}.", "visual.")
 
 
 class MultiAxisRotary(torch.nn.Module):

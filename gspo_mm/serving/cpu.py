@@ -2,7 +2,8 @@
 
 SGLang takes other devices as plug-ins: it asks every entry point of the group `sglang.srt.platforms` for the path of
 a platform class. Ours (see pyproject.toml) answers only where `GSPO_MM_SGLANG_CPU=1`, which `environment` sets for
-the servers that it is meant for. Server, scheduler and model code stay SGLang's own; kernels are torch's.
+the servers that it is meant for. Server, scheduler and model code stay SGLang's own; kernels are torch's, and where SGLang
+knows Triton's alone, as in linear attention, Triton's interpreter runs them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def environment(folder: Path) -> dict[str, str]:
     sglang's kernel wheel links the CUDA driver for one function, which is never called on a CPU. Where there is no
     driver, a library of that name with that one function (it answers "no device") is compiled into `folder`.
     """
-    variables = {SWITCH: "1"}
+    variables = {SWITCH: "1", "TRITON_INTERPRET": "1"}
     if not _has_driver():
         build_driver_stub(folder)
         paths = [str(folder), os.environ.get("LD_LIBRARY_PATH", "")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -9,6 +11,8 @@ from sglang.srt.platforms.interface import SRTPlatform
 
 # release_memory_occupation waits for torch's default device, which torch built for CUDA says is one also without any
 torch.cuda.synchronize = lambda device=None: None
+# SGLang's Triton kernels are launched under it
+torch.cpu.device = nullcontext  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class CpuPlatform(SRTPlatform, CpuDeviceMixin):
@@ -26,3 +30,17 @@ class CpuPlatform(SRTPlatform, CpuDeviceMixin):
 
     def empty_cache(self) -> None:
         """Nothing. SGLang's own collects garbage, a walk of 0.6 s over its heap at every push, while nothing is sampled."""
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Called before attention is set up. Linear attention gets a CPU's for what GPUs alone can do."""
+        from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
+
+        if not any(isinstance(module, RadixLinearAttention) for module in model.modules()):
+            return
+        from sglang.kernels.ops.attention.fla import layernorm_gated
+        from sglang.srt.layers.attention.linear import gdn_backend
+
+        from gspo_mm.serving.cpu_delta import DeltaRule
+
+        layernorm_gated._get_sm_count = lambda device: 1
+        gdn_backend.TritonGDNKernel = DeltaRule

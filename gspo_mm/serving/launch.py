@@ -61,6 +61,9 @@ def server_environment(
         env["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
     # where the server's own processes meet; a TCPStore, SGLang's default, listens on all interfaces
     env["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{private}/store"
+    # what a convolution of linear attention remembers of the last tokens, which SGLang rounds to bfloat16 by itself; the
+    # states themselves it holds in float32, or in what config.json's mamba_ssm_dtype says
+    env["SGLANG_MAMBA_CONV_DTYPE"] = config.policy.dtype
     if not on_gpus:
         env |= cpu.environment(folder)
         env.setdefault("OMP_NUM_THREADS", str(threads))

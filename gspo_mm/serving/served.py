@@ -83,7 +83,9 @@ def served_template(config: Config) -> Path:
 def quantization_config(family: Family, hf: Any) -> dict[str, Any]:
     """What config.json says about a folder in this format, as transformers and SGLang read it."""
     quantized = quantized_names(family, hf)
-    kept = {name.rpartition(".")[0] for name in tensor_names(weight_map(family, hf)) if name not in quantized}
+    # modules by name: a parameter that is no module's weight would stand for all of those beside it
+    names = [n for n in tensor_names(weight_map(family, hf)) if n.endswith((".weight", ".bias"))]
+    kept = {name.rpartition(".")[0] for name in names if name not in quantized}
     kept -= {name.rpartition(".")[0] for name in quantized}
     return {
         "quant_method": "fp8",

@@ -29,18 +29,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def measured(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """name -> what its ranks measured; all layouts of one size share a launch."""
+    """name -> what its ranks measured; all layouts of one size and model share a launch."""
     out = tmp_path_factory.mktemp("measured")
 
     @cache
-    def launch(ranks: int) -> str:
-        names = [name for name, (size, _, _) in LAYOUTS.items() if size == ranks]
+    def launch(ranks: int, model: str) -> str:
+        names = [name for name, (size, of, _) in LAYOUTS.items() if (size, of) == (ranks, model)]
         command = ["-m", "tests.dist.layouts", str(out), *map(str, folders.values()), "--", *names]
         done = COMMANDS.run(*command, ranks=ranks)
         return "" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
 
     def get(name: str) -> dict[str, Any]:
-        fault = launch(LAYOUTS[name][0])
+        fault = launch(*LAYOUTS[name][:2])
         file = out / f"{name}.pt"
         assert file.exists(), f"{name} was not measured: {fault}"
         return torch.load(file, weights_only=True)

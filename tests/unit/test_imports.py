@@ -14,7 +14,7 @@ ORDER = [
 ]  # fmt: skip
 PLACE = {package: place for place, package in enumerate(ORDER)}
 MEGATRON_ROOMS = {"policy", "families", "sync", "checkpoint"}
-SGLANG_FILES = {"serving/cpu_platform.py"}  # imported by the servers themselves
+SGLANG_FILES = {"serving/cpu_platform.py", "serving/cpu_delta.py"}  # imported by the servers themselves
 
 
 def imports(path: Path) -> set[str]:

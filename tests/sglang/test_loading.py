@@ -1,0 +1,179 @@
+"""What a push sends of a hybrid model is what SGLang's own model class loads: every parameter gets its values.
+
+Its loader says nothing about a tensor that is missing, or that it has no place for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gspo_mm.config import parse_config
+from gspo_mm.families import family_of
+from gspo_mm.policy.engine import Policy
+from gspo_mm.serving import cpu
+from gspo_mm.serving.served import SCALE, check_served, served
+from gspo_mm.sync.quantize import FP8 as FORMAT
+from gspo_mm.sync.quantize import on_the_way
+from tests.tiny_vl import WIDE, save, tiny_hybrid
+
+MERGED = {
+    "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"],
+    "in_proj_ba": ["in_proj_b", "in_proj_a"],
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model, and what became of its tensors in SGLang's."""
+
+    model: Any
+    folder: Path
+    sent: dict[str, torch.Tensor]
+    held: dict[str, torch.Tensor]
+    unfilled: dict[str, Any]
+
+
+def send(folder: Path, model: Any, *, fp8: bool) -> subprocess.Popen[str]:
+    """The process that loads what a push sends of `model`."""
+    save(model, folder / "hf")
+    dtype = "bfloat16" if fp8 else "float32"
+    config = parse_config(
+        {
+            "run": {"name": "run", "dir": str(folder)},
+            "model": {"path": str(folder / "hf")},
+            "data": {"train": ["none.tar"]},
+            "reward": {"file": "configs/rewards/digits.yaml"},
+            "policy": {"dtype": dtype},
+            "rollout": {"engine": "sglang", "sglang": {"fp8": fp8}},
+        }
+    )
+    check_served(config)
+    policy = Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=1)
+    sent = on_the_way(config)(policy.weights.export(experts_apart=True))
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in sent}, folder / "sent")
+    files = served(config).model.path, dtype, str(folder / "sent"), str(folder / "held")
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.sglang.loading", *files],
+        env=os.environ | cpu.environment(folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+MIXTURE, DENSE, FP8 = "mixture", "dense and tied", "mixture in FP8"
+
+
+@pytest.fixture(scope="module")
+def each(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    """Side by side, as nearly all of the time, 40 s on two cores, is SGLang's imports."""
+    rope = {**WIDE["rope_parameters"], "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.25}
+    linear = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    inner = {"num_experts": 4, "moe_intermediate_size": 384, "shared_expert_intermediate_size": 128}
+    models = {
+        MIXTURE: tiny_hybrid(),
+        DENSE: tiny_hybrid(moe=False, tied=True),
+        FP8: tiny_hybrid(hidden_size=256, head_dim=64, rope_parameters=rope, **linear, **inner),
+    }
+    folders = {name: tmp_path_factory.mktemp("loading") for name in models}
+    started = {name: send(folders[name], model, fp8=name is FP8) for name, model in models.items()}
+    results = {}
+    for name, process in started.items():
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        results[name] = Loaded(
+            model=models[name],
+            folder=folders[name] / "hf",
+            sent=load_file(folders[name] / "sent"),
+            held=load_file(folders[name] / "held"),
+            unfilled=json.loads((folders[name] / "held.json").read_text()),
+        )
+    return results
+
+
+@pytest.fixture(params=[MIXTURE, DENSE])
+def loaded(request: pytest.FixtureRequest, each: dict[str, Loaded]) -> Loaded:
+    return each[request.param]
+
+
+def parameter(name: str) -> str:
+    """SGLang's that holds a tensor, by Hugging Face's name, whether experts are stacked or apart."""
+    for ours, servers in (
+        ("model.language_model.", "model."),
+        ("model.visual.", "visual."),
+        (".self_attn.", "."),
+        (".attn.qkv.", ".attn.qkv_proj."),
+    ):
+        name = name.replace(ours, servers)
+    name = re.sub(r"experts\.(\d+\.)?(gate|up|gate_up)_proj(\.weight)?$", "experts.w13_weight", name)
+    name = re.sub(r"experts\.(\d+\.)?down_proj(\.weight)?$", "experts.w2_weight", name)
+    for whole, parts in MERGED.items():
+        if not name.startswith("visual."):
+            name = re.sub(rf"\.({'|'.join(parts)})\.", f".{whole}.", name)
+    return name
+
+
+def test_every_parameter_gets_its_values(loaded: Loaded) -> None:
+    parts: dict[str, list[torch.Tensor]] = {}  # in transformers' order, which is that of MERGED
+    for name, tensor in loaded.model.named_parameters():
+        parts.setdefault(parameter(name), []).append(tensor.detach())
+    assert loaded.unfilled["all"] == []
+    assert loaded.held.keys() == parts.keys()
+    for name, tensors in parts.items():
+        assert torch.equal(loaded.held[name], torch.cat(tensors)), name
+
+
+@pytest.mark.parametrize("change", ["left out", "renamed"])
+def test_each_tensor_that_is_missing_is_missed(change: str, loaded: Loaded) -> None:
+    """The comparison above would see it. A stray part of an expert is an error by itself."""
+    unfilled = loaded.unfilled[change]
+    refused = {name for name in loaded.sent if ".experts." in name} if change == "renamed" else set()
+    assert unfilled.keys() == loaded.sent.keys() - refused
+    assert unfilled == {name: [parameter(name)] for name in unfilled}
+
+
+def test_names_that_pushes_are_checked_by_are_the_servers(loaded: Loaded) -> None:
+    family = family_of(loaded.folder)
+    hf = family.load_config(str(loaded.folder))
+    layers = family.linear_layers(hf)
+    for name, parts in layers.items():
+        rows = sum(len(loaded.sent[part]) for part in parts)
+        held = loaded.held[name]
+        assert held.flatten(0, -2).shape[0] == rows
+        assert torch.equal(held.flatten(0, -2), torch.cat([loaded.sent[part] for part in parts]))
+    matrices = {name for name, tensor in loaded.held.items() if tensor.dim() > 1 and "visual." not in name}
+    small = ("mlp.gate.weight", "shared_expert_gate.weight", "in_proj_ba.weight", "conv1d.weight")
+    assert layers.keys() == {
+        name for name in matrices if not name.endswith((*small, "embed_tokens.weight", "lm_head.weight"))
+    }
+    whole = {name: server for name in loaded.sent if (server := family.whole_tensor(name))}
+    for name, server in whole.items():
+        assert torch.equal(loaded.held[server], loaded.sent[name])
+    vectors = {name for name, tensor in loaded.held.items() if tensor.dim() == 1 and "norm" in name}
+    assert vectors <= set(whole.values())
+
+
+def test_what_is_sent_in_fp8_is_what_is_held_so(each: dict[str, Loaded]) -> None:
+    loaded = each[FP8]
+    family = family_of(loaded.folder)
+    layers = family.linear_layers(family.load_config(str(loaded.folder)))
+    # scales of the key/value cache, which come with no push
+    assert {name.rpartition(".")[2] for name in loaded.unfilled["all"]} == {"k_scale", "v_scale"}
+    assert {name for name, tensor in loaded.held.items() if tensor.dtype == FORMAT} == layers.keys()
+    for name, parts in layers.items():
+        for suffix in ("", SCALE):
+            held, sent = loaded.held[name + suffix], [loaded.sent[part + suffix] for part in parts]
+            assert torch.equal(held.flatten(0, -2).view(torch.uint8), torch.cat(sent).view(torch.uint8))
