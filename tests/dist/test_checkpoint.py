@@ -1,9 +1,6 @@
 """A checkpoint written under one layout continues under any other, optimizer included; conversion changes no bit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from gspo_mm.families import read_hf
-from tests.dist.launch import ROOT, torchrun
 from tests.dist.layouts import LAYOUTS, LORA
 from tests.dist.resume import steps
+from tests.forked import COMMANDS
 from tests.tiny_vl import save, tiny_text, tiny_vl
 from tools.check_parity import load_reference
 
@@ -28,9 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(action: str, name: str, folder: Path, checkpoint: Path, out: Path) -> Any:
-    done = torchrun(
-        LAYOUTS[name][0], "-m", "tests.dist.resume", action, str(folder), str(checkpoint), name, str(out)
-    )
+    command = ["-m", "tests.dist.resume", action, str(folder), str(checkpoint), name, str(out)]
+    done = COMMANDS.run(*command, ranks=LAYOUTS[name][0])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
@@ -104,13 +100,7 @@ def test_there_and_back_changes_no_bit(kind: str, to: str, back: str, folder: Pa
 
 
 def convert(tool: str, source: Path, out: Path, plan: str) -> str:
-    command = [sys.executable, f"tools/{tool}.py", str(source), str(out), "--check"]
-    done = subprocess.run(
-        command + (["--plan", plan] if plan else []),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    command = [f"tools/{tool}.py", str(source), str(out), "--check", *(["--plan", plan] if plan else [])]
+    done = COMMANDS.run(*command, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.launch import torchrun
 from tests.dist.layouts import LAYOUTS, LORA, measure
+from tests.forked import COMMANDS
 from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
 
 
@@ -35,9 +35,8 @@ def measured(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     @cache
     def launch(ranks: int, model: str) -> str:
         names = [name for name, (size, of, _) in LAYOUTS.items() if (size, of) == (ranks, model)]
-        done = torchrun(
-            ranks, "-m", "tests.dist.layouts", str(out), *map(str, folders.values()), "--", *names
-        )
+        command = ["-m", "tests.dist.layouts", str(out), *map(str, folders.values()), "--", *names]
+        done = COMMANDS.run(*command, ranks=ranks)
         return "" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
 
     def get(name: str) -> dict[str, Any]:

@@ -8,34 +8,40 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import COMMANDS, ROOT
 
 
 def gspo_mm(
     *arguments: str,
-    cwd: Path = ROOT,
     check: bool = True,
     ranks: int = 1,
     script: Path | None = None,
+    real: bool = False,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user would, on `ranks` ranks; output is captured. `script` stands in for the program."""
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    result = subprocess.run(
-        [*start, *([str(script)] if script else ["-m", "gspo_mm.cli"]), *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
-        timeout=300,
-    )
+    """Run the command on `ranks` ranks; output is captured. `script` stands in for the program.
+
+    `real`: in a process that Python or torchrun starts, as a user would, instead of in a fork.
+    """
+    command = [*([str(script)] if script else ["-m", "gspo_mm.cli"]), *arguments]
+    result = (_started if real else COMMANDS.run)(*command, ranks=ranks, timeout=300, **environment)
     assert "UnexplainedMetricWarning" not in result.stderr
     if check and result.returncode:
         raise AssertionError(f"{arguments} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result
+
+
+def _started(
+    *command: str, ranks: int, timeout: float, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment}
+    return subprocess.run(
+        [*start, *command], cwd=ROOT, capture_output=True, text=True, env=env, timeout=timeout
+    )
 
 
 @pytest.fixture(scope="session")
@@ -83,5 +89,5 @@ def short_config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, dig
 @pytest.fixture(scope="session")
 def short_run(short_config: Path) -> Path:
     """The folder of that config's uninterrupted run."""
-    gspo_mm("train", str(short_config))
+    gspo_mm("train", str(short_config), real=True)
     return short_config.parent / "runs" / "short"

@@ -26,7 +26,9 @@ def assert_same_steps(found: Path, expected: Path, *, steps: int = 4) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_run_on_two_ranks_has_the_numbers_of_one(name: str, short_config: Path, short_run: Path) -> None:
     run_name = name.replace(" ", "-")
-    result = gspo_mm("train", str(short_config), f"run.name={run_name}", *LAYOUTS[name], ranks=2)
+    result = gspo_mm(
+        "train", str(short_config), f"run.name={run_name}", *LAYOUTS[name], ranks=2, real=name == "dp2"
+    )
     run = short_run.parent / run_name
     assert_same_steps(run, short_run)
     assert (run / "report.html").exists()
@@ -58,6 +60,7 @@ def test_a_fault_on_one_rank_is_told_once_and_ends_all(short_config: Path) -> No
         *LAYOUTS["dp2"],
         ranks=2,
         check=False,
+        real=True,
     )
     assert result.returncode
     assert result.stderr.count("error: ") == 1, result.stderr

@@ -98,9 +98,8 @@ def test_a_nan_leaves_the_last_whole_step_and_never_half_a_step(
     script.write_text(NAN)
     run = tmp_path / "short"
     command = ["train", str(short_config), f"run.dir={tmp_path}", *RARELY]
-    result = gspo_mm(
-        *command, check=False, ranks=ranks, script=script, POISON=str(place), POISONED_RANK=str(ranks - 1)
-    )
+    poison = {"POISON": str(place), "POISONED_RANK": str(ranks - 1)}
+    result = gspo_mm(*command, check=False, ranks=ranks, script=script, real=ranks > 1, **poison)
     assert result.returncode != 0
     assert "a poisoned update" in result.stderr
     assert steps(run) == [1, 2]

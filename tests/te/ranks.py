@@ -1,4 +1,4 @@
-"""What a policy on Transformer Engine's layers computes under a parallel layout and in a number format. Run by torchrun.
+"""What a policy on Transformer Engine's layers computes under a parallel layout and in a number format. Run on ranks.
 
 torchrun --nproc-per-node 2 -m tests.te.ranks OUT FOLDER NAME...
 """
@@ -75,9 +75,7 @@ def measure(folder: Path, parallel: dict[str, int], form: str) -> dict[str, Any]
 
 
 def main() -> None:
-    from tests.te.stand_in import install
-
-    install()
+    import tests.te.loaded  # noqa: F401  # installs the stand-in, before anything of ours is imported
     from gspo_mm.policy import spec
 
     spec.FUSED = True

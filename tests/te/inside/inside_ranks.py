@@ -1,6 +1,6 @@
 """Every parallel layout computes on Transformer Engine's layers what one rank computes, in each number format.
 
-Ranks start the stand-in for themselves (tests/te/ranks.py); all that need as many share a launch.
+Ranks are forks of a process with the stand-in (tests/te/loaded.py); all that need as many share a launch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.launch import torchrun
+from tests.forked import Forks
 from tests.te.ranks import FORMATS, LAYOUTS
 from tests.tiny_vl import save, wide_vl
 
-SITE = str(Path(sys.prefix) / "te")
+RANKS = Forks("tests.te.loaded", path=(str(Path(sys.prefix) / "te"),))
 # largest differences to one rank: of log-probs (nats), of all gradients together, of two updates together, of losses and norms
 # (parts of them). Pipeline stages and data parallelism round nothing differently, but for a norm's last digit, by which the
 # first update is scaled; in BF16 that decides how some weights are rounded, and so what the second one is. The rest of BF16
@@ -41,9 +41,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @cache
     def launch(ranks: int) -> str:
         names = [name for name, (size, _, _) in LAYOUTS.items() if size == ranks]
-        done = torchrun(
-            ranks, "-m", "tests.te.ranks", str(out), str(folder), *names, path=(SITE,), timeout=900
-        )
+        command = ["-m", "tests.te.ranks", str(out), str(folder), *names]
+        done = RANKS.run(*command, ranks=ranks, timeout=900)
         return "" if done.returncode == 0 else (done.stdout + done.stderr)[-4000:]
 
     @cache
