@@ -205,7 +205,9 @@ class TrainSequence:
     """One sequence to train on: what `batch/` packs. Arrays, since a batch of them is sent over the ranks."""
 
     name: str  # "group 12 completion 3 (digits-000001.tar/000042)", for error messages
-    token_ids: NDArray[np.int32]  # [L] what is read, such as the prompt, and what was sampled, as they followed
+    token_ids: NDArray[
+        np.int32
+    ]  # [L] what is read, such as the prompt, and what was sampled, as they followed
     # [L] whether the policy sampled the token; all else conditions, and is in no loss
     trained: NDArray[np.bool_]
     images: tuple[EncodedImage, ...]  # [I] in the order of their tokens, all of which are read

@@ -61,7 +61,7 @@ def ranks_here() -> int:
 
 
 class Ranks:
-    """All ranks of the job. Methods are collectives, which all ranks must call in the same order, where they do not say otherwise."""
+    """All ranks of the job. A method is a collective, called by all ranks in the same order, where it does not say otherwise."""
 
     def __init__(self) -> None:
         start_process_group()

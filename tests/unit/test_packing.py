@@ -106,7 +106,7 @@ def test_completions_without_a_score_or_without_tokens_are_not_trained_on() -> N
         advantages=(0.5, 0.0, -0.5),
     )
     (only,) = sequences_of([group])
-    assert only.token_ids == (1, 2, 3)
+    assert only.token_ids.tolist() == [1, 2, 3]
     assert only.trained == (False, False, True)
     assert only.advantage == 0.5
     assert only.name == "group 7 completion 0 (k)"
