@@ -7,7 +7,8 @@ these k-th micro-batches together.
     units of work      answers that show the same images stay together: in one micro-batch an image is encoded once
       -> bins          ranks * micro-batches of them, the costliest unit first into the cheapest bin that has room
       -> slots         neighbours by cost, then single sequences moved until the slot is even
-      -> ranks         of each slot the costliest bin to the rank with least so far, then moved until ranks are even
+      -> ranks         of each slot the costliest bin to the rank with least so far, or of those that are alike to the one that
+                       has most of its images; then moved until ranks are even
 
 This is done with groups cut into smaller and into larger pieces; what ranks that meet in every slot finish first is
 kept. One rank has nobody to wait for: its micro-batches are filled in order (`fill`).
@@ -39,6 +40,9 @@ EVEN_RANKS = 0.02
 # A group that shares images is cut into pieces of at most this many bins' worth of work. Smaller pieces even out
 # better, larger ones encode fewer images twice: both are tried, the faster is kept.
 PIECES = (1.0, 1.2)
+# Ranks whose work so far differs by less than this fraction of a whole rank's are alike to the next bin, which goes to the one
+# that has its images. With more, ranks have to be evened out at the expense of their slots.
+ALIKE = 0.01
 TRIES = 8  # bins, cheapest first, that are looked at before the one with most room
 
 
@@ -150,6 +154,10 @@ class _Bin:
         self.cost = 0  # every distinct image once
         self.members: _Unit = {}
         self._shown: Counter[int] = Counter()  # how many members show an image
+
+    @property
+    def images(self) -> list[int]:
+        return [image for image, count in self._shown.items() if count]
 
     def added(self, item: _Item) -> int:
         """What `item` would cost here on top."""
@@ -299,17 +307,39 @@ def _cut(unit: _Unit, max_cost: float, max_tokens: int) -> Iterator[tuple[int, _
 
 def _rows(bins: list[_Bin], ranks: int) -> list[list[_Bin]]:
     """Each rank's bins, one of every slot; the costliest slot first, so that memory runs out at once or never."""
-    bins = sorted(bins, key=lambda it: -it.cost)
+    bins = _apart(bins)
     rows: list[list[_Bin]] = [[] for _ in range(ranks)]
+    shown_by: defaultdict[int, set[int]] = defaultdict(set)  # the ranks of an image
+    tolerance = ALIKE * sum(it.cost for it in bins) / ranks
     for start in range(0, len(bins), ranks):
         slot = bins[start : start + ranks]
         _even_out([[it] for it in slot], EVEN_SLOT)
         slot.sort(key=lambda it: -it.cost)
-        rows.sort(key=lambda row: sum(it.cost for it in row))
-        for row, it in zip(rows, slot, strict=True):
-            row.append(it)
+        so_far = {rank: sum(it.cost for it in rows[rank]) for rank in range(ranks)}
+        free = sorted(so_far, key=so_far.__getitem__)
+        for it in slot:
+            known = Counter(rank for image in it.images for rank in shown_by[image])
+            most = so_far[free[0]] + tolerance
+            alike = [rank for rank in free if so_far[rank] <= most]
+            chosen = max(alike, key=known.__getitem__)  # the first of them where none stands out
+            free.remove(chosen)
+            rows[chosen].append(it)
+            for image in it.images:
+                shown_by[image].add(chosen)
     _even_out(rows, EVEN_RANKS)
     return rows
+
+
+def _apart(bins: list[_Bin]) -> list[_Bin]:
+    """The costliest first; of bins that cost alike those with the same images apart, so that one rank can have them all."""
+    grain = EVEN_SLOT * sum(it.cost for it in bins) / len(bins)
+    turns: Counter[int] = Counter()
+    turn = []
+    for it in bins:
+        turn.append(max((turns[image] for image in it.images), default=0))
+        turns.update(it.images)
+    order = sorted(range(len(bins)), key=lambda i: (-(bins[i].cost // grain), turn[i], -bins[i].cost))
+    return [bins[i] for i in order]
 
 
 def _even_out(piles: list[list[_Bin]], fraction: float) -> None:

@@ -137,6 +137,15 @@ def test_groups_stay_together_where_the_budget_lets_them(ranks: int) -> None:
     assert measure(dealt, cost=COST, num_patches=num_patches).imbalance <= 0.02
 
 
+def test_of_ranks_that_are_alike_the_one_with_the_images_gets_the_next_bin() -> None:
+    """Groups of four micro-batches of like cost. Dealt to whoever has least, as without images, they land on most ranks."""
+    sequences = [s for i in range(16) for s in group(f"{i}", 100, [900] * 16, (image(f"x{i}", 50),))]
+    dealt = dealt_to(8, sequences, max_tokens=4000)
+    landed = [{it.key for members in row for s in members for it in s.images} for row in dealt]
+    assert sum(map(len, landed)) / 16 <= 1.6
+    assert measure(dealt, cost=COST, num_patches=num_patches).slot_imbalance <= 0.001
+
+
 def test_answers_that_share_an_image_go_to_one_rank_however_they_are_mixed() -> None:
     a = group("a", 900, [100, 100, 100], (image("a", 800),))
     b = group("b", 900, [100, 100, 100], (image("b", 800),))

@@ -1,0 +1,151 @@
+"""What a step costs rank 0 as the world grows: dealing, writing the shares, bytes it sends and holds. Nothing is sent.
+
+    python tools/bench/scale.py --groups 1024
+
+Groups of 16 answers whose lengths are log-normal around --tokens, with --images pictures a prompt; ranks of a machine, and
+how many compute one data-parallel rank's share, as options say. Seconds are processor time of this process.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import time
+from statistics import fmean
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gspo_mm.batch import sequences_of
+from gspo_mm.families.cost import FlopModel
+from gspo_mm.policy.parcels import Parcel
+from gspo_mm.policy.shares import deal_updates, split_evenly
+from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score, Share
+
+PATCHES = 1280  # of an image: 320 tokens
+# about that of a mixture with 3 B active parameters
+FLOPS = FlopModel(
+    token=5 * 10**9, router=25 * 10**6, pair=8 * 10**5, row=6 * 10**8, patch_embedding=4 * 10**6, patch=10**9, patch_pair=10**5,
+    merged=10**8, patches_per_token=4,
+)  # fmt: skip
+
+
+def main(
+    groups: Annotated[int, typer.Option(help="of a step")] = 128,
+    group_size: Annotated[int, typer.Option(help="answers of a prompt")] = 16,
+    tokens: Annotated[int, typer.Option(help="mean length of an answer")] = 2048,
+    images: Annotated[float, typer.Option(help="mean number of a prompt's pictures")] = 2.5,
+    image_kb: Annotated[int, typer.Option(help="bytes of a picture, in thousands")] = 300,
+    updates: Annotated[int, typer.Option(help="train.updates_per_batch")] = 4,
+    micro_batch_tokens: Annotated[int, typer.Option(help="policy.micro_batch_tokens")] = 16384,
+    machine: Annotated[int, typer.Option(help="ranks of a machine")] = 8,
+    copies: Annotated[int, typer.Option(help="ranks that compute one share: tp x pp x cp")] = 4,
+    worlds: Annotated[str, typer.Option(help="numbers of ranks")] = "8,64,256,1024",
+) -> None:
+    """Print a table with a row for each world."""
+    batch = [make_group(i, group_size, tokens, images, image_kb * 1000) for i in range(groups)]
+    began = time.process_time()
+    sequences = [sequences_of(part) for part in split_evenly(batch, updates)]
+    flat = time.process_time() - began
+    everything = [s for update in sequences for s in update]
+    text = sum(s.token_ids.nbytes + s.trained.nbytes + len(s.name) for s in everything)
+    text += sum(s.rollout_logprobs.nbytes for s in everything if s.rollout_logprobs is not None)
+    pictures = {image.key: len(image.data) for group in batch for image in group.prompt.images}
+    own = text + sum(pictures.values())
+    table = Table(
+        title=f"{groups} groups of {group_size}, {len(pictures)} images: {own / 1e6:.0f} MB, {text / 1e6:.0f} of them text; "
+        f"made flat in {flat:.2f} s"
+    )
+    for name in (
+        "ranks",
+        "dealt, s",
+        "written, s",
+        "sent / batch",
+        "held / batch",
+        "ranks per image",
+        "at least",
+    ):
+        table.add_column(name, justify="right")
+    for world in map(int, worlds.split(",")):
+        dp = max(1, world // copies)
+        began = time.process_time()
+        shares, _, _ = deal_updates(
+            sequences, ranks=dp, max_tokens=micro_batch_tokens, flops=FLOPS, frozen=(), num_patches=lambda _: PATCHES
+        )  # fmt: skip
+        dealt = time.process_time() - began
+        sent, largest, written = sends(shares, world, machine, copies)
+        held = largest + sum(map(len, Parcel.of(shares).shares.values()))
+        shown = [len(ranks) for ranks in ranks_of_images(shares).values()]
+        least = least_ranks(groups, updates, dp)
+        table.add_row(
+            str(world), f"{dealt:.2f}", f"{written:.2f}", f"{sent / own:.2f}", f"{held / own:.2f}",
+            f"{fmean(shown):.1f}" if shown else "-", f"{least:.1f}",
+        )  # fmt: skip
+    console = Console(width=120)
+    console.print(f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}")
+    console.print(table)
+
+
+def sends(shares: list[list[Share]], world: int, machine: int, copies: int) -> tuple[int, int, float]:
+    """(bytes that rank 0 sends, most that it writes for one machine, seconds) where shares are passed on by machines."""
+    began = time.process_time()
+    parcel = Parcel.of(shares)
+    sent = largest = 0
+    for first in range(machine, world, machine):
+        here = {rank // copies for rank in range(first, min(first + machine, world))}
+        size = len(parcel.part(here & parcel.shares.keys()).written())
+        sent, largest = sent + size, max(largest, size)
+    return sent, largest, time.process_time() - began
+
+
+def ranks_of_images(shares: list[list[Share]]) -> dict[str, set[int]]:
+    """The data-parallel ranks that show each image."""
+    found: dict[str, set[int]] = {}
+    for rank, of_rank in enumerate(shares):
+        for share in of_rank:
+            for key in {image.key for members in share.micro_batches for s in members for image in s.images}:
+                found.setdefault(key, set()).add(rank)
+    return found
+
+
+def least_ranks(groups: int, updates: int, dp: int) -> float:
+    """Ranks that an image needs at least, where every rank takes its part in each update."""
+    return max(1.0, dp / (groups / min(groups, updates)))
+
+
+def make_group(number: int, size: int, tokens: int, images: float, image_bytes: int) -> RolloutGroup:
+    rng = random.Random(number)
+    count = int(images) + (rng.random() < images % 1)
+    pictures = tuple(make_image(number * 10 + i, image_bytes, rng) for i in range(count))
+    prompt = Prompt(key=f"digits.tar/{number:06}", messages=(), images=pictures, answer="1", task="t")
+    lengths = [int(min(4 * tokens, max(16, rng.lognormvariate(0, 0.6) * tokens))) for _ in range(size)]
+    completions = tuple(
+        Completion.of_one_turn(
+            token_ids=tuple(rng.choices(range(150_000), k=length)),
+            logprobs=(-0.5,) * length,
+            versions=(0,) * length,
+            finish=Finish.STOP,
+            text="",
+        )
+        for length in lengths
+    )
+    return RolloutGroup(
+        id=number,
+        prompt=prompt,
+        prompt_ids=tuple(range(100 + 320 * count)),
+        completions=completions,
+        scores=(Score(value=0.0, parts={}),) * size,
+        advantages=(0.5,) * size,
+    )
+
+
+def make_image(number: int, size: int, rng: random.Random) -> EncodedImage:
+    data = rng.randbytes(size)
+    return EncodedImage(data=data, key=EncodedImage.key_of(data), width=512, height=640)
+
+
+if __name__ == "__main__":
+    typer.run(main)
