@@ -31,6 +31,13 @@ SPECIAL_TOKENS = [
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
+# GLM's names of those that its folders have in place of Qwen's; SGLang knows images of this family by them.
+GLMS_TOKENS = {
+    "<|vision_start|>": "<|begin_of_image|>",
+    "<|vision_end|>": "<|end_of_image|>",
+    "<|image_pad|>": "<|image|>",
+    "<|video_pad|>": "<|video|>",
+}
 # One token each, yet ordinary text that decoding keeps, as Qwen3 does with <think> and <tool_call>.
 PLAIN_TOKENS = ["<answer>", "</answer>"]
 
@@ -98,6 +105,10 @@ class Family(StrEnum):
         """Whether experts are chosen by sigmoid scores and a bias, behind dense layers and beside a shared expert."""
         return self is Family.GLM4V_MOE
 
+    def name_of_token(self, token: str) -> str:
+        """Its name of one of Qwen's special tokens."""
+        return GLMS_TOKENS.get(token, token) if self.chooses_by_sigmoid else token
+
     @property
     def name_of_classes(self) -> str:
         """What the names of transformers' classes begin with."""
@@ -133,8 +144,8 @@ def make_tiny_model(
 
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists; choose another folder or pass --force to replace it")
-    tokenizer = _wrap_tokenizer(train_tokenizer())
     kind = Family(family)
+    tokenizer = _tokenizer(kind)
     config = _config(kind, tokenizer, patch_size, image_size, text or {}, vision or {})
     head = "ForConditionalGeneration" if kind.sees else "ForCausalLM"
     model_class = getattr(transformers, kind.name_of_classes + head)
@@ -163,7 +174,7 @@ def make_tiny_model(
     return model
 
 
-def train_tokenizer() -> Tokenizer:
+def train_tokenizer(special: list[str] = SPECIAL_TOKENS) -> Tokenizer:
     """Byte-level BPE: any text can be written, the words of `CORPUS` are single tokens, digits never merge."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -182,20 +193,23 @@ def train_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 2, trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN_TOKENS])
     return tokenizer
 
 
-def _wrap_tokenizer(tokenizer: Tokenizer) -> Any:
+def _tokenizer(family: Family) -> Any:
     from transformers import PreTrainedTokenizerFast
 
+    special, template = [family.name_of_token(token) for token in SPECIAL_TOKENS], CHAT_TEMPLATE
+    for name in SPECIAL_TOKENS:
+        template = template.replace(name, family.name_of_token(name))
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=train_tokenizer(special),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL_TOKENS,
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=special,
+        chat_template=template,
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
     )
@@ -284,13 +298,14 @@ def _config(
         # SGLang knows exactly three; where there are none it must be said
         vision_values["deepstack_visual_indexes"] = [] if family.attends_linearly else [0, 1, 2]
     vision_values |= vision
+    name = family.name_of_token
     around = "image" if family.chooses_by_sigmoid else "vision"
     config = config_class(
         text_config=text_values,
         vision_config=vision_values,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        **{f"{around}_{side}_token_id": token(f"<|vision_{side}|>") for side in ("start", "end")},
+        image_token_id=token(name("<|image_pad|>")),
+        video_token_id=token(name("<|video_pad|>")),
+        **{f"{around}_{side}_token_id": token(name(f"<|vision_{side}|>")) for side in ("start", "end")},
         tie_word_embeddings=tied,
         dtype="float32",
     )
@@ -318,14 +333,11 @@ def _processor(family: Family, tokenizer: Any, vision: Any, image_size: int) -> 
         image = transformers.Glm4vImageProcessor
         # it counts an image's pixels once for each frame of a patch
         size = {edge: pixels * vision.temporal_patch_size for edge, pixels in size.items()}
-        tokenizer._set_model_specific_special_tokens(
-            {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
-        )
     return whole(
         image_processor=image(**shape, size=size, image_mean=half, image_std=half),
         video_processor=video(**shape),
         tokenizer=tokenizer,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=tokenizer.chat_template,
     )
 
 

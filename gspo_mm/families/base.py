@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -55,6 +56,10 @@ class Family(ABC):
     constants: tuple[str, ...] = ()
     # how published names begin, where that is not transformers' way
     prefixes = Prefixes()
+    # modules that servers must be told to keep as they are, because SGLang has other names for what is in them
+    kept_by_servers: tuple[str, ...] = ()
+    # options of sglang.launch_server that servers of it need
+    server_options: Mapping[str, bool] = MappingProxyType({})
 
     # --- the language decoder
 

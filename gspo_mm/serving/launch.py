@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_mm.config import Config, SGLangConfig
+from gspo_mm.families.table import family_of
 from gspo_mm.families.write import TEMPLATE
 from gspo_mm.runtime.dist import ranks_here, world_size
 from gspo_mm.runtime.seeds import derive_seed
@@ -110,7 +111,7 @@ def server_options(config: Config, server: Server, *, on_gpus: bool) -> dict[str
         options |= {"base-gpu-id": server.first_gpu, "enable-memory-saver": sglang.colocate}
     else:
         options |= cpu.ARGUMENTS
-    return options | dict(sglang.extra_args)
+    return options | family_of(config.model.path).server_options | dict(sglang.extra_args)
 
 
 def check_installed(python: str | None) -> None:

@@ -105,16 +105,42 @@ def test_servers_get_the_bias_in_float32_and_know_what_they_keep_whole(model: An
     assert "model.layers.1.mlp.gate.weight" not in of_server
 
 
-def test_servers_are_refused_until_they_are_shown_to_compute_the_same(model: Any) -> None:
-    with pytest.raises(
-        GspoError, match=r"glm4v_moe are not served by SGLang here; set rollout\.engine=embedded"
-    ):
-        FAMILIES["glm4v_moe"].check_served(model.config)
+@pytest.mark.parametrize(
+    ("half", "change", "message"),
+    [
+        ("text", {"mrope_interleaved": True}, r"^mrope_interleaved=true of .*; set it to false, or"),
+        ("text", {"mrope_interleaved_glm": True}, r"^mrope_interleaved_glm=true of"),
+        ("text", {"video_rope": True}, r"^video_rope=true of"),
+        ("vision", {"rope_theta": 5e6}, r'vision_config\.rope_parameters\.rope_theta=5000000\.0 .* computes with 10000\.0;'),
+        ("activation", {"hidden_act": "gelu"}, r'vision_config\.hidden_act="gelu" .* computes with "silu"; set rollout'),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_sglang_would_compute_in_another_way_is_refused(
+    half: str, change: dict[str, Any], message: str, folder: Path
+) -> None:
+    family = FAMILIES["glm4v_moe"]
+    family.check_served(family.load_config(str(folder)))
+    config = json.loads((folder / "config.json").read_text())
+    vision = config["vision_config"]
+    section = {
+        "text": config["text_config"]["rope_parameters"],
+        "vision": vision["rope_parameters"],
+        "activation": vision,
+    }[half]
+    section |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GspoError, match=message):
+        family.check_served(family.load_config(str(folder)))
 
 
-def test_servers_in_fp8_are_refused(model: Any) -> None:
-    with pytest.raises(GspoError, match=r"set rollout\.sglang\.fp8=false"):
-        FAMILIES["glm4v_moe"].linear_dims(model.config, attention=1, mlp=1, experts=1)
+def test_sizes_that_servers_cut_are_named(model: Any) -> None:
+    family = FAMILIES["glm4v_moe"]
+    dims = family.linear_dims(model.config, attention=2, mlp=4, experts=8)
+    named = {dim.name: (dim.size, dim.ways) for dim in dims}
+    assert named["n_shared_experts*moe_intermediate_size"] == (24, 4)
+    assert named["intermediate_size"] == (96, 4)
+    assert named["moe_intermediate_size"] == (24, 8)
 
 
 @pytest.mark.parametrize(
