@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from gspo_mm.families.base import ServedDim
-from gspo_mm.families.checks import key_of
+from gspo_mm.families.checks import check_served_rope, key_of
 from gspo_mm.families.cost import FlopModel, matmul
 from gspo_mm.families.operations import Copy, Entry
 from gspo_mm.families.parts import cut_by_tp, entry, gated_mlp, served_mlp
@@ -33,8 +33,6 @@ from gspo_mm.types import GspoError
 _BIAS = "e_score_correction_bias"
 # SGLang holds routers in float32, whatever they are sent in
 _WHOLE = re.compile(rf"((norm\d?|patch_embed\.proj|downsample)\.(weight|bias)|{_BIAS})$")
-# keys of rope_parameters that SGLang reads and transformers does not
-_SGLANGS_OWN = ("mrope_interleaved", "mrope_interleaved_glm", "video_rope")
 _PROJECTOR = ("visual.post_layernorm.", "visual.downsample.", "visual.merger.")
 _BEST_OF_GROUP = 2  # experts whose scores make that of their group
 
@@ -126,13 +124,8 @@ class Glm4vMoe(Qwen3Decoder, QwenImages):
         return "projector" if name.startswith(_PROJECTOR) else super().part_of(name)
 
     def check_served(self, hf: Any) -> None:
-        rope, vision = hf.text_config.rope_parameters, hf.vision_config
-        for key in _SGLANGS_OWN:
-            if rope.get(key):
-                raise GspoError(
-                    f"{key}=true of text_config.rope_parameters (or rope_scaling) in config.json has SGLang turn other dims, and "
-                    "transformers ignores it; set it to false, or rollout.engine=embedded"
-                )
+        check_served_rope(hf, interleaved=False)
+        vision = hf.vision_config
         for key, value, right in (
             ("hidden_act", vision.hidden_act, "silu"),
             ("rope_parameters.rope_theta", vision.rope_parameters["rope_theta"], 10000.0),

@@ -15,7 +15,6 @@ from gspo_mm.families.write import write_hf
 from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.policy.engine import Policy
 from gspo_mm.serving.served import tensor_dtypes, tensor_names, weight_map
-from gspo_mm.types import GspoError
 from tests.tiny_vl import save, tiny_glm
 from tools.check_parity import random_batch
 
@@ -103,35 +102,6 @@ def test_servers_get_the_bias_in_float32_and_know_what_they_keep_whole(model: An
     assert "model.layers.1.mlp.gate.e_score_correction_bias" in of_server
     assert {"model.norm.weight", "visual.downsample.bias", "visual.patch_embed.proj.weight"} < of_server
     assert "model.layers.1.mlp.gate.weight" not in of_server
-
-
-@pytest.mark.parametrize(
-    ("half", "change", "message"),
-    [
-        ("text", {"mrope_interleaved": True}, r"^mrope_interleaved=true of .*; set it to false, or"),
-        ("text", {"mrope_interleaved_glm": True}, r"^mrope_interleaved_glm=true of"),
-        ("text", {"video_rope": True}, r"^video_rope=true of"),
-        ("vision", {"rope_theta": 5e6}, r'vision_config\.rope_parameters\.rope_theta=5000000\.0 .* computes with 10000\.0;'),
-        ("activation", {"hidden_act": "gelu"}, r'vision_config\.hidden_act="gelu" .* computes with "silu"; set rollout'),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_what_sglang_would_compute_in_another_way_is_refused(
-    half: str, change: dict[str, Any], message: str, folder: Path
-) -> None:
-    family = FAMILIES["glm4v_moe"]
-    family.check_served(family.load_config(str(folder)))
-    config = json.loads((folder / "config.json").read_text())
-    vision = config["vision_config"]
-    section = {
-        "text": config["text_config"]["rope_parameters"],
-        "vision": vision["rope_parameters"],
-        "activation": vision,
-    }[half]
-    section |= change
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(GspoError, match=message):
-        family.check_served(family.load_config(str(folder)))
 
 
 def test_sizes_that_servers_cut_are_named(model: Any) -> None:
