@@ -165,6 +165,10 @@ class Family(ABC):
         """t*h*w of an image of that many pixels."""
         return image_processor.get_number_of_image_patches(height, width, {})
 
+    def pixels_counted(self, hf: Any) -> int:
+        """How often the image processor counts each pixel of an image in the limits of its `size`."""
+        return 1
+
     def images_of(
         self, hf: Any, inputs: Mapping[str, Any]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -103,6 +103,11 @@ class Glm4vMoe(Qwen3Decoder, QwenImages):
             "moe_shared_expert_intermediate_size": self.shared_width(text),
         }
 
+    def pixels_counted(self, hf: Any) -> int:
+        return (
+            hf.vision_config.temporal_patch_size
+        )  # once for each frame of a patch, all of which are the image
+
     def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
         decoder = self.decoder_entries(hf, padded_vocab=padded_vocab, fused=fused)
         return decoder + self.vision_entries(hf)

@@ -25,7 +25,8 @@ from tools.make_tiny_model import make_tiny_model
 def sigmoid_config(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Config:
     path = tmp_path_factory.mktemp("sigmoid") / "glm4v_moe"
     make_tiny_model(path, family="glm4v_moe", text={"routed_scaling_factor": 1.5})
-    return make_config("sigmoid", model={"path": str(path)})
+    # pictures of 64 x 64 are scaled down by both sides
+    return make_config("sigmoid", model={"path": str(path)}, data={"max_pixels": 48 * 48})
 
 
 @pytest.fixture(scope="module")

@@ -180,18 +180,22 @@ def test_servers_draw_different_random_numbers(tmp_path: Path) -> None:
     assert options(tmp_path)["random-seed"] == options(tmp_path)["random-seed"]
 
 
-def test_limits_are_passed_on_where_they_are_set(tmp_path: Path) -> None:
+def test_limits_are_passed_on_where_they_are_set(
+    tmp_path: Path, tiny_model: Path, tiny_sigmoid_model: Path
+) -> None:
     names = {"max-total-tokens", "max-running-requests", "limit-mm-data-per-request", "mm-process-config"}
     assert not names & set(options(tmp_path))
     told = options(
         tmp_path,
         sglang={"max_tokens": 4096, "max_running": 32, "max_images": 2, "mem_fraction": 0.5},
-        data={"min_pixels": 1024},
     )
     assert told["max-total-tokens"] == 4096
     assert told["max-running-requests"] == 32
     assert json.loads(told["limit-mm-data-per-request"]) == {"image": 2}
-    assert json.loads(told["mm-process-config"]) == {"image": {"min_pixels": 1024}}
+    for model, counted in ((tiny_model, 1), (tiny_sigmoid_model, 2)):
+        seen = options(tmp_path, model={"path": str(model)}, data={"min_pixels": 2000})
+        size = {"shortest_edge": 2000 * counted, "longest_edge": 128 * 128 * counted}
+        assert json.loads(seen["mm-process-config"]) == {"image": {"size": size}}
     assert told["mem-fraction-static"] == 0.5
 
 
