@@ -111,7 +111,7 @@ def server_options(config: Config, server: Server, *, on_gpus: bool) -> dict[str
         options |= {"base-gpu-id": server.first_gpu, "enable-memory-saver": sglang.colocate}
     else:
         options |= cpu.ARGUMENTS
-    return options | family_of(config.model.path).server_options | dict(sglang.extra_args)
+    return options | dict(family_of(config.model.path).server_options) | dict(sglang.extra_args)
 
 
 def _image_size(config: Config) -> dict[str, int] | None:
