@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from tiny_families import KINDS, TEXT, TOWER, Family, Kind
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -64,47 +64,6 @@ SPLIT = (
 )
 
 
-class Family(StrEnum):
-    QWEN3_VL_MOE = "qwen3_vl_moe"
-    QWEN3_VL = "qwen3_vl"
-    QWEN3_MOE = "qwen3_moe"
-    QWEN3 = "qwen3"
-    QWEN3_5_MOE = "qwen3_5_moe"
-    QWEN3_5 = "qwen3_5"
-    QWEN2_5_VL = "qwen2_5_vl"
-    GLM4V_MOE = "glm4v_moe"
-
-    @property
-    def sees(self) -> bool:
-        return self not in (Family.QWEN3_MOE, Family.QWEN3)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether its MLPs are mixtures of experts."""
-        return self.endswith("_moe")
-
-    @property
-    def attends_linearly(self) -> bool:
-        """Whether three of four layers do."""
-        return self in (Family.QWEN3_5_MOE, Family.QWEN3_5)
-
-    @property
-    def sees_windows(self) -> bool:
-        """Whether most blocks of its tower attend within windows; of its pixels SGLang takes patches of 14 x 14 alone."""
-        return self is Family.QWEN2_5_VL
-
-    @property
-    def chooses_by_sigmoid(self) -> bool:
-        """Whether experts are chosen by sigmoid scores and a bias, behind dense layers and beside a shared expert."""
-        return self is Family.GLM4V_MOE
-
-    @property
-    def name_of_classes(self) -> str:
-        """What the names of transformers' classes begin with."""
-        vl = "_VL" if self is Family.QWEN2_5_VL else "VL"
-        return self.replace("qwen", "Qwen").replace("glm", "Glm").replace("_vl", vl).replace("_moe", "Moe")
-
-
 def make_tiny_model(
     out: Path,
     *,
@@ -133,11 +92,11 @@ def make_tiny_model(
 
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists; choose another folder or pass --force to replace it")
-    tokenizer = _wrap_tokenizer(train_tokenizer())
-    kind = Family(family)
+    kind = KINDS[Family(family)]
+    tokenizer = _tokenizer(kind)
     config = _config(kind, tokenizer, patch_size, image_size, text or {}, vision or {})
-    head = "ForConditionalGeneration" if kind.sees else "ForCausalLM"
-    model_class = getattr(transformers, kind.name_of_classes + head)
+    head = "ForConditionalGeneration" if kind.vision else "ForCausalLM"
+    model_class = getattr(transformers, kind.classes + head)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -152,9 +111,9 @@ def make_tiny_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.save_pretrained(partial)
-    if kind is Family.QWEN3_VL_MOE:
+    if family == Family.QWEN3_VL_MOE:
         _store_published_layout(partial / "model.safetensors", config.text_config)
-    processor = _processor(kind, tokenizer, config.vision_config, image_size) if kind.sees else tokenizer
+    processor = _processor(kind, tokenizer, config.vision_config, image_size) if kind.vision else tokenizer
     processor.save_pretrained(partial)
     AutoProcessor.from_pretrained(partial)  # the folder must load, or it is not published
     if out.exists():
@@ -163,7 +122,7 @@ def make_tiny_model(
     return model
 
 
-def train_tokenizer() -> Tokenizer:
+def train_tokenizer(special: list[str] = SPECIAL_TOKENS) -> Tokenizer:
     """Byte-level BPE: any text can be written, the words of `CORPUS` are single tokens, digits never merge."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -182,27 +141,30 @@ def train_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 2, trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN_TOKENS])
     return tokenizer
 
 
-def _wrap_tokenizer(tokenizer: Tokenizer) -> Any:
+def _tokenizer(kind: Kind) -> Any:
     from transformers import PreTrainedTokenizerFast
 
+    special, template = [kind.name_of(token) for token in SPECIAL_TOKENS], CHAT_TEMPLATE
+    for name in SPECIAL_TOKENS:
+        template = template.replace(name, kind.name_of(name))
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=train_tokenizer(special),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL_TOKENS,
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=special,
+        chat_template=template,
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
     )
 
 
 def _config(
-    family: Family,
+    kind: Kind,
     tokenizer: Any,
     patch_size: int | None,
     image_size: int,
@@ -211,95 +173,51 @@ def _config(
 ) -> Any:
     import transformers
 
-    tied = text.get("tie_word_embeddings", False)
-    patch: int = vision.get("patch_size", patch_size or (14 if family.sees_windows else 8))
+    config_class = getattr(transformers, f"{kind.classes}Config")
     token = tokenizer.convert_tokens_to_ids
-    text_values: dict[str, Any] = {
-        "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.05,
-        "rms_norm_eps": 1e-6,
-        "eos_token_id": token("<|im_end|>"),
-        "pad_token_id": token("<|endoftext|>"),
-        "bos_token_id": token("<|endoftext|>"),
-    }
-    if family.mixes:
-        text_values |= {
-            "n_routed_experts" if family.chooses_by_sigmoid else "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 48,  # not hidden/2: then both layouts of gate_up_proj would have equal dims
-        }
-    if family.chooses_by_sigmoid:
-        text_values |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "attention_bias": True}
-    elif family.mixes and not family.attends_linearly:
-        text_values |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
-    if family.attends_linearly:
-        text_values |= {
-            "num_hidden_layers": 4,  # three attend linearly
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
-        }
-        text_values |= {"shared_expert_intermediate_size": 48} if family.mixes else {}
-    text_values |= text
-    rotated = 0.25 if family.attends_linearly else 0.5 if family.chooses_by_sigmoid else 1.0
+    ends = {"eos": "<|im_end|>", "pad": "<|endoftext|>", "bos": "<|endoftext|>"}
+    values = TEXT | {"vocab_size": -(-len(tokenizer) // 64) * 64} | kind.text
+    values |= {f"{name}_token_id": token(end) for name, end in ends.items()} | text
     if "rope_parameters" not in text:
-        text_values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
-        text_values["rope_parameters"] |= {"partial_rotary_factor": rotated} if rotated < 1 else {}
-    config_class = getattr(transformers, f"{family.name_of_classes}Config")
-    if not family.sees:
-        return config_class(**text_values, dtype="float32")
-    if "rope_parameters" not in text:
-        half = int(text_values["head_dim"] * rotated) // 2
-        side = half * 5 // 16  # Qwen3-VL's split of 64 frequencies is 24 time, 20 height, 20 width
-        text_values["rope_parameters"]["mrope_section"] = [half - 2 * side, side, side]
-        if not (family.sees_windows or family.chooses_by_sigmoid):
-            text_values["rope_parameters"]["mrope_interleaved"] = True
-    vision_values: dict[str, Any] = {
-        "depth": 3,
-        "hidden_size": 64,
-        "num_heads": 4,
-        "intermediate_size": 128,
-        "patch_size": patch,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "in_channels": 3,
-        "out_hidden_size": text_values["hidden_size"],
-        "initializer_range": 0.05,
-    }
-    if family.sees_windows:
-        vision_values |= {"window_size": 4 * patch, "fullatt_block_indexes": [1]}
-        del text_values["head_dim"]  # is hidden_size / num_attention_heads
-    elif family.chooses_by_sigmoid:
-        vision_values["image_size"] = image_size  # that its positions are for
-    else:
-        vision_values["num_position_embeddings"] = (image_size // patch) ** 2
-        # SGLang knows exactly three; where there are none it must be said
-        vision_values["deepstack_visual_indexes"] = [] if family.attends_linearly else [0, 1, 2]
-    vision_values |= vision
-    around = "image" if family.chooses_by_sigmoid else "vision"
+        values["rope_parameters"] = _rope(kind, values["head_dim"])
+    if kind.vision is None:
+        return config_class(**values, dtype="float32")
+    if kind is KINDS[Family.QWEN2_5_VL]:
+        del values["head_dim"]  # is hidden_size / num_attention_heads
+    patch = vision.get("patch_size", patch_size or kind.patch_size)
+    tower = TOWER | {"patch_size": patch, "out_hidden_size": values["hidden_size"]}
     config = config_class(
-        text_config=text_values,
-        vision_config=vision_values,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        **{f"{around}_{side}_token_id": token(f"<|vision_{side}|>") for side in ("start", "end")},
-        tie_word_embeddings=tied,
+        text_config=values,
+        vision_config=tower | kind.vision(patch, image_size) | vision,
+        image_token_id=token(kind.name_of("<|image_pad|>")),
+        video_token_id=token(kind.name_of("<|video_pad|>")),
+        **{
+            f"{kind.around}_{side}_token_id": token(kind.name_of(f"<|vision_{side}|>"))
+            for side in ("start", "end")
+        },
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
         dtype="float32",
     )
-    if family.attends_linearly:  # transformers does not write it, and SGLang reads it in layer_types' place
+    if (
+        "linear_num_key_heads" in values
+    ):  # transformers does not write it, and SGLang reads it in layer_types' place
         config.text_config.full_attention_interval = text.get("full_attention_interval", 4)
     return config
 
 
-def _processor(family: Family, tokenizer: Any, vision: Any, image_size: int) -> Any:
+def _rope(kind: Kind, head_dim: int) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+    if kind.turned < 1:
+        rope["partial_rotary_factor"] = kind.turned
+    if kind.vision is None:
+        return rope
+    half = int(head_dim * kind.turned) // 2
+    side = half * 5 // 16  # Qwen3-VL's split of 64 frequencies is 24 time, 20 height, 20 width
+    rope["mrope_section"] = [half - 2 * side, side, side]
+    return rope | ({"mrope_interleaved": True} if kind.interleaved else {})
+
+
+def _processor(kind: Kind, tokenizer: Any, vision: Any, image_size: int) -> Any:
     import transformers
 
     shape = {
@@ -307,25 +225,19 @@ def _processor(family: Family, tokenizer: Any, vision: Any, image_size: int) -> 
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
     }
-    size = {"shortest_edge": image_size**2 // 4, "longest_edge": image_size**2 * 4}
+    pixels = image_size**2 * (vision.temporal_patch_size if kind.counts_frames else 1)
     half = [0.5, 0.5, 0.5]
-    whole, video = transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor
-    image = transformers.Qwen2VLImageProcessor
-    if family.sees_windows:
-        whole, video = transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor
-    if family.chooses_by_sigmoid:
-        whole, video = transformers.Glm4vProcessor, transformers.Glm4vVideoProcessor
-        image = transformers.Glm4vImageProcessor
-        # it counts an image's pixels once for each frame of a patch
-        size = {edge: pixels * vision.temporal_patch_size for edge, pixels in size.items()}
-        tokenizer._set_model_specific_special_tokens(
-            {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
-        )
+    whole, video, image = (getattr(transformers, name) for name in kind.processor)
     return whole(
-        image_processor=image(**shape, size=size, image_mean=half, image_std=half),
+        image_processor=image(
+            **shape,
+            size={"shortest_edge": pixels // 4, "longest_edge": pixels * 4},
+            image_mean=half,
+            image_std=half,
+        ),
         video_processor=video(**shape),
         tokenizer=tokenizer,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=tokenizer.chat_template,
     )
 
 

@@ -95,10 +95,10 @@ class DataConfig(Section):
         default=2048, description="longer prompts are skipped and counted, never cut"
     )
     min_pixels: Positive | None = Field(
-        default=None, description="passed to the image processor; null: its own"
+        default=None, description="images of fewer pixels are scaled up; null: the image processor's own"
     )
     max_pixels: Positive | None = Field(
-        default=None, description="passed to the image processor; null: its own"
+        default=None, description="images of more pixels are scaled down; null: the image processor's own"
     )
     max_bad_fraction: Fraction = Field(
         default=0.01, description="of samples read; more unusable ones stop the run"

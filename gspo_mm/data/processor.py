@@ -20,7 +20,7 @@ from gspo_mm.config import DataConfig
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.pictures import decode_image
 from gspo_mm.families.table import family_of
-from gspo_mm.hf.processor import load_processor, tokenizer_of
+from gspo_mm.hf.processor import load_processor, size_within, tokenizer_of
 from gspo_mm.hf.stops import find_stops
 from gspo_mm.types import EncodedImage, EncodedPrompt, Prompt
 
@@ -44,10 +44,12 @@ class Processor:
         )
         if self.image_token_id is not None:
             self._image_processor: Any = self._processor.image_processor
-            size = dict(self._image_processor.size)
-            size |= {"shortest_edge": config.min_pixels} if config.min_pixels else {}
-            size |= {"longest_edge": config.max_pixels} if config.max_pixels else {}
-            self._image_processor.size = size
+            self._image_processor.size = size_within(
+                self._image_processor.size,
+                least=config.min_pixels,
+                most=config.max_pixels,
+                counted=self._family.pixels_counted(hf),
+            )
         stops = find_stops(model_path, self._processor, hf.get_text_config().vocab_size)
         logger.info("%s", stops.describe(self._tokenizer))
         # where engines stop and what ends an answer, everywhere; the one that ends a reference response is first

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -55,6 +56,10 @@ class Family(ABC):
     constants: tuple[str, ...] = ()
     # how published names begin, where that is not transformers' way
     prefixes = Prefixes()
+    # modules that servers must be told to keep as they are, because SGLang has other names for what is in them
+    kept_by_servers: tuple[str, ...] = ()
+    # options of sglang.launch_server that servers of it need
+    server_options: Mapping[str, bool] = MappingProxyType({})
 
     # --- the language decoder
 
@@ -159,6 +164,10 @@ class Family(ABC):
     def num_patches(self, hf: Any, image_processor: Any, height: int, width: int) -> int:
         """t*h*w of an image of that many pixels."""
         return image_processor.get_number_of_image_patches(height, width, {})
+
+    def pixels_counted(self, hf: Any) -> int:
+        """How often the image processor counts each pixel of an image in the limits of its `size`."""
+        return 1
 
     def images_of(
         self, hf: Any, inputs: Mapping[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gspo_mm.hf.headers import HfFolderError
+from gspo_mm.types import GspoError
 
 
 def key_of(hf: Any, key: str) -> str:
@@ -42,3 +43,22 @@ def check_top_k(path: str, hf: Any, *, sums_to_one: bool, experts: str = "num_ex
             f"{path}: {key_of(hf, 'num_experts_per_tok')}={text.num_experts_per_tok} with {experts}={most} "
             f"is not supported: {why if sums_to_one else ''}use a model with {least} to {most} experts per token"
         )
+
+
+def check_served_rope(hf: Any, *, interleaved: bool) -> None:
+    """Raise GspoError where SGLang would turn other dims by an image's height and width than transformers does.
+
+    transformers deals frequencies to the axes as the family's code says (`interleaved`, or in blocks), SGLang as these keys do.
+    """
+    rope = hf.get_text_config().rope_parameters
+    for key, right in (
+        ("mrope_interleaved", interleaved),
+        ("mrope_interleaved_glm", False),
+        ("video_rope", False),
+    ):
+        if bool(rope.get(key)) != right:
+            said = "true" if rope.get(key) else "false (or not set)"
+            raise GspoError(
+                f"{key_of(hf, 'rope_parameters')}.{key} (or rope_scaling's) of config.json is {said}, for which SGLang turns "
+                f"heads in another way than transformers; set it to {str(right).lower()}, or rollout.engine=embedded"
+            )

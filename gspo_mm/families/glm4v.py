@@ -11,18 +11,20 @@ Left out: videos, router losses, the dense variant (glm4v), whose decoder has no
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Family, ServedDim
-from gspo_mm.families.checks import key_of
+from gspo_mm.families.base import ServedDim
+from gspo_mm.families.checks import check_served_rope, key_of
 from gspo_mm.families.cost import FlopModel, matmul
 from gspo_mm.families.operations import Copy, Entry
-from gspo_mm.families.parts import entry, gated_mlp
+from gspo_mm.families.parts import cut_by_tp, entry, gated_mlp, served_mlp
 from gspo_mm.families.qwen3 import Qwen3Decoder, head_dim
 from gspo_mm.families.qwen3_vl import MultiAxisRotary, QwenImages
 from gspo_mm.hf.headers import HfFolderError
@@ -40,6 +42,9 @@ class Glm4vMoe(Qwen3Decoder, QwenImages):
     published_experts = "apart"
     constants = (_BIAS,)
     norms_queries = False
+    kept_by_servers = ("model.visual",)  # it looks for shards of attn.qkv_proj, and the folder has attn.qkv
+    # else SGLang makes the shared expert one of the routed ones on some GPUs, under their name, and refuses several
+    server_options = MappingProxyType({"disable-shared-experts-fusion": True})
     experts_key = "num_local_experts"  # transformers' other name of it, which config.json may have too
 
     def load_config(self, path: str) -> Any:
@@ -98,6 +103,11 @@ class Glm4vMoe(Qwen3Decoder, QwenImages):
             "moe_shared_expert_intermediate_size": self.shared_width(text),
         }
 
+    def pixels_counted(self, hf: Any) -> int:
+        return (
+            hf.vision_config.temporal_patch_size
+        )  # once for each frame of a patch, all of which are the image
+
     def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
         decoder = self.decoder_entries(hf, padded_vocab=padded_vocab, fused=fused)
         return decoder + self.vision_entries(hf)
@@ -119,17 +129,31 @@ class Glm4vMoe(Qwen3Decoder, QwenImages):
         return "projector" if name.startswith(_PROJECTOR) else super().part_of(name)
 
     def check_served(self, hf: Any) -> None:
-        # a server of SGLang 0.5.23 took the tiny model's prompts apart otherwise than its processor does
-        Family.check_served(self, hf)
+        check_served_rope(hf, interleaved=False)
+        vision = hf.vision_config
+        for key, value, right in (
+            ("hidden_act", vision.hidden_act, "silu"),
+            ("rope_parameters.rope_theta", vision.rope_parameters["rope_theta"], 10000.0),
+        ):
+            if value != right:
+                raise GspoError(
+                    f"vision_config.{key}={json.dumps(value)} of config.json is ignored by SGLang, which computes with "
+                    f"{json.dumps(right)}; set rollout.engine=embedded"
+                )
 
     def linear_layers(self, hf: Any) -> Mapping[str, tuple[str, ...]]:
-        return {}
+        layers = dict(super().linear_layers(hf))
+        for number, is_moe in enumerate(self.mixtures(hf.text_config)):
+            if is_moe:
+                shared = f"layers.{number}.mlp.shared_experts"
+                layers |= served_mlp(f"{self.prefix}.{shared}", f"model.{shared}")
+        return layers
 
     def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
-        raise GspoError(
-            f"rollout.sglang.fp8=true is not supported for models of type {hf.model_type}: on some GPUs SGLang makes the "
-            "shared expert one of the routed ones; set rollout.sglang.fp8=false"
-        )
+        text, dims = hf.text_config, super().linear_dims(hf, attention=attention, mlp=mlp, experts=experts)
+        if not any(self.mixtures(text)):
+            return dims
+        return [*dims, cut_by_tp("n_shared_experts*moe_intermediate_size", self.shared_width(text), mlp)]
 
     def whole_tensor(self, name: str) -> str | None:
         if not _WHOLE.search(name):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gspo_mm.families.checks import check_served_rope
 from gspo_mm.families.cost import FlopModel, matmul
 from gspo_mm.families.names import Prefixes
 from gspo_mm.families.operations import Entry
@@ -80,6 +81,7 @@ class Qwen25VL(Qwen3Decoder, QwenImages):
         return MultiAxisRotary(head_dim(text), base=text.rope_parameters["rope_theta"], axis=axis)
 
     def check_served(self, hf: Any) -> None:
+        check_served_rope(hf, interleaved=False)
         size, width = self.patch_dim(hf), hf.vision_config.hidden_size
         if (
             size != _SERVED_PATCH or width == size

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from gspo_mm.families.base import Family
+from gspo_mm.families.checks import check_served_rope
 from gspo_mm.families.cost import FlopModel, matmul
 from gspo_mm.families.operations import Entry
 from gspo_mm.families.parts import tower
 from gspo_mm.families.qwen3 import Qwen3Decoder
+from gspo_mm.types import GspoError
 
 HF_TEXT = "model.language_model"
 _HF_VISION = "model.visual"
@@ -126,6 +128,16 @@ class Qwen3VL(Qwen3Decoder, QwenImages):
 
     def renormalises(self, text: Any) -> bool:
         return True  # transformers does so for this family, whatever norm_topk_prob says
+
+    def check_served(self, hf: Any) -> None:
+        super().check_served(hf)
+        check_served_rope(hf, interleaved=True)
+        # no key of transformers' config, which keeps what the file has all the same
+        if any(self.mixtures(hf.text_config)) and getattr(hf.text_config, "norm_topk_prob", True) is not True:
+            raise GspoError(
+                "text_config.norm_topk_prob of config.json is not true, for which SGLang leaves routing weights as they are, and "
+                "transformers has them sum to 1 whatever it says; set it to true, or rollout.engine=embedded"
+            )
 
     def flops(self, hf: Any) -> FlopModel:
         return self.with_vision_flops(hf, self.decoder_flops(hf))

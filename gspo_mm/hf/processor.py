@@ -47,6 +47,15 @@ def load_processor(path: str) -> tuple[Any, Any]:
     return processor, hf
 
 
+def size_within(own: Any, *, least: int | None, most: int | None, counted: int) -> dict[str, int]:
+    """An image processor's `size` with other limits, in pixels of an image; None keeps its own.
+
+    `counted`: how often it counts each of them.
+    """
+    limits = {"shortest_edge": least, "longest_edge": most}
+    return dict(own) | {edge: pixels * counted for edge, pixels in limits.items() if pixels}
+
+
 def tokenizer_of(processor: Any) -> Any:
     return getattr(processor, "tokenizer", processor)
 

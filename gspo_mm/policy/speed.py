@@ -53,12 +53,20 @@ def choices_of_run(config: Config | None, ranks: int | None) -> list[Choice]:
     hf = family.load_config(config.model.path)
     plan = ParallelPlan.from_config(sizes, ranks or sizes.tp * sizes.pp * sizes.cp * (sizes.dp or 1))
     plan.check_model(family.dims(hf))
-    return [*prepare_process(config), *choices(config.policy, plan, family.transformer_arguments(hf))]
+    sees = family.image_token_id(hf) is not None
+    return [
+        *prepare_process(config),
+        *choices(config.policy, plan, family.transformer_arguments(hf), sees=sees),
+    ]
 
 
-def choices(config: PolicyConfig, plan: ParallelPlan, architecture: Mapping[str, Any]) -> list[Choice]:
-    """For a family's `transformer_arguments`, on this machine."""
-    found = [_layers(), *_overlaps(config, plan), _recompute(config, architecture), _vision(config)]
+def choices(
+    config: PolicyConfig, plan: ParallelPlan, architecture: Mapping[str, Any], *, sees: bool = True
+) -> list[Choice]:
+    """For a family's `transformer_arguments`, on this machine; `sees`: the model takes images."""
+    found = [_layers(), *_overlaps(config, plan), _recompute(config, architecture)]
+    if sees:
+        found.append(_vision(config))
     if architecture.get("num_moe_experts"):
         found += _experts(config, plan, architecture)
     if "linear_attention_freq" in architecture:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gspo_mm.config import Config, SGLangConfig
+from gspo_mm.families.table import family_of
 from gspo_mm.families.write import TEMPLATE
+from gspo_mm.hf.processor import load_processor, size_within
 from gspo_mm.runtime.dist import ranks_here, world_size
 from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.serving import cpu
@@ -103,14 +105,25 @@ def server_options(config: Config, server: Server, *, on_gpus: bool) -> dict[str
         options["max-running-requests"] = sglang.max_running
     if sglang.max_images:
         options["limit-mm-data-per-request"] = f'{{"image": {sglang.max_images}}}'
-    if config.data.min_pixels or config.data.max_pixels:
-        image = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
-        options["mm-process-config"] = json.dumps({"image": {k: v for k, v in image.items() if v}})
+    if size := _image_size(config):
+        options["mm-process-config"] = json.dumps({"image": {"size": size}})
     if on_gpus:
         options |= {"base-gpu-id": server.first_gpu, "enable-memory-saver": sglang.colocate}
     else:
         options |= cpu.ARGUMENTS
-    return options | dict(sglang.extra_args)
+    return options | dict(family_of(config.model.path).server_options) | dict(sglang.extra_args)
+
+
+def _image_size(config: Config) -> dict[str, int] | None:
+    """`size` of the servers' image processor, where the config decides it. As `size` all families' take limits."""
+    data, family = config.data, family_of(config.model.path)
+    if not (data.min_pixels or data.max_pixels):
+        return None
+    processor, hf = load_processor(config.model.path)
+    if family.image_token_id(hf) is None:
+        return None
+    own, counted = processor.image_processor.size, family.pixels_counted(hf)
+    return size_within(own, least=data.min_pixels, most=data.max_pixels, counted=counted)
 
 
 def check_installed(python: str | None) -> None:

@@ -87,6 +87,7 @@ def quantization_config(family: Family, hf: Any) -> dict[str, Any]:
     names = [n for n in tensor_names(weight_map(family, hf)) if n.endswith((".weight", ".bias"))]
     kept = {name.rpartition(".")[0] for name in names if name not in quantized}
     kept -= {name.rpartition(".")[0] for name in quantized}
+    kept |= {*family.kept_by_servers}
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",

@@ -16,7 +16,6 @@ import torch
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.policy.engine import Policy
-from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving.admin import call_all
 from gspo_mm.serving.fleet import Fleet
@@ -24,7 +23,7 @@ from gspo_mm.serving.server import bearer
 from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import EncodedPrompt
 from tests.sglang.conftest import MakeConfig
-from tests.sglang.test_push import GREEDY, gap, greedy, perturb
+from tests.sglang.test_push import assert_follows, perturb
 from tools.make_tiny_model import make_tiny_model
 
 
@@ -66,16 +65,7 @@ def test_the_server_answers_as_the_policy_before_and_after_an_update(
     some: list[EncodedPrompt],
 ) -> None:
     push = SGLangPush(hybrid_config, policy, hybrid)
-    embedded = EmbeddedEngine(hybrid_config.model.path, reader, dtype=torch.float32, max_batch=64)
-    for version in range(1, 3):
-        push.push(version=version)
-        answers = greedy(hybrid, some)
-        embedded.load_weights(policy.export(), version=version)
-        expected = embedded.generate(some, group_size=1, sampling=GREEDY, seed=0)
-        assert [a.token_ids for a in answers] == [e.token_ids for (e,) in expected]
-        assert gap(policy, reader, some, answers) <= 1e-4
-        perturb(policy, seed=version)
-        assert gap(policy, reader, some, answers) > 1e-3, "the server cannot have these weights yet"
+    assert_follows(push, policy, hybrid, reader, some)
     push.close()
 
 

@@ -99,6 +99,24 @@ def gap(
     )
 
 
+def assert_follows(
+    push: SGLangPush, policy: Policy, engine: SGLangEngine, reader: Processor, prompts: list[EncodedPrompt]
+) -> None:
+    """The server answers as the policy before and after an update."""
+    path = policy.hf.name_or_path
+    embedded = EmbeddedEngine(path, reader, dtype=torch.float32, max_batch=64)
+    for version in range(1, 3):
+        push.push(version=version)
+        answers = greedy(engine, prompts)
+        embedded.load_weights(policy.export(), version=version)
+        expected = embedded.generate(prompts, group_size=1, sampling=GREEDY, seed=0)
+        assert [a.token_ids for a in answers] == [e.token_ids for (e,) in expected]
+        assert {v for answer in answers for v in answer.versions} == {version}
+        assert gap(policy, reader, prompts, answers) <= 1e-4
+        perturb(policy, seed=version)
+        assert gap(policy, reader, prompts, answers) > 1e-3, "the server cannot have these weights yet"
+
+
 @pytest.mark.parametrize("push", MODES, indirect=True)
 def test_the_server_answers_as_the_policy_before_and_after_each_of_five_updates(
     push: SGLangPush,

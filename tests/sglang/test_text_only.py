@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.policy.engine import Policy
-from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving.fleet import Fleet
 from gspo_mm.sync.parity import check_parity
 from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import EncodedPrompt, Prompt
 from tests.sglang.conftest import MakeConfig
-from tests.sglang.test_push import GREEDY, MODES, gap, greedy, perturb
+from tests.sglang.test_push import MODES, assert_follows
 from tools.make_tiny_model import make_tiny_model
 
 
@@ -72,17 +70,7 @@ def test_the_server_answers_as_the_policy_before_and_after_an_update(
 ) -> None:
     config = text_config.model_copy(update={"sync": text_config.sync.model_copy(update={"mode": mode})})
     push = SGLangPush(config, policy, text_engine)
-    embedded = EmbeddedEngine(config.model.path, reader, dtype=torch.float32, max_batch=64)
-    for version in range(1, 3):
-        push.push(version=version)
-        answers = greedy(text_engine, questions)
-        embedded.load_weights(policy.export(), version=version)
-        expected = embedded.generate(questions, group_size=1, sampling=GREEDY, seed=0)
-        assert [a.token_ids for a in answers] == [e.token_ids for (e,) in expected]
-        assert {v for answer in answers for v in answer.versions} == {version}
-        assert gap(policy, reader, questions, answers) <= 1e-4
-        perturb(policy, seed=version)
-        assert gap(policy, reader, questions, answers) > 1e-3, "the server cannot have these weights yet"
+    assert_follows(push, policy, text_engine, reader, questions)
     push.push(version=3)
     gaps = check_parity(policy, text_engine, reader, questions, threshold=1e-4)
     assert set(gaps) == {"text", "response"}

@@ -15,7 +15,6 @@ from gspo_mm.families.write import write_hf
 from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.policy.engine import Policy
 from gspo_mm.serving.served import tensor_dtypes, tensor_names, weight_map
-from gspo_mm.types import GspoError
 from tests.tiny_vl import save, tiny_glm
 from tools.check_parity import random_batch
 
@@ -105,16 +104,13 @@ def test_servers_get_the_bias_in_float32_and_know_what_they_keep_whole(model: An
     assert "model.layers.1.mlp.gate.weight" not in of_server
 
 
-def test_servers_are_refused_until_they_are_shown_to_compute_the_same(model: Any) -> None:
-    with pytest.raises(
-        GspoError, match=r"glm4v_moe are not served by SGLang here; set rollout\.engine=embedded"
-    ):
-        FAMILIES["glm4v_moe"].check_served(model.config)
-
-
-def test_servers_in_fp8_are_refused(model: Any) -> None:
-    with pytest.raises(GspoError, match=r"set rollout\.sglang\.fp8=false"):
-        FAMILIES["glm4v_moe"].linear_dims(model.config, attention=1, mlp=1, experts=1)
+def test_sizes_that_servers_cut_are_named(model: Any) -> None:
+    family = FAMILIES["glm4v_moe"]
+    dims = family.linear_dims(model.config, attention=2, mlp=4, experts=8)
+    named = {dim.name: (dim.size, dim.ways) for dim in dims}
+    assert named["n_shared_experts*moe_intermediate_size"] == (24, 4)
+    assert named["intermediate_size"] == (96, 4)
+    assert named["moe_intermediate_size"] == (24, 8)
 
 
 @pytest.mark.parametrize(

@@ -118,10 +118,14 @@ def test_a_prompt_over_the_limit_is_refused_not_cut(tiny_model: Path) -> None:
         make(tiny_model, max_prompt_tokens=20).encode(prompt(encoded(64, 64), "Which digit is this?"))
 
 
-def test_pixel_limits_reach_the_image_processor(tiny_model: Path) -> None:
-    it = make(tiny_model, max_pixels=32 * 32).encode(prompt(encoded(64, 64), "?"))
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sigmoid_model"])
+@pytest.mark.parametrize(("limits", "side"), [({"max_pixels": 48 * 48}, 6), ({"min_pixels": 96 * 96}, 12)])
+def test_pixel_limits_are_those_of_an_image(
+    model: str, limits: dict[str, int], side: int, request: pytest.FixtureRequest
+) -> None:
+    it = make(request.getfixturevalue(model), **limits).encode(prompt(encoded(64, 64), "?"))
     assert it.image_grid_thw is not None
-    assert it.image_grid_thw.tolist() == [[1, 4, 4]]
+    assert it.image_grid_thw.tolist() == [[1, side, side]]
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_pixels": 40 * 40}, {"min_pixels": 100 * 100}])

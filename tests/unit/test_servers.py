@@ -73,9 +73,12 @@ HTTPServer((options["host"], int(options["port"])), Handler).serve_forever()
 def new_config(folder: Path, **sections: Any) -> Config:
     """`rollout.sglang` and other sections' keys by keyword."""
     sglang = sections.pop("sglang", {})
+    model = folder / "model"
+    model.mkdir(exist_ok=True, parents=True)
+    (model / "config.json").write_text('{"model_type": "qwen3_vl_moe"}')
     values: dict[str, Any] = {
         "run": {"name": folder.name, "dir": str(folder.parent)},
-        "model": {"path": "m"},
+        "model": {"path": str(model)},
         "data": {"train": ["a.tar"]},
         "reward": {"file": "r.yaml"},
         "rollout": {"engine": "sglang", "sglang": sglang},
@@ -106,6 +109,14 @@ def test_a_server_is_told_model_address_and_keys(tmp_path: Path) -> None:
     expected = {"host": "10.0.0.1", "port": 4711, "api-key": "k", "admin-api-key": "a", "dtype": "bfloat16"}
     assert told.items() >= expected.items()
     assert Path(told["model-path"]).is_absolute()
+
+
+def test_options_that_a_family_needs_are_set(tmp_path: Path) -> None:
+    assert "disable-shared-experts-fusion" not in options(tmp_path)
+    glm = tmp_path / "glm"
+    glm.mkdir()
+    (glm / "config.json").write_text('{"model_type": "glm4v_moe"}')
+    assert options(tmp_path, model={"path": str(glm)})["disable-shared-experts-fusion"] is True
 
 
 def test_the_context_holds_the_longest_prompt_and_answer(tmp_path: Path) -> None:
@@ -169,18 +180,22 @@ def test_servers_draw_different_random_numbers(tmp_path: Path) -> None:
     assert options(tmp_path)["random-seed"] == options(tmp_path)["random-seed"]
 
 
-def test_limits_are_passed_on_where_they_are_set(tmp_path: Path) -> None:
+def test_limits_are_passed_on_where_they_are_set(
+    tmp_path: Path, tiny_model: Path, tiny_sigmoid_model: Path
+) -> None:
     names = {"max-total-tokens", "max-running-requests", "limit-mm-data-per-request", "mm-process-config"}
     assert not names & set(options(tmp_path))
     told = options(
         tmp_path,
         sglang={"max_tokens": 4096, "max_running": 32, "max_images": 2, "mem_fraction": 0.5},
-        data={"min_pixels": 1024},
     )
     assert told["max-total-tokens"] == 4096
     assert told["max-running-requests"] == 32
     assert json.loads(told["limit-mm-data-per-request"]) == {"image": 2}
-    assert json.loads(told["mm-process-config"]) == {"image": {"min_pixels": 1024}}
+    for model, counted in ((tiny_model, 1), (tiny_sigmoid_model, 2)):
+        seen = options(tmp_path, model={"path": str(model)}, data={"min_pixels": 2000})
+        size = {"shortest_edge": 2000 * counted, "longest_edge": 128 * 128 * counted}
+        assert json.loads(seen["mm-process-config"]) == {"image": {"size": size}}
     assert told["mem-fraction-static"] == 0.5
 
 

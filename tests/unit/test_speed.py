@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gspo_mm.policy.model import transformer_config
 from gspo_mm.policy.parallel import ParallelPlan, PlanError
 from gspo_mm.policy.speed import Choice, choices, overlaps_reduction
 from gspo_mm.policy.vision import attend_to_all_images
-from tests.tiny_vl import save, tiny_vl, tiny_windows, wide_vl
+from tests.tiny_vl import save, tiny_text, tiny_vl, tiny_windows, wide_vl
 
 MIXTURE = {"num_moe_experts": 8, "activation_func": F.silu, "gated_linear_unit": True}
 ON_A_CPU: set[str] = set()
@@ -216,3 +217,14 @@ def test_a_tower_of_images_of_one_size_is_left_alone() -> None:
     before = tower.config._attn_implementation
     attend_to_all_images(tower)
     assert tower.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(("make", "sees"), [(tiny_text, False), (tiny_vl, True)])
+def test_a_run_without_images_hears_of_the_decoder_alone(
+    make: Callable[[], Any], sees: bool, tmp_path: Path
+) -> None:
+    folder = save(make(), tmp_path)
+    config = load_config(Path("configs/quickstart.yaml"), [f"model.path={folder}"], any_world=True)
+    names = {choice.name for choice in speed.choices_of_run(config, ranks=1)}
+    assert ("images attended to at once" in names) is sees
+    assert "experts in one grouped product" in names
