@@ -37,6 +37,9 @@ class ModelDims:
     expert_ffn: int = 0  # inner size of one expert
     deepstack_levels: int = 0
     linear_heads: int = 0  # key heads of linear attention; 0: none
+    # key-value heads that context parallelism spreads too, as attention with sinks or windows needs; 0: tokens alone
+    spread_groups: int = 0
+    expert_biases: bool = False
 
 
 class Family(ABC):
@@ -88,6 +91,8 @@ class Family(ABC):
             expert_ffn=made.get("moe_ffn_hidden_size", 0),
             deepstack_levels=self.deepstack_levels(hf),
             linear_heads=made.get("linear_num_key_heads", 0),
+            spread_groups=made["num_query_groups"] if "softmax_type" in made or "window_size" in made else 0,
+            expert_biases=made.get("add_bias_linear", True) and "num_moe_experts" in made,
         )
 
     @abstractmethod

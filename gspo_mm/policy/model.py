@@ -230,6 +230,7 @@ def transformer_config(
         **_recompute_arguments(config, architecture),
         **_moe_arguments(config, plan),
         **_spread_arguments(plan),
+        **_attention_arguments(plan, architecture),
         **_numeric_arguments(DTYPES[config.dtype]),
     }
     chosen = overridden(arguments(choices(config, plan, architecture)), fixed, config.megatron)
@@ -255,6 +256,14 @@ def _spread_arguments(plan: ParallelPlan) -> dict[str, Any]:
         "batch_p2p_comm": plan.vpp == 1,
         "deallocate_pipeline_outputs": True,
     }
+
+
+def _attention_arguments(plan: ParallelPlan, architecture: dict[str, Any]) -> dict[str, Any]:
+    """How Transformer Engine spreads sinks and windows over context-parallel ranks: by heads, the one way that it has for both
+    (dot_product_attention/utils.py of version 2.20, softmax_type).
+    """
+    by_heads = plan.cp > 1 and ("softmax_type" in architecture or "window_size" in architecture)
+    return {"cp_comm_type": "a2a"} if by_heads else {}
 
 
 def _numeric_arguments(dtype: torch.dtype) -> dict[str, Any]:

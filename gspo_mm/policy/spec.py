@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -28,7 +29,12 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 
+from gspo_mm.families.sinks import attend_with_sinks
 from gspo_mm.policy.collectives import GatherTokens
 from gspo_mm.policy.delta import delta_layer
 from gspo_mm.policy.layout import zigzag
@@ -108,7 +114,10 @@ def block_spec(
                 attention.q_layernorm = attention.k_layernorm = norm
             attention.core_attention = LocalAttention
         if getattr(layer.submodules.mlp, "func", None) is MoELayer:
-            layer.submodules.mlp.keywords["submodules"].router = Router
+            mixture = layer.submodules.mlp.keywords["submodules"]
+            mixture.router = Router
+            if not fused:
+                mixture.experts.keywords["submodules"].linear_fc2 = ExpertOutput
             # names of checkpoints: the local spec renames this norm as if the MLP's first layer held it, which in a mixture
             # neither it nor Transformer Engine's spec does (gpt_layer_specs.py of megatron-core 0.19)
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
@@ -169,6 +178,14 @@ class Router(TopKRouter):
         return super().attach_and_log_load_balancing_loss(*args, **kwargs)
 
 
+class ExpertOutput(RowParallelLinear):
+    """The last product of one expert. On a single rank megatron's gives a view, which its MLP then cannot add a bias to."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = True  # what ranks have is summed by the dispatcher, as for experts of several ranks
+
+
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm, tagged so that megatron sums its gradient over ranks under sequence parallelism."""
 
@@ -218,7 +235,8 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class LocalAttention(MegatronModule):
-    """Causal attention over packed sequences by torch's scaled_dot_product_attention.
+    """Causal attention over packed sequences by torch's scaled_dot_product_attention, with sinks and windows where `config` has
+    them, under megatron's names.
 
     Neighbours of equal length go together, others one by one: on a CPU a call costs less than padding them would. Under
     context parallelism every rank gathers all keys and values and answers its own queries: simple, and only meant for
@@ -241,6 +259,29 @@ class LocalAttention(MegatronModule):
         self._scale = softmax_scale
         self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self._cp: dist.ProcessGroup = pg_collection.cp
+        self._tp: dist.ProcessGroup = pg_collection.tp
+        is_windowed = is_layer_window_attention(
+            config.window_size, cast(Any, config.window_attn_skip_freq), layer_number
+        )
+        # tokens that a query sees, its own among them
+        self._window = config.window_size[0] + 1 if is_windowed and config.window_size else None
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // self._tp.size()
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+            _note_parts(self)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self._tp,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
 
     def forward(
         self,
@@ -275,19 +316,29 @@ class LocalAttention(MegatronModule):
         """[own tokens, A*H] of `count` sequences of `length` tokens from their queries, keys and values."""
         query, key, value = (t.view(count, -1, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
         size = self._cp.size()
+        dropout = self._dropout if self.training else 0.0
         mask = None
-        if size > 1:
-            mask = zigzag([length], size, self._cp.rank())[:, None] >= torch.arange(length)
-        output_SAQH = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self._scale,
-            dropout_p=self._dropout if self.training else 0.0,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        if size > 1 or self.softmax_offset is not None or (self._window or length) < length:
+            ahead = zigzag([length], size, self._cp.rank())[:, None] - torch.arange(length)
+            mask = (ahead >= 0) & (ahead < (self._window or length))
+        if self.softmax_offset is not None:
+            assert mask is not None
+            scale = self._scale or query.shape[-1] ** -0.5
+            sinks = self.softmax_offset[:, None, None]
+            output_SAQH = attend_with_sinks(
+                query, key, value, sinks, mask=mask, scale=scale, dropout=dropout
+            )
+        else:
+            output_SAQH = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self._scale,
+                dropout_p=dropout,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         return output_SAQH.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
@@ -297,6 +348,10 @@ def _fused_attention() -> type:
     from megatron.core.extensions.transformer_engine import TEDotProductAttention, fused_apply_rotary_pos_emb
 
     class FusedAttention(TEDotProductAttention):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            _note_parts(self)
+
         def forward(
             self, query: Any, key: Any, value: Any, *args: Any, packed_seq_params: Any, **kwargs: Any
         ) -> Any:
@@ -306,6 +361,12 @@ def _fused_attention() -> type:
             return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     return FusedAttention
+
+
+def _note_parts(attention: Any) -> None:
+    """Sinks, where there are some, are parts of heads' on each tensor-parallel rank: so they count in the gradient's norm."""
+    if isinstance(attention.softmax_offset, torch.nn.Parameter):
+        set_tensor_model_parallel_attributes(attention.softmax_offset, is_parallel=True, dim=0, stride=1)
 
 
 class Rotate(torch.autograd.Function):

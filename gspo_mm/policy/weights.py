@@ -29,7 +29,9 @@ from gspo_mm.runtime.dist import Ranks
 
 _LAYER = re.compile(r"(?<=^language\.decoder\.layers\.)(\d+)(?=\.)")
 # megatron's plain experts, and Transformer Engine's grouped ones
-_EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)(\d+)|(?<=\.experts\.linear_fc[12]\.weight)(\d+)$")
+_EXPERT = re.compile(
+    r"(?<=\.experts\.local_experts\.)(\d+)|(?<=\.experts\.linear_fc[12]\.weight)(\d+)$|(?<=\.experts\.linear_fc[12]\.bias)(\d+)$"
+)
 _TIED = "language.output_layer.weight"  # the last stage's copy of a tied embedding
 _EMBEDDING = "language.embedding.word_embeddings.weight"
 
