@@ -179,11 +179,17 @@ class Router(TopKRouter):
 
 
 class ExpertOutput(RowParallelLinear):
-    """The last product of one expert. On a single rank megatron's gives a view, which its MLP then cannot add a bias to."""
+    """The last product of one expert, with what megatron-core 0.19 lacks for a bias.
+
+    On a single rank its product gives a view, which its MLP then cannot add a bias to. And it has tensor-parallel ranks sum the
+    bias's gradient once more, though each holds whole experts, whose gradients their own data-parallel group has summed.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.explicit_expert_comm = True  # what ranks have is summed by the dispatcher, as for experts of several ranks
+        if self.bias is not None:
+            self.bias.sequence_parallel = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -9,7 +9,7 @@ import torch
 
 from tests.dist.launch import torchrun
 from tests.dist.layouts import LAYOUTS, LORA, measure
-from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
+from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_sinks, tiny_text, tiny_vl, tiny_windows
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     windows = tiny_windows(tied=True, vocab_size=131)
     models = {"moe": moe, "dense": dense, "text": text, "text dense": text_dense, "hybrid": hybrid}
     models |= {"windows": windows, "sigmoid": tiny_glm(vocab_size=250)}
+    models |= {"sinks": tiny_sinks(vocab_size=250)}
     return {name: save(model, parent / name) for name, model in models.items()}
 
 
