@@ -64,6 +64,13 @@ SPLIT = (
 )
 
 
+# Rotary positions as gpt-oss scales them, from a shorter length.
+YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
+
+
 class Family(StrEnum):
     QWEN3_VL_MOE = "qwen3_vl_moe"
     QWEN3_VL = "qwen3_vl"
@@ -73,15 +80,16 @@ class Family(StrEnum):
     QWEN3_5 = "qwen3_5"
     QWEN2_5_VL = "qwen2_5_vl"
     GLM4V_MOE = "glm4v_moe"
+    GPT_OSS = "gpt_oss"
 
     @property
     def sees(self) -> bool:
-        return self not in (Family.QWEN3_MOE, Family.QWEN3)
+        return self not in (Family.QWEN3_MOE, Family.QWEN3, Family.GPT_OSS)
 
     @property
     def mixes(self) -> bool:
         """Whether its MLPs are mixtures of experts."""
-        return self.endswith("_moe")
+        return self.endswith("_moe") or self is Family.GPT_OSS
 
     @property
     def attends_linearly(self) -> bool:
@@ -99,8 +107,15 @@ class Family(StrEnum):
         return self is Family.GLM4V_MOE
 
     @property
+    def has_sinks(self) -> bool:
+        """Whether heads of attention do, of which every second layer sees a window, and experts have biases."""
+        return self is Family.GPT_OSS
+
+    @property
     def name_of_classes(self) -> str:
         """What the names of transformers' classes begin with."""
+        if self is Family.GPT_OSS:
+            return "GptOss"
         vl = "_VL" if self is Family.QWEN2_5_VL else "VL"
         return self.replace("qwen", "Qwen").replace("glm", "Glm").replace("_vl", vl).replace("_moe", "Moe")
 
@@ -235,7 +250,10 @@ def _config(
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 48,  # not hidden/2: then both layouts of gate_up_proj would have equal dims
         }
-    if family.chooses_by_sigmoid:
+    if family.has_sinks:
+        text_values |= {"intermediate_size": 48, "num_local_experts": 8, "sliding_window": 8}
+        del text_values["num_experts"], text_values["moe_intermediate_size"]
+    elif family.chooses_by_sigmoid:
         text_values |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "attention_bias": True}
     elif family.mixes and not family.attends_linearly:
         text_values |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
@@ -253,6 +271,7 @@ def _config(
     if "rope_parameters" not in text:
         text_values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
         text_values["rope_parameters"] |= {"partial_rotary_factor": rotated} if rotated < 1 else {}
+        text_values["rope_parameters"] |= YARN if family.has_sinks else {}
     config_class = getattr(transformers, f"{family.name_of_classes}Config")
     if not family.sees:
         return config_class(**text_values, dtype="float32")

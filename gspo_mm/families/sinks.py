@@ -34,6 +34,6 @@ def attend_with_sinks(
         attn_mask=F.pad(mask, (1, 0), value=1 if mask.dtype is torch.bool else 0),
         dropout_p=dropout,
         scale=scale,
-        enable_gqa=query_SAQH.shape[1] != key_SGTH.shape[1],
+        enable_gqa=bool(query_SAQH.shape[1] != key_SGTH.shape[1]),  # a tensor where steps are recorded
     )
     return output[..., :-1]
