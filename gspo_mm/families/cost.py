@@ -30,7 +30,9 @@ class FlopModel:
     token: int  # per token of a sequence: q, k, v and output projections, MLP or chosen experts, all layers
     router: int  # per token of a sequence: router scores, all mixture layers
     pair: int  # per causal pair of tokens: query . key and weight * value, all heads and layers without a window
-    window_pair: int = 0  # as `pair`, of the layers in which a token sees itself and those before it, `window` in all
+    window_pair: int = (
+        0  # as `pair`, of the layers in which a token sees itself and those before it, `window` in all
+    )
     window: int = 0
     row: int  # per row that predicts a trained token: output layer
     patch_embedding: int = 0  # per image patch: the convolution that reads pixels
@@ -41,7 +43,9 @@ class FlopModel:
 
     def pairs(self, length: int) -> int:
         """FLOPs of the decoder's attention for one sequence."""
-        beyond = max(length - self.window, 0)  # tokens that a window does not reach back to, seen from the last one
+        beyond = max(
+            length - self.window, 0
+        )  # tokens that a window does not reach back to, seen from the last one
         causal = length * (length + 1) // 2
         return self.pair * causal + self.window_pair * (causal - beyond * (beyond + 1) // 2)
 

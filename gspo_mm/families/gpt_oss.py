@@ -3,7 +3,8 @@
 Source: transformers' modeling_gpt_oss.py, which the parity tests compare with. What is particular: sinks in attention, one a
 head and learned; every second layer sees a window of tokens alone; rotary positions scaled by YaRN; biases of attention,
 routers and experts; routing weights that are a softmax over the chosen experts; gate and up taking turns in experts' columns,
-both bounded, gate times a sigmoid of 1.702 times it, up plus 1. openai's own folders hold experts in MXFP4, which `stored.py` reads.
+both bounded, gate times a sigmoid of 1.702 times it, up plus 1. OpenAI's own folders hold experts in MXFP4: `stored.py`
+reads them.
 
 Left out: other activations and rotary scalings, which are refused by name, router losses, and SGLang servers: they take experts
 of this family stacked, and all that is sent to servers here is sent expert by expert.
@@ -45,16 +46,16 @@ class GptOss(Qwen3Decoder, Family):
                 "both; use true, with biases of zeros"
             )
         if hf.swiglu_alpha != _ALPHA:
-            raise HfFolderError(
-                f"{path}: swiglu_alpha={hf.swiglu_alpha} is not supported; use {_ALPHA}"
-            )
+            raise HfFolderError(f"{path}: swiglu_alpha={hf.swiglu_alpha} is not supported; use {_ALPHA}")
         kind = hf.rope_parameters.get("rope_type", "default")
         if kind not in _SCALINGS:
             raise HfFolderError(
                 f"{path}: rope_type={kind!r} is not supported; use one of {', '.join(_SCALINGS)} in rope_parameters (or "
                 "rope_scaling)"
             )
-        if not hf.sliding_window or hf.sliding_window < 1:  # transformers reads it even where no layer needs it
+        if (
+            not hf.sliding_window or hf.sliding_window < 1
+        ):  # transformers reads it even where no layer needs it
             raise HfFolderError(
                 f"{path}: sliding_window={hf.sliding_window} is not supported; use the number of tokens that layers of "
                 "sliding_attention in layer_types see, or any where there are none"

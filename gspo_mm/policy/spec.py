@@ -187,7 +187,9 @@ class ExpertOutput(RowParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.explicit_expert_comm = True  # what ranks have is summed by the dispatcher, as for experts of several ranks
+        self.explicit_expert_comm = (
+            True  # what ranks have is summed by the dispatcher, as for experts of several ranks
+        )
         if self.bias is not None:
             self.bias.sequence_parallel = False  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -331,9 +333,7 @@ class LocalAttention(MegatronModule):
             assert mask is not None
             scale = self._scale or query.shape[-1] ** -0.5
             sinks = self.softmax_offset[:, None, None]
-            output_SAQH = attend_with_sinks(
-                query, key, value, sinks, mask=mask, scale=scale, dropout=dropout
-            )
+            output_SAQH = attend_with_sinks(query, key, value, sinks, mask=mask, scale=scale, dropout=dropout)
         else:
             output_SAQH = F.scaled_dot_product_attention(
                 query,
@@ -370,8 +370,12 @@ def _fused_attention() -> type:
 
 
 def _note_parts(attention: Any) -> None:
-    """Sinks, where there are some, are parts of heads' on each tensor-parallel rank: so they count in the gradient's norm."""
+    """Sinks, where there are some, are parts of heads' on each tensor-parallel rank: so they count in the gradient's norm.
+
+    And in the format of all weights, which Transformer Engine leaves out: the distributed optimizer saves but one per buffer.
+    """
     if isinstance(attention.softmax_offset, torch.nn.Parameter):
+        attention.softmax_offset.data = attention.softmax_offset.data.to(attention.config.params_dtype)
         set_tensor_model_parallel_attributes(attention.softmax_offset, is_parallel=True, dim=0, stride=1)
 
 
