@@ -2,7 +2,7 @@
 
 megatron-core names `torch.cuda` in places that its unfused path reaches: the current device, streams, the random
 state, `device="cuda"` literals. `install()` replaces those names, once, before parallel state and models are
-built. Everything that is CPU-only in this project is here and in `LocalAttention` (spec.py).
+built. Everything that is CPU-only in this project is here and in `LocalAttention` (attention.py).
 
 Which literals are still there: look again when megatron-core's bound in pyproject.toml moves.
 """
