@@ -56,6 +56,8 @@ class Family(ABC):
     carried: tuple[str, ...] = ()
     # ends of names of tensors that are not trained either, and are in float32 whatever the others are in
     constants: tuple[str, ...] = ()
+    # whether SGLang's servers can compute it without GPUs, as `serving/cpu.py` starts them
+    served_on_cpu = True
     # how published names begin, where that is not transformers' way
     prefixes = Prefixes()
 

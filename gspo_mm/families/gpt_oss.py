@@ -6,27 +6,31 @@ routers and experts; routing weights that are a softmax over the chosen experts;
 both bounded, gate times a sigmoid of 1.702 times it, up plus 1. OpenAI's own folders hold experts in MXFP4: `stored.py`
 reads them.
 
-Left out: other activations and rotary scalings, which are refused by name, router losses, and SGLang servers: they take experts
-of this family stacked, and all that is sent to servers here is sent expert by expert.
+Left out: other activations and rotary scalings, which are refused by name, router losses, servers in FP8, and servers without
+GPUs: SGLang's attention for a plain CPU has neither sinks nor windows.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from gspo_mm.families.base import Family
+from gspo_mm.families.base import Family, ServedDim
 from gspo_mm.families.checks import check_silu, check_top_k
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.families.operations import Copy, Entry, StackExperts
 from gspo_mm.families.parts import entry
 from gspo_mm.families.qwen3 import Qwen3Decoder, Rotary
 from gspo_mm.hf.headers import HfFolderError
+from gspo_mm.types import GspoError
 
 _ALPHA = 1.702  # the only one that megatron-core has a function for
 _SCALINGS = ("default", "yarn")
+# sinks are not: SGLang holds them in bfloat16, whatever they are sent in
+_WHOLE = re.compile(r"(norm\.weight|router\.(weight|bias))$")
 
 
 class GptOss(Qwen3Decoder, Family):
@@ -35,6 +39,7 @@ class GptOss(Qwen3Decoder, Family):
     prefix = "model"
     norms_queries = False
     experts_key = "num_local_experts"
+    served_on_cpu = False
 
     def load_config(self, path: str) -> Any:
         hf = super().load_config(path)
@@ -133,7 +138,11 @@ class GptOss(Qwen3Decoder, Family):
                 )
                 whole = kind == "bias" and not gated  # it is added to what ranks have summed
                 op = StackExperts(
-                    gated=gated, turned=kind == "weight", in_turns=gated, axis=None if whole else "etp"
+                    gated=gated,
+                    turned=kind == "weight",
+                    in_turns=gated,
+                    together=True,
+                    axis=None if whole else "etp",
                 )
                 entries.append(Entry(hf=(f"{hf}.experts.{name}{suffix}",), megatron=experts, op=op))
         return entries
@@ -142,7 +151,20 @@ class GptOss(Qwen3Decoder, Family):
         return {}
 
     def check_served(self, hf: Any) -> None:
-        Family.check_served(self, hf)
+        if self.is_tied(hf):  # its GptOssForCausalLM has an output layer of its own
+            raise GspoError(
+                "config.json says tie_word_embeddings=true, which SGLang ignores in models of type gpt_oss; set "
+                "rollout.engine=embedded"
+            )
+
+    def linear_layers(self, hf: Any) -> dict[str, tuple[str, ...]]:
+        return {}  # none that a push brings in FP8
+
+    def linear_dims(self, hf: Any, *, attention: int, mlp: int, experts: int) -> list[ServedDim]:
+        return []
+
+    def whole_tensor(self, name: str) -> str | None:
+        return name if _WHOLE.search(name) else None
 
     def build_rotary(self, hf: Any) -> torch.nn.Module:
         rotary = Rotary(hf.head_dim, base=hf.rope_parameters["rope_theta"])

@@ -70,6 +70,7 @@ def test_a_layout_computes_what_one_rank_computes(name: str, measured: Any, alon
     found = measured(name)
     assert found["exact"].keys() == expected["weights"].keys()
     assert all(found["exact"].values())
+    assert found["sent"]
     for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
         assert (ours - theirs).abs().max() <= 2e-5
     assert found["loss"] == pytest.approx(expected["loss"], abs=2e-5)

@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from gspo_mm.config import PolicyConfig
+from gspo_mm.config import Config, PolicyConfig, parse_config
 from gspo_mm.families import HfFolderError, family_of, read_hf
 from gspo_mm.families.gpt_oss import GptOss
+from gspo_mm.families.write import TEMPLATE
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.parallel import ParallelPlan, PlanError
+from gspo_mm.serving.launch import server_options
+from gspo_mm.serving.served import check_served, served
+from gspo_mm.serving.server import Server
 from gspo_mm.types import GspoError
 from tests.tiny_vl import save, tiny_sinks
 
@@ -76,12 +81,55 @@ def test_adapters_beside_experts_are_refused_and_others_are_not(folder: Path) ->
     assert names == [f"model.layers.{n}.self_attn.{x}_proj.weight" for n in range(2) for x in "oqkv"]
 
 
-def test_servers_are_refused(folder: Path) -> None:
-    family = family_of(folder)
+# servers
+
+
+def serving(folder: Path, tmp_path: Path, **sglang: Any) -> Config:
+    return parse_config(
+        {
+            "run": {"name": "run", "dir": str(tmp_path)},
+            "model": {"path": str(folder)},
+            "data": {"train": ["none.tar"]},
+            "reward": {"file": "configs/rewards/arithmetic.yaml"},
+            "rollout": {"engine": "sglang", "sglang": sglang},
+        }
+    )
+
+
+def test_what_servers_cannot_compute_is_refused(folder: Path, tmp_path: Path) -> None:
+    check_served(serving(folder, tmp_path))
     with pytest.raises(
-        GspoError, match=r"of type gpt_oss are not served by SGLang here; set rollout.engine=embedded"
+        GspoError, match=r"nothing in FP8 of models of type gpt_oss; set rollout.sglang.fp8=false"
     ):
-        family.check_served(family.load_config(str(folder)))
+        check_served(serving(folder, tmp_path, fp8=True))
+    here = Server(name="0", generation="a", state="up", url="http://127.0.0.1:1")
+    server_options(serving(folder, tmp_path), here, on_gpus=True)
+    with pytest.raises(GspoError, match=r"without GPUs cannot compute .*set rollout.engine=embedded"):
+        server_options(serving(folder, tmp_path), here, on_gpus=False)
+    tied = save(tiny_sinks(num_hidden_layers=2, tied=True), tmp_path / "tied")
+    with pytest.raises(GspoError, match="tie_word_embeddings=true, which SGLang ignores"):
+        check_served(serving(tied, tmp_path))
+
+
+def test_servers_are_sent_what_transformers_saves(folder: Path) -> None:
+    policy = Policy.from_hf(str(folder), PolicyConfig(dtype="float32"), seed=0, total_steps=1)
+    expected = load_file(folder / "model.safetensors")
+    for sent in (dict(policy.weights.export_own(0)), dict(policy.weights.export(experts_apart=True))):
+        assert sent.keys() == expected.keys()
+        assert all(torch.equal(sent[name], tensor) for name, tensor in expected.items())
+
+
+def test_servers_of_a_model_in_mxfp4_start_in_bf16(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    quantization = {"quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(config | quantization))
+    template = Path(served(serving(folder, tmp_path)).model.path)
+    assert template != folder
+    assert "quantization_config" not in json.loads((template / "config.json").read_text())
+    assert set(json.loads((template / TEMPLATE).read_text())) == set(load_file(folder / "model.safetensors"))
+
+
+# numbers
 
 
 @pytest.mark.parametrize(("length", "expected"), [(4, 10), (5, 15), (9, 35)])
