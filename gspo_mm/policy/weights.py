@@ -133,7 +133,9 @@ class Weights:
         if sender == _first(self.groups.ep):
             for entry in self.entries:
                 if isinstance(entry.op, StackExperts) and not _leaves_apart(entry):
-                    assert self.plan.etp == 1, "ranks of other expert-parallel groups would hold parts of them"
+                    assert self.plan.etp == 1, (
+                        "ranks of other expert-parallel groups would hold parts of them"
+                    )
                     for names, tensors in self._pieces(entry, self.value, experts_apart=True):
                         yield from zip(names, tensors or (), strict=False)
         if sender == _first(self.groups.etp):

@@ -25,7 +25,7 @@ from gspo_mm.serving import cpu
 from gspo_mm.serving.served import SCALE, check_served, served
 from gspo_mm.sync.quantize import FP8 as FORMAT
 from gspo_mm.sync.quantize import on_the_way
-from tests.tiny_vl import WIDE, save, tiny_hybrid
+from tests.tiny_vl import WIDE, save, tiny_hybrid, tiny_sinks
 
 MERGED = {
     "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"],
@@ -74,7 +74,7 @@ def send(folder: Path, model: Any, *, fp8: bool) -> subprocess.Popen[str]:
     )
 
 
-MIXTURE, DENSE, FP8 = "mixture", "dense and tied", "mixture in FP8"
+MIXTURE, DENSE, FP8, SINKS = "mixture", "dense and tied", "mixture in FP8", "sinks"
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,7 @@ def each(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     models = {
         MIXTURE: tiny_hybrid(),
         DENSE: tiny_hybrid(moe=False, tied=True),
+        SINKS: tiny_sinks(),
         FP8: tiny_hybrid(hidden_size=256, head_dim=64, rope_parameters=rope, **linear, **inner),
     }
     folders = {name: tmp_path_factory.mktemp("loading") for name in models}
@@ -143,6 +144,27 @@ def test_each_tensor_that_is_missing_is_missed(change: str, loaded: Loaded) -> N
     refused = {name for name in loaded.sent if ".experts." in name} if change == "renamed" else set()
     assert unfilled.keys() == loaded.sent.keys() - refused
     assert unfilled == {name: [parameter(name)] for name in unfilled}
+
+
+def test_experts_that_servers_take_together_get_their_values(each: dict[str, Loaded]) -> None:
+    loaded = each[SINKS]
+    assert loaded.unfilled["all"] == []
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in loaded.model.named_parameters():
+        ours = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name)
+        ours = re.sub(r"gate_up_proj(_bias)?$", r"w13_weight\1", ours)
+        parts.setdefault(re.sub(r"down_proj(_bias)?$", r"w2_weight\1", ours), []).append(tensor.detach())
+    assert loaded.held.keys() == parts.keys()
+    for name, tensors in parts.items():
+        assert torch.equal(loaded.held[name], torch.cat(tensors).to(loaded.held[name].dtype)), name
+    for change in ("left out", "renamed"):
+        unfilled = loaded.unfilled[change]
+        assert unfilled.keys() == loaded.sent.keys()
+        assert all(len(names) == 1 for names in unfilled.values())
+    family = family_of(loaded.folder)
+    whole = {name: server for name in loaded.sent if (server := family.whole_tensor(name))}
+    assert len(whole) == 2 * 4 + 1 + 2 * 4  # norms and routers of four layers
+    assert all(torch.equal(loaded.held[server], loaded.sent[name]) for name, server in whole.items())
 
 
 def test_names_that_pushes_are_checked_by_are_the_servers(loaded: Loaded) -> None:
