@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gspo_mm.config import Config, SGLangConfig
-from gspo_mm.families.table import family_of
 from gspo_mm.families.write import TEMPLATE
 from gspo_mm.runtime.dist import ranks_here, world_size
 from gspo_mm.runtime.seeds import derive_seed
@@ -110,11 +109,6 @@ def server_options(config: Config, server: Server, *, on_gpus: bool) -> dict[str
     if on_gpus:
         options |= {"base-gpu-id": server.first_gpu, "enable-memory-saver": sglang.colocate}
     else:
-        if not family_of(config.model.path).served_on_cpu:
-            raise ServerError(
-                f"SGLang's attention without GPUs cannot compute {config.model.path}, which has sinks or windows; set "
-                "rollout.engine=embedded, or start servers where GPUs are"
-            )
         options |= cpu.ARGUMENTS
     return options | dict(sglang.extra_args)
 

@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gspo_mm.config import Config
 from gspo_mm.families.base import Family
 from gspo_mm.families.operations import Entry, StackExperts
@@ -23,6 +25,7 @@ from gspo_mm.families.stored import SCALE
 from gspo_mm.families.table import family_of
 from gspo_mm.families.write import TEMPLATE, copy_files
 from gspo_mm.hf.headers import fp8_block, is_mxfp4
+from gspo_mm.serving.launch import workers_beside_trainer
 from gspo_mm.serving.registry import servers_folder
 from gspo_mm.types import GspoError
 
@@ -133,6 +136,11 @@ def check_served(config: Config) -> None:
     """Raise GspoError when servers of `config` could not compute what the policy computes."""
     family = family_of(config.model.path)
     family.check_served(family.load_config(config.model.path))
+    if workers_beside_trainer(config) and not (family.served_on_cpu or torch.cuda.is_available()):
+        raise GspoError(
+            f"SGLang's attention without GPUs cannot compute {config.model.path}, which has sinks or windows; set "
+            "rollout.engine=embedded, or start servers where GPUs are"
+        )
     check_blocks(config)
 
 

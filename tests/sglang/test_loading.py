@@ -57,7 +57,7 @@ def send(folder: Path, model: Any, *, fp8: bool) -> subprocess.Popen[str]:
             "data": {"train": ["none.tar"]},
             "reward": {"file": "configs/rewards/digits.yaml"},
             "policy": {"dtype": dtype},
-            "rollout": {"engine": "sglang", "sglang": {"fp8": fp8}},
+            "rollout": {"engine": "sglang", "sglang": {"fp8": fp8, "start": "elsewhere"}},
         }
     )
     check_served(config)

@@ -14,9 +14,7 @@ from gspo_mm.families.gpt_oss import GptOss
 from gspo_mm.families.write import TEMPLATE
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.parallel import ParallelPlan, PlanError
-from gspo_mm.serving.launch import server_options
 from gspo_mm.serving.served import check_served, served
-from gspo_mm.serving.server import Server
 from gspo_mm.types import GspoError
 from tests.tiny_vl import save, tiny_sinks
 
@@ -96,16 +94,17 @@ def serving(folder: Path, tmp_path: Path, **sglang: Any) -> Config:
     )
 
 
-def test_what_servers_cannot_compute_is_refused(folder: Path, tmp_path: Path) -> None:
-    check_served(serving(folder, tmp_path))
-    with pytest.raises(
-        GspoError, match=r"nothing in FP8 of models of type gpt_oss; set rollout.sglang.fp8=false"
-    ):
-        check_served(serving(folder, tmp_path, fp8=True))
-    here = Server(name="0", generation="a", state="up", url="http://127.0.0.1:1")
-    server_options(serving(folder, tmp_path), here, on_gpus=True)
+def test_what_servers_cannot_compute_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(GspoError, match=r"without GPUs cannot compute .*set rollout.engine=embedded"):
-        server_options(serving(folder, tmp_path), here, on_gpus=False)
+        check_served(serving(folder, tmp_path))
+    check_served(serving(folder, tmp_path, start="elsewhere"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_served(serving(folder, tmp_path))
+    with pytest.raises(GspoError, match=r"in FP8 of models of type gpt_oss; set rollout.sglang.fp8=false"):
+        check_served(serving(folder, tmp_path, fp8=True))
     tied = save(tiny_sinks(num_hidden_layers=2, tied=True), tmp_path / "tied")
     with pytest.raises(GspoError, match="tie_word_embeddings=true, which SGLang ignores"):
         check_served(serving(tied, tmp_path))
