@@ -105,6 +105,9 @@ def tiny_text(*, moe: bool = True, tied: bool = False, seed: int = 0, **text: An
     return _with_weights(getattr(transformers, f"{kind}ForCausalLM"), config, seed)
 
 
+_STRONG = ("mlp.gate.weight", "mlp.router.weight", "conv1d.weight")
+
+
 def _with_weights(kind: Any, config: Any, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -116,7 +119,7 @@ def _with_weights(kind: Any, config: Any, seed: int) -> Any:
             if parameter.dim() == 1:
                 parameter.add_(0.2 * noise)
             else:
-                parameter.copy_(noise * (0.5 if name.endswith(("mlp.gate.weight", "conv1d.weight")) else 0.1))
+                parameter.copy_(noise * (0.5 if name.endswith(_STRONG) else 0.1))
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
@@ -236,6 +239,65 @@ def tiny_glm(*, vision: Any = None, **text: Any) -> Any:
     return _tiny("Glm4vMoe", values, {**seen, **(vision or {})}, around="image")
 
 
+SINKS: dict[str, Any] = {
+    **{k: v for k, v in TEXT.items() if k != "rope_parameters"},
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 5,
+    "swiglu_limit": 1.0,  # reached by some of random weights
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    },
+}
+SINK_MODELS: dict[str, dict[str, Any]] = {
+    "sinks": {},
+    "sinks, tied, one key group, odd vocabulary, whole correction range": {
+        "tied": True,
+        "num_key_value_heads": 1,
+        "vocab_size": 277,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "rope_parameters": {**SINKS["rope_parameters"], "truncate": True, "factor": 32.0},
+    },
+    "sinks, no windows, angles not scaled, bounds that nothing reaches": {
+        "layer_types": ["full_attention"] * 4,
+        "num_key_value_heads": 4,
+        "swiglu_limit": 1e4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6},
+    },
+    "sinks, odd widths, windows of one token and in a row": {
+        "hidden_size": 60,
+        "intermediate_size": 42,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 24,
+        "sliding_window": 1,
+        "layer_types": ["full_attention", *["sliding_attention"] * 3, "full_attention"],
+        "num_local_experts": 3,
+        "rms_norm_eps": 1e-3,
+    },
+    "sinks, windows in every layer, every expert": {
+        "layer_types": ["sliding_attention"] * 4,
+        "sliding_window": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 4,
+    },
+}
+
+
+def tiny_sinks(*, tied: bool = False, seed: int = 0, **values: Any) -> Any:
+    """As `tiny_text`, of the family whose heads have sinks, and whose layers see windows in turn."""
+    config = transformers.GptOssConfig(**{**SINKS, **values}, tie_word_embeddings=tied, dtype="float32")
+    return _with_weights(transformers.GptOssForCausalLM, config, seed)
+
+
 def save(model: Any, path: Path, *, layout: str = "published", dtype: torch.dtype = torch.float32) -> Path:
     """Save as a folder whose experts are in `layout`: published (Qwen3-MoE's: one by one) or transformers (fused)."""
     model.save_pretrained(path)
@@ -246,7 +308,8 @@ def save(model: Any, path: Path, *, layout: str = "published", dtype: torch.dtyp
         tensors = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
         tensors |= {name: tensor for name, tensor in memory.items() if ".experts." in name}
     for name, tensor in tensors.items():
-        if layout == "published" and ".experts." in name and name in memory:
+        stacked = ".experts." in name and name in memory and model.config.model_type != "gpt_oss"
+        if layout == "published" and stacked:
             tensor = memory[name].transpose(1, 2)
         tensors[name] = tensor.to(dtype).contiguous()
     save_file(tensors, file, metadata={"format": "pt"})

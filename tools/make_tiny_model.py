@@ -198,9 +198,8 @@ def _config(
         tie_word_embeddings=text.get("tie_word_embeddings", False),
         dtype="float32",
     )
-    if (
-        "linear_num_key_heads" in values
-    ):  # transformers does not write it, and SGLang reads it in layer_types' place
+    # transformers does not write it, and SGLang reads it in layer_types' place
+    if "linear_num_key_heads" in values:
         config.text_config.full_attention_interval = text.get("full_attention_interval", 4)
     return config
 
@@ -210,7 +209,7 @@ def _rope(kind: Kind, head_dim: int) -> dict[str, Any]:
     if kind.turned < 1:
         rope["partial_rotary_factor"] = kind.turned
     if kind.vision is None:
-        return rope
+        return rope | kind.rope
     half = int(head_dim * kind.turned) // 2
     side = half * 5 // 16  # Qwen3-VL's split of 64 frequencies is 24 time, 20 height, 20 width
     rope["mrope_section"] = [half - 2 * side, side, side]

@@ -25,6 +25,7 @@ class Family(StrEnum):
     QWEN3_5 = "qwen3_5"
     QWEN2_5_VL = "qwen2_5_vl"
     GLM4V_MOE = "glm4v_moe"
+    GPT_OSS = "gpt_oss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Kind:
     # how much of a head is turned, and whether the axes' frequencies take turns
     turned: float = 1.0
     interleaved: bool = True
+    rope: dict[str, Any] = field(default_factory=dict)  # what else is said of how heads are turned
     # names of transformers' classes that make up its processor, and what they call Qwen's special tokens
     processor: tuple[str, str, str] = ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", "Qwen2VLImageProcessor")
     tokens: dict[str, str] = field(default_factory=dict)
@@ -93,6 +95,22 @@ SIGMOID: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "attention_bias": True,
 }
+# of heads with sinks, every second layer sees a window; experts have biases
+SINKS: dict[str, Any] = {
+    "intermediate_size": 48,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 8,
+}
+# as gpt-oss scales positions, from a shorter length
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 128,
+}
 
 
 def _positions(levels: list[int]) -> Callable[[int, int], dict[str, Any]]:
@@ -137,4 +155,5 @@ KINDS = {
         around="image",
         counts_frames=True,
     ),
+    Family.GPT_OSS: Kind(classes="GptOss", text=SINKS, rope=YARN),
 }

@@ -38,6 +38,9 @@ class ModelDims:
     expert_ffn: int = 0  # inner size of one expert
     deepstack_levels: int = 0
     linear_heads: int = 0  # key heads of linear attention; 0: none
+    # key-value heads that context parallelism spreads too, as attention with sinks or windows needs; 0: tokens alone
+    spread_groups: int = 0
+    expert_biases: bool = False
 
 
 class Family(ABC):
@@ -54,6 +57,8 @@ class Family(ABC):
     carried: tuple[str, ...] = ()
     # ends of names of tensors that are not trained either, and are in float32 whatever the others are in
     constants: tuple[str, ...] = ()
+    # whether SGLang's servers can compute it without GPUs, as `serving/cpu.py` starts them
+    served_on_cpu = True
     # how published names begin, where that is not transformers' way
     prefixes = Prefixes()
     # modules that servers must be told to keep as they are, because SGLang has other names for what is in them
@@ -93,6 +98,8 @@ class Family(ABC):
             expert_ffn=made.get("moe_ffn_hidden_size", 0),
             deepstack_levels=self.deepstack_levels(hf),
             linear_heads=made.get("linear_num_key_heads", 0),
+            spread_groups=made["num_query_groups"] if "softmax_type" in made or "window_size" in made else 0,
+            expert_biases=made.get("add_bias_linear", True) and "num_moe_experts" in made,
         )
 
     @abstractmethod

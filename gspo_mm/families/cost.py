@@ -29,7 +29,11 @@ class FlopModel:
 
     token: int  # per token of a sequence: q, k, v and output projections, MLP or chosen experts, all layers
     router: int  # per token of a sequence: router scores, all mixture layers
-    pair: int  # per causal pair of tokens: query . key and weight * value, all heads and layers
+    pair: int  # per causal pair of tokens: query . key and weight * value, all heads and layers without a window
+    window_pair: int = (
+        0  # as `pair`, of the layers in which a token sees itself and those before it, `window` in all
+    )
+    window: int = 0
     row: int  # per row that predicts a trained token: output layer
     patch_embedding: int = 0  # per image patch: the convolution that reads pixels
     patch: int = 0  # per image patch: q, k, v and output projections and MLP, all vision blocks
@@ -37,11 +41,17 @@ class FlopModel:
     merged: int = 0  # per image token: the merger and every DeepStack merger
     patches_per_token: int = 1  # patches that are merged into one image token
 
+    def pairs(self, length: int) -> int:
+        """FLOPs of the decoder's attention for one sequence."""
+        beyond = max(
+            length - self.window, 0
+        )  # tokens that a window does not reach back to, seen from the last one
+        causal = length * (length + 1) // 2
+        return self.pair * causal + self.window_pair * (causal - beyond * (beyond + 1) // 2)
+
     def sequence(self, length: int, rows: int) -> int:
         """FLOPs of one sequence of `length` tokens, image tokens included, of which `rows` are trained."""
-        return (
-            (self.token + self.router) * length + self.pair * (length * (length + 1) // 2) + self.row * rows
-        )
+        return (self.token + self.router) * length + self.pairs(length) + self.row * rows
 
     def image(self, patches: int) -> int:
         """FLOPs of the vision tower for one frame of `patches` patches; the decoder's share is in `sequence`."""
@@ -85,6 +95,7 @@ class FlopModel:
             token=self.token * (2 + language),
             router=self.router * (2 + router),
             pair=self.pair * 3,
+            window_pair=self.window_pair * 3,
             row=self.row * (2 + language),
             # a merger begins with a norm, whose weights need the gradient of what follows
             merged=self.merged * (1 + projector + (projector or vision)),

@@ -192,29 +192,46 @@ class MergeGateUp:
 
 @dataclass(frozen=True)
 class StackExperts:
-    """One [E, out, in] tensor <-> E tensors [out, in]; `gated`: out is gate and up, one after the other."""
+    """One [E, out, in] tensor <-> E tensors [out, in], or biases [E, out] <-> [out]; `gated`: out is gate and up, one after
+    the other.
+    """
 
     gated: bool
+    # Hugging Face's tensor is [E, in, out]
+    turned: bool = False
+    # in it, gate and up take turns: out is gate 0, up 0, gate 1, up 1, ...
+    in_turns: bool = False
+    # servers take all experts at once, as Hugging Face's tensor, and not one by one
+    together: bool = False
     axis: Axis | None = "etp"
 
     def to_megatron(self, hf: list[torch.Tensor]) -> list[torch.Tensor]:
-        return list(hf[0].unbind(0))
+        stacked = hf[0].transpose(1, 2) if self.turned else hf[0]
+        if self.in_turns:
+            stacked = torch.cat([stacked[:, ::2], stacked[:, 1::2]], 1)
+        return list(stacked.unbind(0))
 
     def to_hf(self, megatron: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [torch.stack(megatron)]
+        stacked = torch.stack(megatron)
+        if self.in_turns:
+            stacked = torch.stack(stacked.chunk(2, 1), 2).flatten(1, 2)
+        return [stacked.transpose(1, 2).contiguous() if self.turned else stacked]
 
     def shard(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
         if self.gated:
             return MergeGateUp().shard(whole, size, rank)
-        return _part(whole, 1, size, rank)
+        return whole if self.axis is None else _part(whole, 1, size, rank)
 
     def unshard(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        return MergeGateUp().unshard(parts) if self.gated else torch.cat(parts, 1)
+        if self.gated:
+            return MergeGateUp().unshard(parts)
+        return parts[0] if self.axis is None else torch.cat(parts, 1)
 
     def names_apart(self, hf: str, expert: int) -> list[str]:
         """Names of one expert's tensors in checkpoints that store experts one by one; servers take these as well."""
-        parent = hf.rpartition(".")[0]
-        return [f"{parent}.{expert}.{x}_proj.weight" for x in (("gate", "up") if self.gated else ("down",))]
+        parent, _, last = hf.rpartition(".")
+        kind = "bias" if last.endswith("_bias") else "weight"
+        return [f"{parent}.{expert}.{x}_proj.{kind}" for x in (("gate", "up") if self.gated else ("down",))]
 
     def apart(self, megatron: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of `names_apart`, from one expert's megatron tensor."""
@@ -222,7 +239,7 @@ class StackExperts:
 
     def all_apart(self, hf: str, stacked: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """`names_apart` and `apart` of every expert in turn, from Hugging Face's one tensor."""
-        for expert, one in enumerate(stacked):
+        for expert, one in enumerate(self.to_megatron([stacked])):
             yield from zip(self.names_apart(hf, expert), self.apart(one), strict=True)
 
 

@@ -52,6 +52,10 @@ class Qwen3Decoder:
     def num_experts(self, text: Any) -> int:
         return getattr(text, self.experts_key)
 
+    def expert_width(self, text: Any) -> int:
+        """Inner size of one expert."""
+        return text.moe_intermediate_size
+
     def shared_width(self, text: Any) -> int:
         """Inner size of the expert that every token of a mixture passes; 0: there is none."""
         return 0
@@ -87,7 +91,7 @@ class Qwen3Decoder:
         hidden = text.hidden_size
         queries, keys = (n * head_dim(text) for n in (text.num_attention_heads, text.num_key_value_heads))
         attention = matmul(hidden, queries) + 2 * matmul(hidden, keys) + matmul(queries, hidden)
-        chosen = text.num_experts_per_tok * text.moe_intermediate_size if mixtures else 0
+        chosen = text.num_experts_per_tok * self.expert_width(text) if mixtures else 0
         experts = 3 * matmul(hidden, chosen + self.shared_width(text))
         dense = 3 * matmul(hidden, text.intermediate_size)  # gate, up, down
         return FlopModel(
@@ -123,7 +127,7 @@ class Qwen3Decoder:
             arguments |= {
                 "num_moe_experts": self.num_experts(text),
                 "moe_router_topk": text.num_experts_per_tok,
-                "moe_ffn_hidden_size": text.moe_intermediate_size,
+                "moe_ffn_hidden_size": self.expert_width(text),
                 "moe_layer_freq": [int(is_moe) for is_moe in pattern],
                 # softmax after top-k is softmax over all, then renormalised over the chosen ones
                 "moe_router_pre_softmax": not self.renormalises(text),

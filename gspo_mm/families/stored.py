@@ -1,8 +1,10 @@
-"""Tensors that files hold in another form than transformers keeps: matrices in FP8 blocks, experts one by one.
+"""Tensors that files hold in another form than transformers keeps: matrices in FP8 blocks or in MXFP4, experts one by one.
 
-Both are how Qwen and DeepSeek publish their -FP8 checkpoints: `X.weight` float8_e4m3fn [R, C] and `X.weight_scale_inv`
-[⌈R/128⌉, ⌈C/128⌉], of which each number times the 128 x 128 bytes of its block is the weight; and `experts.3.up_proj.weight`
-where transformers has `experts.gate_up_proj` [E, 2F, D]. What was stored in FP8 is read as BF16.
+FP8 and experts one by one are how Qwen and DeepSeek publish their -FP8 checkpoints: `X.weight` float8_e4m3fn [R, C] and
+`X.weight_scale_inv` [⌈R/128⌉, ⌈C/128⌉], of which each number times the 128 x 128 bytes of its block is the weight; and
+`experts.3.up_proj.weight` where transformers has `experts.gate_up_proj` [E, 2F, D]. MXFP4 is how OpenAI publishes gpt-oss:
+`X_blocks` uint8 [E, out, in/32, 16], each byte two numbers of four bits, the lower one first, and `X_scales` uint8
+[E, out, in/32], powers of two for 32 numbers each; transformers' X is [E, in, out]. What was stored in either is read as BF16.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from safetensors import safe_open
 
 from gspo_mm.families.names import Prefixes
 from gspo_mm.families.operations import Entry, StackExperts
-from gspo_mm.hf.headers import FP8, Header, HfFolderError, fp8_block, read_headers
+from gspo_mm.hf.headers import BYTES, FP8, Header, HfFolderError, fp8_block, is_mxfp4, read_headers
 
 SCALE = "_scale_inv"  # of the scales' name, after that of the weight
+_BLOCKS, _SCALES = "_blocks", "_scales"  # of MXFP4's, likewise
+_GROUP = 32  # numbers that share a scale
 
 
 class Stored:
@@ -40,7 +44,11 @@ class Stored:
         self._handles: dict[Path, Any] = {}
         # fused tensor -> names of each expert's
         self.apart: dict[str, list[list[str]]] = {}
+        # tensors in MXFP4, under transformers' names
+        self._packed: set[str] = set()
         self.headers = self._without_scales() if self._block else dict(self._files)
+        if is_mxfp4(path):
+            self._note_packed()
         for entry in entries:
             if isinstance(entry.op, StackExperts) and entry.hf[0] not in self.headers:
                 self._join_experts(entry.hf[0], entry.op, len(entry.megatron))
@@ -52,6 +60,8 @@ class Stored:
         return self._read(name)
 
     def _read(self, name: str) -> torch.Tensor:
+        if name in self._packed:
+            return unpack(self._from_file(name + _BLOCKS), self._from_file(name + _SCALES))
         tensor = self._from_file(name)
         if self._block and name + SCALE in self._files:
             return dequantize(tensor, self._from_file(name + SCALE), self._block)
@@ -85,6 +95,28 @@ class Stored:
             found[name] = replace(header, dtype="BF16")
         return found
 
+    def _note_packed(self) -> None:
+        """Put the headers of what is read, BF16, in place of those of blocks and scales."""
+        for name, header in self._files.items():
+            if header.dtype != BYTES or name.endswith(_SCALES):
+                continue
+            whole = name.removesuffix(_BLOCKS)
+            scales = self._files.get(whole + _SCALES)
+            if whole == name or scales is None:
+                raise HfFolderError(
+                    f"{self._path}: {name} holds bytes, but no file holds its scales, {whole}{_SCALES}; download or copy the "
+                    "folder again, whole"
+                )
+            if len(header.shape) != 4 or header.shape != (*scales.shape, _GROUP // 2):
+                raise HfFolderError(
+                    f"{self._path}: {name} is {header.shape} and its scales {scales.shape}, which is not MXFP4 in groups of "
+                    f"{_GROUP}; download or copy the folder again, whole"
+                )
+            experts, rows, groups, _ = header.shape
+            del self.headers[name], self.headers[whole + _SCALES]
+            self.headers[whole] = replace(header, dtype="BF16", shape=(experts, groups * _GROUP, rows))
+            self._packed.add(whole)
+
     def _join_experts(self, fused: str, op: StackExperts, count: int) -> None:
         """Note how a fused tensor is made, where a layer's experts are stored one by one."""
         experts = [op.names_apart(fused, expert) for expert in range(count)]
@@ -113,3 +145,15 @@ def dequantize(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int
     rows, columns = weight.shape
     whole = scales.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:rows, :columns]
     return (weight.float() * whole).bfloat16()
+
+
+def unpack(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """MXFP4's blocks uint8 [E, R, G, 16] and scales uint8 [E, R, G] -> BF16 [E, 32*G, R], exactly.
+
+    Four bits are a sign, two of exponent and one of mantissa; eight are an exponent, 127 more than it (OCP Microscaling
+    Formats 1.0).
+    """
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.bfloat16)
+    numbers = torch.cat([magnitudes, -magnitudes])
+    pairs = torch.stack([numbers[(blocks & 15).int()], numbers[(blocks >> 4).int()]], -1).flatten(-2)
+    return torch.ldexp(pairs, scales.int()[..., None] - 127).bfloat16().flatten(-2).transpose(1, 2)

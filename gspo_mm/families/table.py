@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gspo_mm.families.base import Family
 from gspo_mm.families.glm4v import Glm4vMoe
+from gspo_mm.families.gpt_oss import GptOss
 from gspo_mm.families.qwen2_5_vl import Qwen25VL
 from gspo_mm.families.qwen3 import Qwen3
 from gspo_mm.families.qwen3_5 import Qwen35
@@ -20,6 +21,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe": Qwen35(),
     "qwen2_5_vl": Qwen25VL(),
     "glm4v_moe": Glm4vMoe(),
+    "gpt_oss": GptOss(),
     "qwen3": Qwen3(),
     "qwen3_moe": Qwen3(),
 }

@@ -2,7 +2,7 @@
 
 A folder that transformers, SGLang and we could read as different weights is refused: an index beside a
 `model.safetensors` of its own, an index that is not of its files, an adapter, weights in a quantised format other than FP8
-blocks (families/stored.py).
+blocks and MXFP4 (families/stored.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 FP8 = "F8_E4M3"
+BYTES = "U8"
 
 _FULL = "take the checkpoint in BF16 that it was made from"
 
@@ -32,7 +33,7 @@ class Header:
     """What a file says about one tensor."""
 
     file: Path
-    # safetensors' word, one of FLOATS or FP8
+    # safetensors' word, one of FLOATS, FP8 or BYTES
     dtype: str
     shape: tuple[int, ...]
 
@@ -54,7 +55,7 @@ def read_headers(path: Path) -> dict[str, Header]:
         raise HfFolderError(f"{path}: {files[0].name} holds no tensors; download or copy it again")
     if index is not None:
         _compare_with_index(path, found, index)
-    readable = (*FLOATS, FP8) if fp8_block(path) else FLOATS
+    readable = (*FLOATS, FP8) if fp8_block(path) else (*FLOATS, BYTES) if is_mxfp4(path) else FLOATS
     for name, header in found.items():
         if header.dtype not in readable:
             raise HfFolderError(
@@ -91,6 +92,12 @@ def fp8_block(path: Path) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
+def is_mxfp4(path: Path) -> bool:
+    """Whether the folder's config.json says that matrices are in MXFP4."""
+    settings = read_json(path / "config.json").get("quantization_config")
+    return isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
+
+
 def _refuse_other_formats(path: Path) -> None:
     if (path / "adapter_config.json").is_file() or (path / "adapter_model.safetensors").is_file():
         raise HfFolderError(
@@ -98,7 +105,7 @@ def _refuse_other_formats(path: Path) -> None:
             "into its model (peft's merge_and_unload, then save_pretrained), or take it away where the weights "
             "beside it are to be used without it"
         )
-    if fp8_block(path):
+    if fp8_block(path) or is_mxfp4(path):
         return
     config = read_json(path / "config.json")
     for settings in (config, config.get("text_config")):
@@ -107,7 +114,7 @@ def _refuse_other_formats(path: Path) -> None:
                 method = settings[key].get("quant_method", "?") if isinstance(settings[key], dict) else "?"
                 raise HfFolderError(
                     f"{path} is quantised (quant_method={method} in the {key} of config.json), and such weights cannot "
-                    f"be read or trained, but for FP8 in blocks with dynamic activations; {_FULL}"
+                    f"be read or trained, but for FP8 in blocks with dynamic activations, and MXFP4; {_FULL}"
                 )
 
 

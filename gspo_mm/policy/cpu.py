@@ -2,7 +2,7 @@
 
 megatron-core names `torch.cuda` in places that its unfused path reaches: the current device, streams, the random
 state, `device="cuda"` literals. `install()` replaces those names, once, before parallel state and models are
-built. Everything that is CPU-only in this project is here and in `LocalAttention` (spec.py).
+built. Everything that is CPU-only in this project is here and in `LocalAttention` (attention.py).
 
 Which literals are still there: look again when megatron-core's bound in pyproject.toml moves.
 """
@@ -233,3 +233,8 @@ def _run_as_written() -> None:
     ):
         for name in names:
             setattr(owner, name, inspect.unwrap(getattr(owner, name)))
+    activations: Any = importlib.import_module("megatron.core.fusions.fused_bias_geglu")
+    written = inspect.unwrap(activations.quick_gelu)
+    for name in ("transformer.transformer_config", "transformer.mlp", "transformer.moe.experts"):
+        importlib.import_module(f"megatron.core.{name}").quick_gelu = written  # pyright: ignore[reportAttributeAccessIssue]
+    activations.quick_gelu = written

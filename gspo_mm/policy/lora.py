@@ -241,6 +241,11 @@ def without_adapters(adapters: list[Adapters]) -> Iterator[None]:
 def check_targets(family: Family, hf: Any, targets: Sequence[str]) -> None:
     """Raise PlanError for targets that the model does not have."""
     made = family.transformer_arguments(hf)
+    if "experts" in targets and family.dims(hf).expert_biases:
+        raise PlanError(
+            f"policy.lora.targets names experts, and those of models of type {hf.model_type} have biases and are stored "
+            "turned, beside which no adapters are made here; take it off the list"
+        )
     experts = made.get("num_moe_experts", 0)
     dense = (
         not experts or 0 in made.get("moe_layer_freq", [1]) or made.get("moe_shared_expert_intermediate_size")

@@ -32,12 +32,13 @@ from transformers import PreTrainedModel
 from gspo_mm.config import PolicyConfig
 from gspo_mm.families.base import Family
 from gspo_mm.loss.logprobs import linear_logprobs
+from gspo_mm.policy.attention import PackedSequences, pack_params
 from gspo_mm.policy.collectives import InResponseOrder, in_response_order
 from gspo_mm.policy.compat import await_parameters, fuse_weight_gradients
 from gspo_mm.policy.layout import Layout, lay_out, padded_tokens
 from gspo_mm.policy.parallel import Groups, ParallelPlan, PlanError, round_up
 from gspo_mm.policy.precision import DTYPES, fp8_arguments, token_multiple
-from gspo_mm.policy.spec import PackedSequences, block_spec, has_fused_modules, pack_params
+from gspo_mm.policy.spec import block_spec, has_fused_modules
 from gspo_mm.policy.speed import arguments, choices, overridden, packs_vision, recomputed_modules
 from gspo_mm.policy.vision import Features, attend_to_all_images, deepstack_leaves
 from gspo_mm.runtime.dist import device
@@ -209,7 +210,7 @@ def build_decoder(
             max_sequence_length=hf.get_text_config().max_position_embeddings,
             pre_process=owner.pre_process,
             post_process=owner.post_process,
-            position_embedding_type="none",  # pyright: ignore[reportArgumentType]  # rotary is in spec.py
+            position_embedding_type="none",  # pyright: ignore[reportArgumentType]  # rotary is in attention.py
             share_embeddings_and_output_weights=family.is_tied(hf),
             parallel_output=True,
             vp_stage=owner.vp_stage,
@@ -230,6 +231,7 @@ def transformer_config(
         **_recompute_arguments(config, architecture),
         **_moe_arguments(config, plan),
         **_spread_arguments(plan),
+        **_attention_arguments(plan, architecture),
         **_numeric_arguments(DTYPES[config.dtype]),
     }
     chosen = overridden(arguments(choices(config, plan, architecture)), fixed, config.megatron)
@@ -257,6 +259,14 @@ def _spread_arguments(plan: ParallelPlan) -> dict[str, Any]:
     }
 
 
+def _attention_arguments(plan: ParallelPlan, architecture: dict[str, Any]) -> dict[str, Any]:
+    """How Transformer Engine spreads sinks and windows over context-parallel ranks: by heads, the one way that it has for both
+    (dot_product_attention/utils.py of version 2.20, softmax_type).
+    """
+    by_heads = plan.cp > 1 and ("softmax_type" in architecture or "window_size" in architecture)
+    return {"cp_comm_type": "a2a"} if by_heads else {}
+
+
 def _numeric_arguments(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "params_dtype": dtype,
@@ -269,7 +279,7 @@ def _numeric_arguments(dtype: torch.dtype) -> dict[str, Any]:
         "perform_initialization": False,  # weights come from a Hugging Face folder
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,  # rotary is in spec.py
+        "apply_rope_fusion": False,  # rotary is in attention.py
         "gradient_accumulation_fusion": False,  # see compat.fuse_weight_gradients
         "persist_layer_norm": False,
     }

@@ -84,6 +84,17 @@ class ParallelPlan:
                 f"linear_num_key_heads={dims.linear_heads}, which linear attention spreads over both; use tp and cp whose "
                 f"product is one of {_some_divisors(dims.linear_heads)}"
             )
+        if dims.spread_groups % (self.tp * self.cp):
+            raise PlanError(
+                f"policy.parallel.tp={self.tp} times cp={self.cp} does not divide the model's "
+                f"num_key_value_heads={dims.spread_groups}, which attention with sinks or windows spreads over both; use tp "
+                f"and cp whose product is one of {_some_divisors(dims.spread_groups)}"
+            )
+        if dims.expert_biases and self.etp > 1:
+            raise PlanError(
+                f"policy.parallel.etp={self.etp} (null: tp) would cut experts that have biases, which megatron-core cannot; "
+                "set policy.parallel.etp=1"
+            )
         first = self._check_stages(dims.num_layers)
         if self.pp > 1 and first < dims.deepstack_levels:
             raise PlanError(

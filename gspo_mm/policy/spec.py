@@ -1,37 +1,30 @@
 """Which modules a decoder layer is made of: Transformer Engine's with CUDA, plain torch ones without.
 
 Same model and parallel code for both. The local modules are here because megatron-core's own refuse what we need:
-its torch norm refuses sequence parallelism, its unfused attention refuses packed sequences. Rotary embedding is in
-the attention slot too: angles are worked out once per micro-batch from the family's multi-axis positions, where
-megatron's packed path reads sequence lengths back from the device at every layer.
+its torch norm refuses sequence parallelism, its experts' last product a bias. Attention is in attention.py.
 
-Dims: N packed tokens of this context-parallel rank, S sequences, L longest of them, A heads, H head size, D hidden.
+Dims: N packed tokens of this context-parallel rank, D hidden.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import partial
 from importlib.util import find_spec
-from itertools import groupby
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
-from gspo_mm.policy.collectives import GatherTokens
+from gspo_mm.policy.attention import LocalAttention, PackedSequences, fused_attention
 from gspo_mm.policy.delta import delta_layer
-from gspo_mm.policy.layout import zigzag
 
 FUSED: bool | None = None  # whether Transformer Engine's layers are used; None: where CUDA and it are there
 
@@ -41,48 +34,6 @@ def has_fused_modules() -> bool:
     if FUSED is not None:
         return FUSED
     return torch.cuda.is_available() and find_spec("transformer_engine") is not None
-
-
-@dataclass
-class PackedSequences(PackedSeqParams):
-    """Megatron's description of packed sequences, and what our layers need on top; made once per micro-batch.
-
-    `cu_seqlens_*` count the tokens of all context-parallel ranks, as Transformer Engine wants them.
-    """
-
-    angles: torch.Tensor | None = (
-        None  # [N, H] float32, rotary angles; of fewer dims where the rest is not turned
-    )
-    lengths: tuple[int, ...] = ()  # [S] of the sequences in `cu_seqlens_*`, on the host
-    visual_index: torch.Tensor | None = None  # [image tokens] int64: their rows in this rank's hidden states
-    deepstack: list[torch.Tensor] = field(default_factory=list)  # per level [image tokens, D]
-    padding: torch.Tensor | None = None  # [1, N/tp] bool: this rank's hidden states that stand for nothing
-
-    @cached_property
-    def turns(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of the angles, [N, 1, F] float32; the same for all layers."""
-        assert self.angles is not None
-        return self.angles.cos().unsqueeze(1), self.angles.sin().unsqueeze(1)
-
-
-def pack_params(cu_seqlens: torch.Tensor, angles_NH: torch.Tensor) -> PackedSequences:
-    """From offsets [S+1] int32 (on the host) of the sequences over all context-parallel ranks.
-
-    Padding counts as tokens, behind the real ones, which never attend to it. Offsets of the real tokens beside those
-    (`cu_seqlens_*_padded`) would save Transformer Engine a few rows, at the price of FlashAttention 2; without them it takes
-    the one kind for both (dot_product_attention/backends.py of version 2.20).
-    """
-    lengths = cu_seqlens.diff().tolist()
-    offsets = cu_seqlens.to(angles_NH.device)
-    return PackedSequences(
-        qkv_format="thd",
-        cu_seqlens_q=offsets,
-        cu_seqlens_kv=offsets,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-        angles=angles_NH,
-        lengths=tuple(lengths),
-    )
 
 
 def block_spec(
@@ -101,14 +52,17 @@ def block_spec(
         layer.module = DeepStackLayer
         attention = layer.submodules.self_attention.submodules
         if fused:
-            attention.core_attention = _fused_attention()
+            attention.core_attention = fused_attention()
         else:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
             if config.qk_layernorm:
                 attention.q_layernorm = attention.k_layernorm = norm
             attention.core_attention = LocalAttention
         if getattr(layer.submodules.mlp, "func", None) is MoELayer:
-            layer.submodules.mlp.keywords["submodules"].router = Router
+            mixture = layer.submodules.mlp.keywords["submodules"]
+            mixture.router = Router
+            if not fused:
+                mixture.experts.keywords["submodules"].linear_fc2 = ExpertOutput
             # names of checkpoints: the local spec renames this norm as if the MLP's first layer held it, which in a mixture
             # neither it nor Transformer Engine's spec does (gpt_layer_specs.py of megatron-core 0.19)
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
@@ -169,6 +123,22 @@ class Router(TopKRouter):
         return super().attach_and_log_load_balancing_loss(*args, **kwargs)
 
 
+class ExpertOutput(RowParallelLinear):
+    """The last product of one expert, with what megatron-core 0.19 lacks for a bias.
+
+    On a single rank its product gives a view, which its MLP then cannot add a bias to. And it has tensor-parallel ranks sum the
+    bias's gradient once more, though each holds whole experts, whose gradients their own data-parallel group has summed.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = (
+            True  # what ranks have is summed by the dispatcher, as for experts of several ranks
+        )
+        if self.bias is not None:
+            self.bias.sequence_parallel = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm, tagged so that megatron sums its gradient over ranks under sequence parallelism."""
 
@@ -215,123 +185,6 @@ class LayerNorm(torch.nn.LayerNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = self.bias.sequence_parallel = config.sequence_parallel
-
-
-class LocalAttention(MegatronModule):
-    """Causal attention over packed sequences by torch's scaled_dot_product_attention.
-
-    Neighbours of equal length go together, others one by one: on a CPU a call costs less than padding them would. Under
-    context parallelism every rank gathers all keys and values and answers its own queries: simple, and only meant for
-    machines without CUDA.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: Any = None,
-        **_: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self._scale = softmax_scale
-        self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self._cp: dist.ProcessGroup = pg_collection.cp
-
-    def forward(
-        self,
-        query_NAH: torch.Tensor,
-        key_NGH: torch.Tensor,
-        value_NGH: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        /,
-        *,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedSequences | None = None,
-    ) -> torch.Tensor:
-        assert packed_seq_params is not None
-        assert attention_mask is None
-        assert attention_bias is None
-        lengths, size = packed_seq_params.lengths, self._cp.size()
-        query, key = (Rotate.apply(t, *packed_seq_params.turns) for t in (query_NAH, key_NGH))
-        value = value_NGH
-        if size > 1:
-            key, value = (GatherTokens.apply(t, lengths, self._cp) for t in (key, value))
-        runs = [(length, len(list(equal))) for length, equal in groupby(lengths) if length]
-        if len(runs) == 1:
-            return self._attend(query, key, value, *runs[0])
-        own, whole = ([length * count // by for length, count in runs] for by in (size, 1))
-        parts = zip(query.split(own), key.split(whole), value.split(whole), runs, strict=True)
-        return torch.cat([self._attend(q, k, v, *run) for q, k, v, run in parts])
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, count: int
-    ) -> torch.Tensor:
-        """[own tokens, A*H] of `count` sequences of `length` tokens from their queries, keys and values."""
-        query, key, value = (t.view(count, -1, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
-        size = self._cp.size()
-        mask = None
-        if size > 1:
-            mask = zigzag([length], size, self._cp.rank())[:, None] >= torch.arange(length)
-        output_SAQH = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self._scale,
-            dropout_p=self._dropout if self.training else 0.0,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return output_SAQH.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-@cache
-def _fused_attention() -> type:
-    """Transformer Engine's attention behind rotary embedding; made on first use, since its import needs CUDA."""
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention, fused_apply_rotary_pos_emb
-
-    class FusedAttention(TEDotProductAttention):
-        def forward(
-            self, query: Any, key: Any, value: Any, *args: Any, packed_seq_params: Any, **kwargs: Any
-        ) -> Any:
-            angles = packed_seq_params.angles[:, None, None]
-            # Transformer Engine's kernel for packed sequences restarts positions; the plain one takes our angles
-            query, key = (fused_apply_rotary_pos_emb(t.unsqueeze(1), angles).squeeze(1) for t in (query, key))
-            return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
-
-    return FusedAttention
-
-
-class Rotate(torch.autograd.Function):
-    """Rotary embedding of states [N, A, H]: every pair (h, h + F/2) turned by its angle, of the first F dims that have one.
-
-    Cosine and sine are [N, 1, F]. Backward turns the gradient by the negative angle, and keeps no state for it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(states, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(gradient, cos, -sin), None, None
-
-
-def _turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
-    (num, half), rest = (cos.shape[-1], cos.shape[-1] // 2), states[..., cos.shape[-1] :]
-    turned = states[..., :num] * cos
-    turned[..., :half].addcmul_(states[..., half:num], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(states[..., :half], sin[..., half:])
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 def _with_bias(linear: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:

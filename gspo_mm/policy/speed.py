@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions import fused_bias_geglu
 from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -71,13 +72,17 @@ def choices(
         found += _experts(config, plan, architecture)
     if "linear_attention_freq" in architecture:
         found.append(_linear_attention())
-    swiglu = architecture.get("activation_func") is F.silu and architecture.get("gated_linear_unit", False)
+    activation, gated = architecture.get("activation_func"), architecture.get("gated_linear_unit", False)
+    # the second one bounds its input before a bias is added, which grouped products add themselves
+    grouped = architecture.get("num_moe_experts") and config.megatron.get("moe_grouped_gemm", True)
+    one_kernel = activation is F.silu or (activation is fused_bias_geglu.quick_gelu and bool(grouped))
     found.append(
         _choice(
             "activation in one kernel",
-            has_fused_modules() and swiglu,
+            has_fused_modules() and gated and one_kernel,
             "SwiGLU, its bias and the router's weights in one pass over memory",
-            "for SwiGLU on Transformer Engine's layers; else three passes over memory",
+            "for SwiGLU on Transformer Engine's layers (or a sigmoid of 1.702 times its input, in grouped experts); "
+            "else three passes over memory",
             bias_activation_fusion=True,
         )
     )

@@ -29,7 +29,9 @@ from gspo_mm.runtime.dist import Ranks
 
 _LAYER = re.compile(r"(?<=^language\.decoder\.layers\.)(\d+)(?=\.)")
 # megatron's plain experts, and Transformer Engine's grouped ones
-_EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)(\d+)|(?<=\.experts\.linear_fc[12]\.weight)(\d+)$")
+_EXPERT = re.compile(
+    r"(?<=\.experts\.local_experts\.)(\d+)|(?<=\.experts\.linear_fc[12]\.weight)(\d+)$|(?<=\.experts\.linear_fc[12]\.bias)(\d+)$"
+)
 _TIED = "language.output_layer.weight"  # the last stage's copy of a tied embedding
 _EMBEDDING = "language.embedding.word_embeddings.weight"
 
@@ -105,7 +107,8 @@ class Weights:
         """(Hugging Face name, whole tensor in transformers' in-memory layout) of every weight, on every rank.
 
         A collective: all ranks must run it to its end. `take` says what of a parameter is exported, its value by
-        default. With `experts_apart`, experts come one by one, under `StackExperts.names_apart`.
+        default. With `experts_apart`, experts come one by one, under `StackExperts.names_apart`, as servers take them: those
+        that they take together stay so.
         Tensors may share memory with the policy: use them before the next update.
         """
         take = take or self.value
@@ -127,10 +130,19 @@ class Weights:
             for entry in self.entries:
                 if not isinstance(entry.op, StackExperts) and (whole := self._whole(entry, self.value)):
                     yield from zip(entry.hf, entry.op.to_hf(whole), strict=True)
+        if sender == _first(self.groups.ep):
+            for entry in self.entries:
+                if isinstance(entry.op, StackExperts) and not _leaves_apart(entry):
+                    assert self.plan.etp == 1, (
+                        "ranks of other expert-parallel groups would hold parts of them"
+                    )
+                    for names, tensors in self._pieces(entry, self.value, experts_apart=True):
+                        yield from zip(names, tensors or (), strict=False)
         if sender == _first(self.groups.etp):
             for entry in self.entries:
                 for number, name in enumerate(entry.megatron):
-                    if isinstance(entry.op, StackExperts) and name in self._parameters:
+                    if _leaves_apart(entry) and name in self._parameters:
+                        assert isinstance(entry.op, StackExperts)
                         one = entry.op.apart(self._whole_one(entry, name, self.value))
                         yield from zip(entry.op.names_apart(entry.hf[0], number), one, strict=True)
 
@@ -143,12 +155,13 @@ class Weights:
         self, entry: Entry, take: Take, experts_apart: bool
     ) -> Iterator[tuple[Sequence[str], list[torch.Tensor] | None]]:
         """The entry's Hugging Face names and tensors, in one piece or several; None on stages that hold another part."""
-        if not (experts_apart and isinstance(entry.op, StackExperts)):
+        if not (experts_apart and _leaves_apart(entry)):
             whole = self._whole(entry, take)
             if whole and self.plan.ep > 1 and isinstance(entry.op, StackExperts):
                 whole = list(torch.cat(_all_gather(torch.stack(whole), self.groups.ep)).unbind(0))
             yield entry.hf, entry.op.to_hf(whole) if whole else None
             return
+        assert isinstance(entry.op, StackExperts)
         each = len(entry.megatron) // self.plan.ep
         for number in range(each):  # of every expert-parallel rank one
             name = entry.megatron[number + each * self.groups.ep.rank()]
@@ -204,7 +217,8 @@ class Weights:
                 size, _ = self._place(entry)
                 part = torch.empty(local[0].shape, dtype=take(local[0]).dtype, device="meta")
                 whole = entry.op.unshard([part] * size)
-                if experts_apart and isinstance(entry.op, StackExperts):
+                if experts_apart and _leaves_apart(entry):
+                    assert isinstance(entry.op, StackExperts)
                     hf = entry.op.apart(whole) * self.plan.ep
                 else:
                     hf = entry.op.to_hf([whole] * len(entry.megatron))
@@ -238,6 +252,11 @@ def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
     """What backward left in the gradient buffer; zeros for a frozen parameter, or a buffer."""
     main_grad = getattr(parameter, "main_grad", None)
     return torch.zeros_like(parameter) if main_grad is None else main_grad
+
+
+def _leaves_apart(entry: Entry) -> bool:
+    """Whether servers take the entry's tensors expert by expert."""
+    return isinstance(entry.op, StackExperts) and not entry.op.together
 
 
 def _is_tied(weight_map: list[Entry]) -> bool:

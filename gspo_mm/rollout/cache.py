@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from gspo_mm.families.sinks import attend_with_sinks
 
 
 class Room(DynamicLayer):
@@ -82,9 +84,12 @@ class Running(LinearAttentionLayer):
 
 
 def make_room(cache: Any, rows: torch.Tensor, *, tokens: int) -> None:
-    """Make a filled DynamicCache one of `rows` [B] of it; layers that grow by every token get room for that many more."""
+    """Make a filled DynamicCache one of `rows` [B] of it; layers that hold keys get room for that many more.
+
+    Those of windows then keep what leaves the window too, which attention passes over.
+    """
     for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             cache.layers[number] = Room(layer, rows, tokens=tokens)
         else:
             layer.reorder_cache(rows)
@@ -105,19 +110,49 @@ def grouped_attention(
     value_BGTH: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' "sdpa"; for one query a row, heads of a group stand where queries do, so that no key is repeated."""
+    """As transformers' "sdpa", and with sinks `s_aux` [A]; for one query a row, heads of a group stand where queries do, so that
+    no key is repeated, and only the last `sliding_window` keys are looked at: with more queries the mask says that.
+    """
     rows, heads, queries, size = query_BAQH.shape
     if queries > 1:
+        if s_aux is not None:
+            return _attend_to_sinks(query_BAQH, key_BGTH, value_BGTH, attention_mask, scaling, s_aux), None
         return sdpa_attention_forward(
             module, query_BAQH, key_BGTH, value_BGTH, attention_mask, scaling=scaling, **kwargs
         )
+    if sliding_window is not None:
+        key_BGTH, value_BGTH = (t[:, :, -sliding_window:] for t in (key_BGTH, value_BGTH))
+        attention_mask = None if attention_mask is None else attention_mask[..., -sliding_window:]
     grouped = query_BAQH.reshape(rows, key_BGTH.shape[1], -1, size)
-    output = F.scaled_dot_product_attention(
-        grouped, key_BGTH, value_BGTH, attn_mask=attention_mask, scale=scaling
-    )
+    if s_aux is not None:
+        sinks = s_aux.view(key_BGTH.shape[1], -1)
+        output = _attend_to_sinks(grouped, key_BGTH, value_BGTH, attention_mask, scaling, sinks)
+        output = output.transpose(1, 2)
+    else:
+        output = F.scaled_dot_product_attention(
+            grouped, key_BGTH, value_BGTH, attn_mask=attention_mask, scale=scaling
+        )
     return output.reshape(rows, 1, heads, size), None
+
+
+def _attend_to_sinks(
+    query_BAQH: torch.Tensor,
+    key_BGTH: torch.Tensor,
+    value_BGTH: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """[B, Q, A, H]; `sinks` [A], or [A, Q] where queries are heads. Without a mask, each query sees what is before it."""
+    if mask is None:
+        mask = query_BAQH.new_ones(query_BAQH.shape[2], key_BGTH.shape[2], dtype=torch.bool).tril()
+    sinks = sinks[..., None] if sinks.dim() > 1 else sinks[:, None, None]
+    scale = query_BAQH.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend_with_sinks(query_BAQH, key_BGTH, value_BGTH, sinks, mask=mask, scale=scale).transpose(1, 2)
 
 
 @torch.no_grad()

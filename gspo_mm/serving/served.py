@@ -16,13 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gspo_mm.config import Config
 from gspo_mm.families.base import Family
 from gspo_mm.families.operations import Entry, StackExperts
 from gspo_mm.families.stored import SCALE
 from gspo_mm.families.table import family_of
 from gspo_mm.families.write import TEMPLATE, copy_files
-from gspo_mm.hf.headers import fp8_block
+from gspo_mm.hf.headers import fp8_block, is_mxfp4
+from gspo_mm.serving.launch import workers_beside_trainer
 from gspo_mm.serving.registry import servers_folder
 from gspo_mm.types import GspoError
 
@@ -36,14 +39,15 @@ class BlockSizeError(GspoError, ValueError):
 def served(config: Config) -> Config:
     """`config` for whoever starts servers: where model.path says another format than theirs, it is another folder.
 
-    So with rollout.sglang.fp8, and without it for a model that is stored in FP8. The folder is model.path without its
+    So with rollout.sglang.fp8, and without it for a model that is stored in FP8 or MXFP4. The folder is model.path without its
     weights; servers start with random ones and get the right ones by a push.
     Raises BlockSizeError when SGLang could not cut the model into blocks.
     """
-    if not config.rollout.sglang.fp8 and not fp8_block(Path(config.model.path)):
+    path = Path(config.model.path)
+    if not config.rollout.sglang.fp8 and not fp8_block(path) and not is_mxfp4(path):
         return config
-    path = str(served_template(config))
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+    template = str(served_template(config))
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": template})})
 
 
 def served_template(config: Config) -> Path:
@@ -103,9 +107,9 @@ def quantized_names(family: Family, hf: Any) -> frozenset[str]:
 
 
 def tensor_names(entries: Iterable[Entry]) -> Iterator[str]:
-    """Hugging Face's names of all tensors of a weight map, experts one by one."""
+    """Hugging Face's names of all tensors of a weight map, experts one by one unless servers take them together."""
     for entry in entries:
-        if isinstance(entry.op, StackExperts):
+        if isinstance(entry.op, StackExperts) and not entry.op.together:
             for expert in range(len(entry.megatron)):
                 yield from entry.op.names_apart(entry.hf[0], expert)
         else:
@@ -133,6 +137,11 @@ def check_served(config: Config) -> None:
     """Raise GspoError when servers of `config` could not compute what the policy computes."""
     family = family_of(config.model.path)
     family.check_served(family.load_config(config.model.path))
+    if workers_beside_trainer(config) and not (family.served_on_cpu or torch.cuda.is_available()):
+        raise GspoError(
+            f"SGLang's attention without GPUs cannot compute {config.model.path}, which has sinks or windows; set "
+            "rollout.engine=embedded, or start servers where GPUs are"
+        )
     check_blocks(config)
 
 
@@ -147,6 +156,11 @@ def check_blocks(config: Config) -> None:
         return
     family = family_of(path)
     hf = family.load_config(path)
+    if not family.linear_layers(hf):
+        raise BlockSizeError(
+            f"rollout.sglang.fp8=true: servers are sent nothing in FP8 of models of type {hf.model_type}; set "
+            "rollout.sglang.fp8=false"
+        )
     attention, experts = sglang.tp // sglang.dp, sglang.tp // sglang.ep
     for dim in family.linear_dims(hf, attention=attention, mlp=sglang.tp, experts=experts):
         if dim.size % (BLOCK * dim.ways):

@@ -60,7 +60,7 @@ class Quantizer:
 
     def _apart(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         op = self._stacks.get(name)
-        if op is None:
+        if op is None or op.together:
             yield name, tensor
             return
         yield from op.all_apart(name, tensor)

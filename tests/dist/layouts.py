@@ -61,6 +61,12 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "sigmoid pp2": (2, "sigmoid", {"parallel": {"pp": 2}}),
     "sigmoid cp2": (2, "sigmoid", {"parallel": {"cp": 2}}),
     "sigmoid dp2 recompute full": (2, "sigmoid", {"parallel": {"dp": 2}, "recompute": "full"}),
+    "sinks tp2": (2, "sinks", {"parallel": {"tp": 2, "etp": 1}}),
+    "sinks ep2": (2, "sinks", {"parallel": {"ep": 2}}),
+    "sinks tp2 ep2": (2, "sinks", {"parallel": {"tp": 2, "ep": 2, "etp": 1}}),
+    "sinks pp2": (2, "sinks", {"parallel": {"pp": 2}}),
+    "sinks cp2 recompute selective": (2, "sinks", {"parallel": {"cp": 2}, "recompute": "selective"}),
+    "sinks dp2 recompute full": (2, "sinks", {"parallel": {"dp": 2}, "recompute": "full"}),
     "tp2 ep2 etp2": (4, "moe", {"parallel": {"tp": 2, "ep": 2, "etp": 2}}),
     "pp2 ep2": (4, "moe", {"parallel": {"pp": 2, "ep": 2}}),
     "tp2 pp2": (4, "moe", {"parallel": {"tp": 2, "pp": 2}}),
@@ -131,6 +137,19 @@ def set_pairs(policy: Policy) -> None:
     policy.optimizer.take_over_parameters()
 
 
+def sent_once(policy: Policy) -> bool:
+    """Whether the ranks that send weights to servers send all of them, once, with the values that an export has."""
+    own: list[tuple[str, torch.Tensor]] = []
+    for sender in policy.weights.senders(policy.ranks):
+        part = [(name, tensor.clone()) for name, tensor in policy.weights.export_own(sender)]
+        own += part if policy.ranks.rank == sender else []
+    sent = [pair for of_rank in policy.ranks.gather(own) for pair in of_rank]
+    expected = {name: tensor.clone() for name, tensor in policy.weights.export(experts_apart=True)}
+    return sorted(name for name, _ in sent) == sorted(expected) and all(
+        torch.equal(tensor, expected[name]) for name, tensor in sent
+    )
+
+
 def in_pieces(bucket: int | None, folder: Path, config: PolicyConfig) -> Policy:
     """A policy whose ranks exchange so many numbers at once: a tiny model in many pieces, as a large one is."""
     with pytest.MonkeyPatch.context() as patched:
@@ -145,6 +164,7 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     policy = in_pieces(changes.pop("bucket", None), folder, policy_config(changes))
     source = read_hf(folder)
     there_and_back = {name: torch.equal(tensor, source.tensor(name)) for name, tensor in policy.export()}
+    are_sent = sent_once(policy)
     set_pairs(policy)
     everything = batches_of(policy)
     mine = list(range(len(everything)))[policy.groups.dp.rank() :: policy.plan.dp]
@@ -164,6 +184,7 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     steps = [policy.update(batches, loss_fn, temperature=0.7, last=number == 1) for number in range(2)]
     return {
         "exact": there_and_back,
+        "sent": are_sent,
         "logprobs": [dict(pair for of_rank in numbered for pair in of_rank)[i] for i in range(len(everything))],
         "loss": loss,
         "entropy": sum(m["entropy"] for m in metrics),

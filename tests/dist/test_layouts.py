@@ -9,7 +9,7 @@ import torch
 
 from tests.dist.layouts import LAYOUTS, LORA, measure
 from tests.forked import COMMANDS
-from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
+from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_sinks, tiny_text, tiny_vl, tiny_windows
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     windows = tiny_windows(tied=True, vocab_size=131)
     models = {"moe": moe, "dense": dense, "text": text, "text dense": text_dense, "hybrid": hybrid}
     models |= {"windows": windows, "sigmoid": tiny_glm(vocab_size=250)}
+    models |= {"sinks": tiny_sinks(vocab_size=250)}
     return {name: save(model, parent / name) for name, model in models.items()}
 
 
@@ -68,6 +69,7 @@ def test_a_layout_computes_what_one_rank_computes(name: str, measured: Any, alon
     found = measured(name)
     assert found["exact"].keys() == expected["weights"].keys()
     assert all(found["exact"].values())
+    assert found["sent"]
     for ours, theirs in zip(found["logprobs"], expected["logprobs"], strict=True):
         assert (ours - theirs).abs().max() <= 2e-5
     assert found["loss"] == pytest.approx(expected["loss"], abs=2e-5)

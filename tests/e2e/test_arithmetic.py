@@ -1,4 +1,4 @@
-"""A model that takes text alone learns sums: warm start, GSPO, export. About 20 s of one core for each of the two."""
+"""A model that takes text alone learns sums: warm start, GSPO, export. About 20 s of one core for each of the three."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def config_of(name: str, model: Path, sums: Path, runs: Path, **optimizer: float
     return parse_config(values)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "gpt_oss"])
 def test_rewards_of_sums_rise_and_plain_transformers_reads_what_was_learned(
     family: str, sums: Path, tmp_path: Path
 ) -> None:

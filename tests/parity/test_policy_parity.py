@@ -12,7 +12,17 @@ from gspo_mm.families import read_hf
 from gspo_mm.families.operations import Copy, Entry, MergeGateUp
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
-from tests.tiny_vl import SIGMOID_MODELS, save, tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
+from tests.tiny_vl import (
+    SIGMOID_MODELS,
+    SINK_MODELS,
+    save,
+    tiny_glm,
+    tiny_hybrid,
+    tiny_sinks,
+    tiny_text,
+    tiny_vl,
+    tiny_windows,
+)
 from tools.check_parity import compare, random_batch, reference_logprobs
 
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
@@ -181,13 +191,14 @@ def build(name: str) -> Any:
         (HYBRIDS, tiny_hybrid),
         (WINDOWED, tiny_windows),
         (SIGMOID_MODELS, tiny_glm),
+        (SINK_MODELS, tiny_sinks),
     ):
         if name in models:
             return make(**models[name], seed=len(name))
     raise KeyError(name)
 
 
-@pytest.mark.parametrize("name", [*MODELS, *TEXT_ALONE, *HYBRIDS, *WINDOWED, *SIGMOID_MODELS])
+@pytest.mark.parametrize("name", [*MODELS, *TEXT_ALONE, *HYBRIDS, *WINDOWED, *SIGMOID_MODELS, *SINK_MODELS])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_and_every_gradient_equal_transformers(
     name: str, temperature: float, tmp_path: Path
@@ -318,6 +329,7 @@ def test_neighbours_in_the_pack_change_nothing(policy: Policy, model: Any) -> No
         "hybrid, a mixture",
         "windows",
         "sigmoid",
+        "sinks",
     ],
 )
 def test_other_tokens_in_one_sequence_change_no_other(name: str, tmp_path: Path) -> None:

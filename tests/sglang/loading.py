@@ -32,11 +32,13 @@ def build(folder: str, dtype: str) -> torch.nn.Module:
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import PortArgs, ServerArgs
 
+    sinks = json.loads(Path(folder, "config.json").read_text())["model_type"] == "gpt_oss"
+    backend = "triton" if sinks else "torch_native"  # demanded for sinks; nothing is attended to here
     server = ServerArgs(
         model_path=folder,
         device="cpu",
         dtype=dtype,
-        attention_backend="torch_native",
+        attention_backend=backend,
         load_format="dummy",
         disable_overlap_schedule=True,
     )

@@ -25,7 +25,7 @@ from gspo_mm.serving import cpu
 from gspo_mm.serving.served import SCALE, check_served, served
 from gspo_mm.sync.quantize import FP8 as FORMAT
 from gspo_mm.sync.quantize import on_the_way
-from tests.tiny_vl import HALF_TURNED, WIDE, save, tiny_glm, tiny_hybrid
+from tests.tiny_vl import HALF_TURNED, WIDE, save, tiny_glm, tiny_hybrid, tiny_sinks
 
 MERGED = {
     "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"],
@@ -57,7 +57,7 @@ def send(folder: Path, model: Any, *, fp8: bool) -> subprocess.Popen[str]:
             "data": {"train": ["none.tar"]},
             "reward": {"file": "configs/rewards/digits.yaml"},
             "policy": {"dtype": dtype},
-            "rollout": {"engine": "sglang", "sglang": {"fp8": fp8}},
+            "rollout": {"engine": "sglang", "sglang": {"fp8": fp8, "start": "elsewhere"}},
         }
     )
     check_served(config)
@@ -74,7 +74,7 @@ def send(folder: Path, model: Any, *, fp8: bool) -> subprocess.Popen[str]:
     )
 
 
-MIXTURE, DENSE, SIGMOID = "mixture", "dense and tied", "sigmoid and tied"
+MIXTURE, DENSE, SIGMOID, SINKS = "mixture", "dense and tied", "sigmoid and tied", "sinks"
 FP8 = ("mixture in FP8", "sigmoid in FP8")
 
 
@@ -90,6 +90,7 @@ def each(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
         MIXTURE: tiny_hybrid(),
         DENSE: tiny_hybrid(moe=False, tied=True),
         SIGMOID: tiny_glm(tied=True, n_group=4, topk_group=2, num_experts_per_tok=5, n_shared_experts=2),
+        SINKS: tiny_sinks(),
         FP8[0]: tiny_hybrid(**wide, rope_parameters=rope, **linear, **inner),
         FP8[1]: tiny_glm(**wide, rope_parameters=half, intermediate_size=128, moe_intermediate_size=384),
     }
@@ -153,6 +154,27 @@ def test_each_tensor_that_is_missing_is_missed(change: str, loaded: Loaded) -> N
     refused = {name for name in loaded.sent if ".experts." in name} if raises else set()
     assert unfilled.keys() == loaded.sent.keys() - refused
     assert unfilled == {name: [parameter(name, loaded)] for name in unfilled}
+
+
+def test_experts_that_servers_take_together_get_their_values(each: dict[str, Loaded]) -> None:
+    loaded = each[SINKS]
+    assert loaded.unfilled["all"] == []
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in loaded.model.named_parameters():
+        ours = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name)
+        ours = re.sub(r"gate_up_proj(_bias)?$", r"w13_weight\1", ours)
+        parts.setdefault(re.sub(r"down_proj(_bias)?$", r"w2_weight\1", ours), []).append(tensor.detach())
+    assert loaded.held.keys() == parts.keys()
+    for name, tensors in parts.items():
+        assert torch.equal(loaded.held[name], torch.cat(tensors).to(loaded.held[name].dtype)), name
+    for change in ("left out", "renamed"):
+        unfilled = loaded.unfilled[change]
+        assert unfilled.keys() == loaded.sent.keys()
+        assert all(len(names) == 1 for names in unfilled.values())
+    family = family_of(loaded.folder)
+    whole = {name: server for name in loaded.sent if (server := family.whole_tensor(name))}
+    assert len(whole) == 2 * 4 + 1 + 2 * 4  # norms and routers of four layers
+    assert all(torch.equal(loaded.held[server], loaded.sent[name]) for name, server in whole.items())
 
 
 def test_names_that_pushes_are_checked_by_are_the_servers(loaded: Loaded) -> None:

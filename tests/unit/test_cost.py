@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.families.glm4v import Glm4vMoe
+from gspo_mm.families.gpt_oss import GptOss
 from gspo_mm.families.qwen2_5_vl import Qwen25VL
 from gspo_mm.families.qwen3 import Qwen3
 from gspo_mm.families.qwen3_5 import Qwen35
 from gspo_mm.families.qwen3_vl import Qwen3VL
-from tests.tiny_vl import tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
+from tests.tiny_vl import tiny_glm, tiny_hybrid, tiny_sinks, tiny_text, tiny_vl, tiny_windows
 from tools.check_parity import random_batch, token_by_token
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -174,6 +175,23 @@ def test_flops_of_sigmoid_routing_are_those_that_torch_counts(frozen: tuple[str,
         logits.sum().backward()
     update = flops.training(frozen)
     assert counter.get_total_flops() == update.count([length], 6, patches) + masked(update, length)
+
+
+@pytest.mark.parametrize("shape", [{}, {"sliding_window": 30}, {"layer_types": ["full_attention"] * 4}])
+def test_flops_of_sinks_and_windows_are_those_that_torch_counts(shape: dict[str, Any]) -> None:
+    model = tiny_sinks(**shape)
+    flops = GptOss().flops(model.config)
+    windowed = model.config.layer_types.count("sliding_attention")
+    with FlopCounterMode(display=False) as counter:
+        logits = model(**inputs_of(model, [], 17), use_cache=False, logits_to_keep=5).logits
+        counted = counter.get_total_flops()
+        logits.sum().backward()
+    for passed, expected in ((counted, flops), (counter.get_total_flops(), flops.training())):
+        # transformers' kernel skips nothing: 17 x 17 pairs in each layer
+        pair = (expected.pair + expected.window_pair) // 4
+        seen = sum(min(i, model.config.sliding_window) for i in range(1, 18))
+        skipped = pair * (windowed * (17**2 - seen) + (4 - windowed) * (17**2 - 17 * 18 // 2))
+        assert passed == expected.count([17], 5, []) + skipped
 
 
 def frozen_parts(frozen: tuple[str, ...]) -> set[str]:

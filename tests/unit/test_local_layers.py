@@ -2,7 +2,9 @@
 
 import torch
 
-from gspo_mm.policy.spec import Normalized, Rotate
+from gspo_mm.families.sinks import attend_with_sinks
+from gspo_mm.policy.attention import Rotate
+from gspo_mm.policy.spec import Normalized
 
 
 def test_the_norm_is_torchs_in_value_and_gradient() -> None:
@@ -33,3 +35,24 @@ def test_rotation_is_a_complex_product_in_value_and_gradient() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(ours, states, gradient), torch.autograd.grad(theirs, states, gradient)
     )
+
+
+def test_a_sink_takes_its_part_of_the_softmax_in_value_and_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    query, key, value, sinks = rand(2, 6, 5, 4), rand(2, 3, 7, 4), rand(2, 3, 7, 4), rand(6)
+    mask = torch.ones(5, 7, dtype=torch.bool).tril(2).triu(-1)
+    mask[1] = False  # a query that sees the sink alone
+    ours = attend_with_sinks(query, key, value, sinks[:, None, None], mask=mask, scale=0.3)
+    scores = 0.3 * query @ key.repeat_interleave(2, 1).mT
+    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = torch.cat([scores, sinks[:, None, None].expand(2, 6, 5, 1)], -1)
+    theirs = scores.softmax(-1)[..., :-1] @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(ours, theirs)
+    gradient = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+    inputs = (query, key, value, sinks)
+    found = (torch.autograd.grad(output, inputs, gradient) for output in (ours, theirs))
+    torch.testing.assert_close(*found)

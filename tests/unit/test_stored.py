@@ -1,18 +1,20 @@
-"""Folders that hold their weights in another form: experts one by one, matrices in FP8 blocks, or both."""
+"""Folders that hold their weights in another form: experts one by one, matrices in FP8 blocks, or both; or in MXFP4."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from gspo_mm.checkpoint.export import export_hf
 from gspo_mm.config import ModelConfig, PolicyConfig, load_config
@@ -22,7 +24,7 @@ from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.policy.engine import Policy
 from gspo_mm.serving.served import served
 from gspo_mm.sync.quantize import Quantizer, quantize
-from tests.tiny_vl import save, tiny_vl
+from tests.tiny_vl import save, tiny_sinks, tiny_vl
 
 type Tensors = dict[str, torch.Tensor]
 
@@ -113,6 +115,88 @@ def test_servers_in_bf16_do_not_start_from_its_format(saved: Path, tmp_path: Pat
     assert path != source
     assert "quantization_config" not in json.loads((path / "config.json").read_text())
     assert not list(path.glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose experts are in MXFP4, all numbers and a good many scales among them."""
+    path = save(
+        tiny_sinks(num_hidden_layers=2, intermediate_size=96).bfloat16(),
+        tmp_path_factory.mktemp("mxfp4") / "hf",
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def random(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, dtype=torch.uint8, generator=generator)
+
+    def pack(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+            experts, columns, rows = tensors.pop(name).shape
+            tensors[f"{name}_blocks"] = random(0, 256, experts, rows, columns // 32, 16)
+            tensors[f"{name}_scales"] = random(110, 126, experts, rows, columns // 32)
+
+    change_mxfp4(path, pack)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def change_mxfp4(path: Path, change: Callable[[Tensors], Any]) -> None:
+    tensors = load_file(path / SINGLE)
+    change(tensors)
+    save_file(tensors, path / SINGLE, metadata={"format": "pt"})
+
+
+def test_mxfp4_is_read_as_transformers_reads_it_and_written_in_bf16(packed: Path, tmp_path: Path) -> None:
+    raw, ours = load_file(packed / SINGLE), read_hf(packed)
+    for name in (n.removesuffix("_blocks") for n in raw if n.endswith("_blocks")):
+        theirs = convert_moe_packed_tensors(raw[f"{name}_blocks"], raw[f"{name}_scales"])
+        assert ours.dtype(name) == torch.bfloat16
+        assert torch.equal(ours.tensor(name), theirs)
+    quantized = AutoModelForCausalLM.from_pretrained(packed, quantization_config=Mxfp4Config(dequantize=True))
+    loaded = dict(quantized.named_parameters())
+    assert dict.fromkeys(loaded, True) == {n: torch.equal(loaded[n].to(t.dtype), t) for n, t in ours}
+
+    policy = Policy.from_hf(str(packed), PolicyConfig(), seed=0, total_steps=1)
+    export_hf(policy, tmp_path / "out", ModelConfig(path=str(packed)))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).named_parameters()
+    assert all(torch.equal(ours.tensor(n), t.to(ours.dtype(n))) for n, t in written)
+
+
+LAST = "model.layers.1.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda t: t.pop(f"{LAST}_scales"), f"{LAST}_blocks holds bytes, but no file holds its scales"),
+        (
+            lambda t: t.pop(f"{LAST}_blocks"),
+            f"holds {LAST}_scales, where the model of its config.json has {LAST};",
+        ),
+        (
+            lambda t: t.update({f"{LAST}_scales": t[f"{LAST}_scales"][:4]}),
+            "which is not MXFP4 in groups of 32",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": t[f"{LAST}_scales"][0, 0].clone()}),
+            "model.norm.weight holds bytes",
+        ),
+    ],
+)
+def test_mxfp4_that_is_not_whole_is_refused(
+    change: Callable[[Tensors], Any], fault: str, packed: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "hf"
+    shutil.copytree(packed, path)
+    change_mxfp4(path, change)
+    with pytest.raises(HfFolderError, match=fault):
+        read_hf(path)
 
 
 def without(name: str) -> Callable[[Tensors], Any]:

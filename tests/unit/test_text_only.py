@@ -16,7 +16,8 @@ from gspo_mm.families import HfFolderError, family_of, read_hf
 from gspo_mm.families.write import write_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.parallel import PlanError
-from gspo_mm.types import GspoError, Prompt
+from gspo_mm.rollout.embedded import EmbeddedEngine
+from gspo_mm.types import EncodedPrompt, GspoError, Prompt, SamplingParams
 from tests.tiny_vl import save, tiny_text
 from tests.unit.test_processor import encoded, prompt
 from tools.make_tiny_model import make_tiny_model
@@ -175,3 +176,41 @@ def test_what_servers_may_hold_in_fp8_is_every_matrix_of_the_decoder(moe: bool, 
     matrices = {name for name, tensor in stored.items() if tensor.dim() == 2}
     kept = {name for name in matrices if name.endswith((".mlp.gate.weight", "embed_tokens.weight"))}
     assert listed == matrices - kept - {"lm_head.weight"}
+
+
+# decoding
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_windows_and_sinks_are_decoded_as_transformers_computes_them(records: bool, tmp_path: Path) -> None:
+    """Answers grow beyond the window of 8, of prompts that are shorter and longer than it."""
+    model = make_tiny_model(tmp_path / "hf", family="gpt_oss")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "sinks")):
+                parameter.normal_()
+    processor = Processor(str(tmp_path / "hf"), DataConfig(train=["x"]))
+    engine = EmbeddedEngine(str(tmp_path / "hf"), processor, dtype=torch.float32, max_batch=64)
+    engine._decode._records = records
+    generator = torch.Generator().manual_seed(0)
+    engine.load_weights(model.named_parameters(), version=1)
+    prompts = [
+        EncodedPrompt(
+            prompt=prompt(),
+            token_ids=tuple(int(i) for i in torch.randint(300, (length,), generator=generator)),
+            pixel_values=None,
+            image_grid_thw=None,
+        )
+        for length in (3, 19, 8)
+    ]
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=12)
+    for encoded_prompt, answers in zip(
+        prompts, engine.generate(prompts, group_size=2, sampling=sampling, seed=0), strict=True
+    ):
+        for answer in answers:
+            ids = torch.tensor([[*encoded_prompt.token_ids, *answer.token_ids]])
+            with torch.no_grad():
+                logprobs = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            rows = torch.arange(len(encoded_prompt.token_ids) - 1, ids.shape[1] - 1)
+            expected = logprobs[rows, torch.tensor(answer.token_ids)]
+            torch.testing.assert_close(torch.tensor(answer.logprobs), expected, rtol=0, atol=2e-5)

@@ -17,7 +17,7 @@ from gspo_mm.families.operations import (
     VocabPad,
 )
 from gspo_mm.hf.tensors import held
-from tests.tiny_vl import tiny_glm, tiny_hybrid, tiny_vl, tiny_windows
+from tests.tiny_vl import tiny_glm, tiny_hybrid, tiny_sinks, tiny_vl, tiny_windows
 
 G = torch.Generator().manual_seed(0)
 
@@ -39,6 +39,13 @@ OPERATIONS: dict[str, tuple[Operation, list[torch.Tensor]]] = {
     "gate and up": (MergeGateUp(), [rand(8, 5), rand(8, 5)]),
     "experts in": (StackExperts(gated=True), [rand(3, 16, 5)]),
     "experts out": (StackExperts(gated=False), [rand(3, 5, 8)]),
+    "turned experts in, gate and up in turns": (
+        StackExperts(gated=True, turned=True, in_turns=True),
+        [rand(3, 5, 16)],
+    ),
+    "turned experts out": (StackExperts(gated=False, turned=True), [rand(3, 8, 5)]),
+    "biases of experts in, gate and up in turns": (StackExperts(gated=True, in_turns=True), [rand(3, 16)]),
+    "biases of experts out": (StackExperts(gated=False, axis=None), [rand(3, 5)]),
 }
 
 
@@ -139,6 +146,12 @@ def test_every_parameter_and_bias_of_sigmoid_routers_is_named_once(
 @pytest.mark.parametrize("fused", [False, True])
 def test_every_parameter_of_a_model_with_windows_is_named_once(tied: bool, fused: bool) -> None:
     assert_named_once(tiny_windows(tied=tied), fused=fused)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_parameter_of_a_model_with_sinks_is_named_once(tied: bool, fused: bool) -> None:
+    assert_named_once(tiny_sinks(tied=tied), fused=fused)
 
 
 @pytest.mark.parametrize(
