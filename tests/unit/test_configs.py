@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gspo_mm.config import load_config
-from gspo_mm.families.base import ModelDims
+from gspo_mm.config.layout import ModelDims
 from gspo_mm.policy.parallel import ParallelPlan
 from gspo_mm.reward.spec import load_reward
 
