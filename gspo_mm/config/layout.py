@@ -10,7 +10,7 @@ from gspo_mm.types import GspoError
 
 
 class PlanError(GspoError, ValueError):
-    """A parallel layout that the model or the started ranks do not fit."""
+    """A parallel layout that the model or the started ranks do not fit, or a run that cannot be planned."""
 
 
 @dataclass(frozen=True, kw_only=True)
