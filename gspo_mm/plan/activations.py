@@ -7,8 +7,6 @@ between the matrices, columns within them.
 
 from __future__ import annotations
 
-from gspo_mm.plan.hardware import IMBALANCE
-from gspo_mm.plan.model import Model
 from gspo_mm.plan.setup import Job
 
 # of a layer's own tensors, gradients that live beside them in its backward
@@ -19,7 +17,7 @@ _CHUNKS = 2.5 * 2**28
 
 def layer_bytes(job: Job, number: int) -> float:
     """Of a token in a decoder layer on one rank that recomputes nothing."""
-    return _elements(job.model, number, norms=True) * job.policy.width / job.policy.sizes.tp
+    return _elements(job, number, norms=True) * job.policy.width / job.policy.sizes.tp
 
 
 def kept_bytes(job: Job, number: int) -> float:
@@ -28,13 +26,14 @@ def kept_bytes(job: Job, number: int) -> float:
         case "none":
             return layer_bytes(job, number)
         case "selective":
-            return _elements(job.model, number, norms=False) * job.policy.width / job.policy.sizes.tp
+            return _elements(job, number, norms=False) * job.policy.width / job.policy.sizes.tp
         case "full":
             return job.model.hidden * job.policy.width / job.policy.sizes.tp
 
 
-def _elements(model: Model, number: int, *, norms: bool) -> float:
+def _elements(job: Job, number: int, *, norms: bool) -> float:
     """Numbers of a token. Without `norms`: outputs of norms and of the experts' activation are made again."""
+    model = job.model
     hidden, queries, keys = model.hidden, model.queries, model.keys
     # input of both norms, which is the residual stream; and their outputs, which the matrices were given
     found = 2.0 * hidden + (2 * hidden if norms else 0)
@@ -50,7 +49,7 @@ def _elements(model: Model, number: int, *, norms: bool) -> float:
         return found + 3 * model.dense_ffn
     inner = 2 * model.expert_ffn + (model.expert_ffn if norms else 0)
     # rows as they arrive, gate and up, their product, rows as they leave
-    found += model.chosen * IMBALANCE * (2 * hidden + inner)
+    found += model.chosen * job.imbalance * (2 * hidden + inner)
     return found + 3 * model.shared_ffn + 4 * model.experts
 
 

@@ -68,21 +68,23 @@ class Efficiency:
     """What runs reach of the sheets. The defaults are the fit of `tools/bench/plan.py`; see there for its errors."""
 
     # share of dense FLOP/s in the matrix products of a pass over packed tokens
-    products: float = 0.45
+    products: float = 0.47
+    # the same in products of experts, which are narrow and have few rows each
+    experts: float = 0.34
     # share of memory bandwidth when a decoding server reads weights and cache
-    decode: float = 0.6
-    # share of a link's bandwidth in collectives
-    links: float = 0.6
-    # seconds that a decoder layer takes in a forward pass beyond its products and transfers: launching its kernels
+    decode: float = 0.67
+    # share of a link's bandwidth in collectives; part of them hides behind products, so it is high
+    links: float = 0.9
+    # seconds that the host needs to launch a dense layer's forward: some 25 kernels of 20 µs. No run decides this one
     dense_layer: float = 0.5e-3
-    # as above, of a mixture of experts: routing, sorting, and waiting for the counts of tokens
-    expert_layer: float = 3e-3
+    # the same of a mixture of experts: routing and sorting too, and waiting for the counts of tokens
+    expert_layer: float = 4.7e-3
     # seconds of a decoding step beyond memory traffic, for each layer: launching and synchronising its kernels
-    decode_layer: float = 0.1e-3
+    decode_layer: float = 0.17e-3
     # share of one adapter's bandwidth that a push of weights reaches
-    push: float = 0.5
-    # seconds of a step that belong to none of its stages: data, rewards, metrics, gathering of answers
-    step: float = 5.0
+    push: float = 0.6
+    # seconds of a push before the first weights: servers pause, drop their cache, and are told what comes
+    push_start: float = 1.4
 
 
 # how many times the mean the busiest expert-parallel rank gets: memory must hold it, and time waits for it. Without an auxiliary

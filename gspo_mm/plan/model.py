@@ -151,8 +151,16 @@ class Model:
 
     def layer(self, number: int) -> list[Part]:
         """Parameters of a decoder layer."""
-        parts = self._linear_attention() if self.linears[number] else self._attention()
-        if not self.mixtures[number]:
+        return self._kinds[self.mixtures[number], self.linears[number]]
+
+    @cached_property
+    def _kinds(self) -> dict[tuple[bool, bool], list[Part]]:
+        """Of each kind of layer: whether it is a mixture, and whether its attention is linear."""
+        return {kind: self._layer(*kind) for kind in set(zip(self.mixtures, self.linears, strict=True))}
+
+    def _layer(self, mixture: bool, linear: bool) -> list[Part]:
+        parts = self._linear_attention() if linear else self._attention()
+        if not mixture:
             mlp = 3 * self.hidden * self.dense_ffn
             return [*parts, Part(name="mlp", number=mlp, cut="tp", in_fp8=True)]
         experts = 3 * self.hidden * self.expert_ffn * self.experts

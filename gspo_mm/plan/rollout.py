@@ -14,7 +14,7 @@ from gspo_mm.plan.hardware import LATENCY_NETWORK, LATENCY_NVLINK
 from gspo_mm.plan.serving import cache_bytes, served_bytes, server_capacity, state_bytes
 from gspo_mm.plan.setup import Job, Lengths, Servers
 
-_INTERVALS = 200
+_INTERVALS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +49,12 @@ def rollout_of(job: Job) -> Rollout:
         return Rollout(
             in_turn=float("inf"), steady=float("inf"), prefill=prefill, again=0.0, at_once=0, limit="memory"
         )
-    full = (
-        _decode(job, servers, at_once, work.lengths.prompt + shape.middle) / at_once
-    )  # seconds for each token
+    decoder = Decoder(job, servers)
+    full = decoder.seconds(at_once, shape.prompt + shape.middle) / at_once  # for each token
     steady = own * work.lengths.answer * full + prefill
     waiting = max(0.0, own - at_once) * work.lengths.answer * full
     return Rollout(
-        in_turn=waiting + _tail(job, servers, shape, min(own, at_once)) + prefill,
+        in_turn=waiting + decoder.tail(shape, min(own, at_once)) + prefill,
         steady=steady,
         prefill=prefill,
         again=_again(job, servers, at_once, shape),
@@ -68,7 +67,7 @@ class Shape:
     """How long answers are."""
 
     def __init__(self, lengths: Lengths) -> None:
-        self._limit = lengths.longest
+        self.prompt, self._limit = lengths.prompt, lengths.longest
         self._power = max(0.0, lengths.longest / lengths.answer - 1)
 
     def longer(self, tokens: float) -> float:
@@ -85,44 +84,44 @@ class Shape:
         return self._limit / (self._power + 2)
 
 
-def _tail(job: Job, servers: Servers, shape: Shape, batch: float) -> float:
-    """Seconds until `batch` answers that started together have ended: the batch shrinks as they do."""
-    end = shape.longest(batch * servers.number)
-    width = end / _INTERVALS
-    found = 0.0
-    for number in range(_INTERVALS):
-        done = (number + 0.5) * width
-        alive = max(1.0, batch * shape.longer(done))
-        found += width * _decode(job, servers, alive, job.work.lengths.prompt + done)
-    return found
+class Decoder:
+    """Seconds of a token on one server."""
 
+    def __init__(self, job: Job, servers: Servers) -> None:
+        model, gpu, share = job.model, job.gpu, job.efficiency
+        self._model, self._servers = model, servers
+        self._whole = served_bytes(model, servers)
+        width = 1 if servers.fp8 else 2
+        self._experts = sum(model.mixtures) * 3 * model.hidden * model.expert_ffn * model.experts * width
+        self._cache, self._state = cache_bytes(model, servers), state_bytes(model, servers)
+        self._bandwidth = gpu.bandwidth * share.decode
+        self._peak = (gpu.fp8 if servers.fp8 and gpu.fp8 else gpu.bf16) * share.products
+        wait = 2 * _latency(job, servers.tp) if servers.tp > 1 else 0.0
+        self._layers = model.layers * (share.decode_layer + wait)
 
-def _decode(job: Job, servers: Servers, batch: float, context: float) -> float:
-    """Seconds of one token for each of `batch` answers of `context` tokens on one server."""
-    model, gpu, share = job.model, job.gpu, job.efficiency
-    # data-parallel attention: each group of GPUs has its part of the answers
-    own = batch / servers.dp
-    read = _weights_read(job, servers, batch) / servers.tp
-    read += own * (context * cache_bytes(model, servers) + 2 * state_bytes(model, servers))
-    peak = gpu.fp8 if servers.fp8 and gpu.fp8 else gpu.bf16
-    flops = batch * (model.flops_token + model.flops_row + model.flops_pair * context) / servers.tp
-    wait = 2 * _latency(job, servers.tp) if servers.tp > 1 else 0.0
-    return (
-        max(read / (gpu.bandwidth * share.decode), flops / (peak * share.products))
-        + model.layers * (share.decode_layer + wait)
-    )  # fmt: skip
+    def seconds(self, batch: float, context: float) -> float:
+        """For each of `batch` answers, with `context` tokens before it."""
+        model, servers = self._model, self._servers
+        read = self._weights(batch) / servers.tp
+        # data-parallel attention: each group of GPUs has its part of the answers
+        read += batch / servers.dp * (context * self._cache + 2 * self._state)
+        flops = batch * (model.flops_token + model.flops_row + model.flops_pair * context) / servers.tp
+        return max(read / self._bandwidth, flops / self._peak) + self._layers
 
+    def _weights(self, batch: float) -> float:
+        """Bytes that a step touches: of E experts, each chosen with K/E, those that some answer chose."""
+        if not self._model.experts:
+            return self._whole
+        return self._whole - self._experts * (1 - self._model.chosen / self._model.experts) ** batch
 
-def _weights_read(job: Job, servers: Servers, batch: float) -> float:
-    """Bytes of weights that a step touches: of E experts, each chosen with K/E, those that some answer chose."""
-    model = job.model
-    whole = served_bytes(model, servers)
-    if not model.experts:
-        return whole
-    width = 1 if servers.fp8 else 2
-    experts = sum(model.mixtures) * 3 * model.hidden * model.expert_ffn * model.experts * width
-    idle = (1 - model.chosen / model.experts) ** batch
-    return whole - experts * idle
+    def tail(self, shape: Shape, batch: float) -> float:
+        """Until `batch` answers that started together have ended: the batch shrinks as they do."""
+        end = shape.longest(batch * self._servers.number)
+        width = end / _INTERVALS
+        return sum(
+            width * self.seconds(max(1.0, batch * shape.longer(done)), shape.prompt + done)
+            for done in ((number + 0.5) * width for number in range(_INTERVALS))
+        )
 
 
 def _prefill(job: Job, servers: Servers, prompts: float) -> float:

@@ -10,7 +10,7 @@ from typing import Literal
 from gspo_mm.config import Config
 from gspo_mm.config.layout import PlanError, Sizes, round_up
 from gspo_mm.config.policy import LoraConfig
-from gspo_mm.plan.hardware import Efficiency, Gpu, gpu_of
+from gspo_mm.plan.hardware import IMBALANCE, Efficiency, Gpu, gpu_of
 from gspo_mm.plan.model import Model, read_model
 
 SHARE_OF_LONGEST = 0.25
@@ -72,6 +72,8 @@ class Policy:
     # bytes kept for features of images
     feature_cache: float = 0.0
     keeps_features: bool = False
+    # tokens reach their experts by DeepEP, once for each node
+    flex: bool = False
     # sequences are put one behind the other without padding; not so in some published runs
     packed: bool = True
 
@@ -115,6 +117,8 @@ class Job:
     push: Literal["disk", "tensor", "distributed"] = "distributed"
     # bytes of weights under way in a push
     bucket: float = 512 * 2**20
+    # tokens of the busiest expert-parallel rank over the mean
+    imbalance: float = IMBALANCE
     efficiency: Efficiency = field(default_factory=Efficiency)
 
     @property
@@ -194,6 +198,7 @@ def _policy(config: Config, sizes: Sizes) -> Policy:
         micro_tokens=policy.micro_batch_tokens,
         feature_cache=policy.vision_cache_mb * 2**20 if policy.keeps_features else 0.0,
         keeps_features=policy.keeps_features,
+        flex=policy.moe.dispatcher == "flex",
     )
 
 

@@ -42,7 +42,7 @@ class Plan:
     def step(self) -> float:
         sides = (self.sampling, self.training.seconds)
         both = max(sides) if self.overlaps else sum(sides)
-        return both + self.push + self.job.efficiency.step
+        return both + self.push
 
     @property
     def tokens_per_second(self) -> float:
@@ -102,8 +102,9 @@ def push_seconds(job: Job) -> float:
     size = served_bytes(job.model, job.servers)
     match job.push:
         case "distributed":
-            return size / (job.gpu.network * job.efficiency.push)
+            speed = job.gpu.network * job.efficiency.push
         case "tensor":  # gathered by each rank over NVLink, of which it keeps its part
-            return size / (job.gpu.nvlink * job.efficiency.push)
+            speed = job.gpu.nvlink * job.efficiency.push
         case "disk":
-            return 2 * size / FILES
+            speed = FILES / 2  # written, then read
+    return job.efficiency.push_start + size / speed

@@ -1,6 +1,8 @@
-"""Seconds of the policy's passes over a batch of answers: per layer and micro-batch, products + memory + transfers + launches.
+"""Seconds of the policy's passes over a batch of answers: per layer and micro-batch, products + memory + transfers, or the
+launching of their kernels where that takes longer.
 
-A sum and not a maximum: within a layer each waits for the other, and megatron hides little of a mixture's dispatch. Backward is
+A sum and not a maximum of the first three: within a layer each waits for the other, and megatron hides little of a mixture's
+dispatch. Backward is
 twice the products (a gradient of the input, one of the weight), the same transfers, twice the launches; `recompute=full` adds a
 forward. Sequences lie in micro-batches one behind the other; attention sees pairs within a sequence alone.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gspo_mm.plan.activations import layer_bytes
-from gspo_mm.plan.hardware import HOST, HOST_MEMORY, IMBALANCE, LATENCY_NETWORK, LATENCY_NVLINK
+from gspo_mm.plan.hardware import HOST, HOST_MEMORY, LATENCY_NETWORK, LATENCY_NVLINK
 from gspo_mm.plan.memory import held_by, micro_batches, optimizer_bytes, stages
 from gspo_mm.plan.setup import Job
 
@@ -21,16 +23,17 @@ _BYTES = 2  # of a number that travels between ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Seconds of a layer's forward, by what takes them."""
+    """Seconds of a pass, by what takes them. The host launches kernels while earlier ones compute: the longer of both counts."""
 
     products: float = 0.0
     memory: float = 0.0
     transfers: float = 0.0
+    # all that the host needs to launch them, hidden or not
     launches: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.products + self.memory + self.transfers + self.launches
+        return max(self.products + self.memory + self.transfers, self.launches)
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(**{name: getattr(self, name) + getattr(other, name) for name in _NAMES})
@@ -43,6 +46,11 @@ class Cost:
             transfers=self.transfers * others,
             launches=self.launches * others,
         )
+
+    def parts(self) -> dict[str, float]:
+        """What `seconds` is made of; launches are those that nothing hides."""
+        device = {name: getattr(self, name) for name in _NAMES[:-1]}
+        return device | {"launches": self.seconds - sum(device.values())}
 
 
 _NAMES = tuple(Cost.__dataclass_fields__)
@@ -84,7 +92,7 @@ def training_of(job: Job) -> Training:
     # gradients travel while the last micro-batch goes backward
     exposed = max(0.0, reduce - backward.seconds)
     both = slowest + backward
-    parts = {name: getattr(both, name) * number * work.updates for name in _NAMES}
+    parts = {name: seconds * number * work.updates for name, seconds in both.parts().items()}
     parts |= {
         "pipeline": waiting * work.updates,
         "gradients": exposed * work.updates,
@@ -129,11 +137,17 @@ def _layer(job: Job, number: int, tokens: float) -> Cost:
     ranks = sizes.tp * sizes.cp
     mixture = model.mixtures[number]
     chosen = 6 * model.hidden * model.expert_ffn * model.chosen if mixture else 0
-    # the busiest rank's experts are waited for
-    matrices = model.flops_layer(number) + chosen * ((IMBALANCE - 1) if sizes.ep > 1 else 0)
+    others = model.flops_layer(number) - chosen
     pairs = 0.0 if model.linears[number] else 4 * model.queries * job.work.lengths.sequence / 2
     peak = gpu.fp8 if job.policy.fp8 and gpu.fp8 else gpu.bf16
-    products = tokens / ranks * (matrices / peak + pairs / gpu.bf16) / share.products
+    # the busiest rank's experts are waited for
+    busiest = job.imbalance if sizes.ep > 1 else 1.0
+    flops = (
+        others / (peak * share.products)
+        + chosen * busiest / (peak * share.experts)
+        + pairs / (gpu.bf16 * share.products)
+    )
+    products = tokens / ranks * flops
     traffic = _TRAFFIC * layer_bytes(job, number) * tokens / sizes.cp / (gpu.bandwidth * share.decode)
     return Cost(
         products=products,
@@ -156,12 +170,20 @@ def _transfers(job: Job, tokens: float, *, mixture: bool, linear: bool) -> float
         sent = tokens / sizes.cp * 2 * model.keys * _BYTES / sizes.tp * (sizes.cp - 1)
         found += sent / _link(job, sizes.tp * sizes.cp) + (sizes.cp - 1) * _latency(job, sizes.tp * sizes.cp)
     if mixture and sizes.ep > 1:  # to the experts and back
-        group = sizes.ep * sizes.etp
-        sent = tokens / (sizes.tp * sizes.cp) * model.chosen * IMBALANCE * row
-        away = 1 - job.domain / group if group > job.domain else 0.0
-        near = sent * ((sizes.ep - 1) / sizes.ep - away)
-        found += 2 * (near / _link(job, 1) + sent * away / _link(job, job.domain + 1) + _latency(job, group))
+        found += 2 * _dispatch(job, tokens / (sizes.tp * sizes.cp) * row * job.imbalance)
     return found
+
+
+def _dispatch(job: Job, rows: float) -> float:
+    """Seconds until `rows` bytes of a rank's tokens are at the K experts of each. DeepEP sends a token once to each node."""
+    sizes, chosen = job.policy.sizes, job.model.chosen
+    group = sizes.ep * sizes.etp
+    domains = max(1, group // job.domain)
+    away = 1 - 1 / domains
+    near = chosen * ((sizes.ep - 1) / sizes.ep - away)
+    copies = domains * (1 - (1 - 1 / domains) ** chosen) if job.policy.flex else chosen
+    far = rows * away * copies / _link(job, job.domain + 1) if away else 0.0
+    return rows * near / _link(job, 1) + far + _latency(job, group)
 
 
 def _head(job: Job, tokens: float) -> Cost:
