@@ -118,18 +118,16 @@ def _serving(job: Job) -> str:
 
 
 def _memory(plan: Plan) -> Table:
-    uses = list(
-        dict.fromkeys(use for memory in plan.memory for use, size in memory.uses.items() if size >= 5e7)
-    )
+    uses = [use for use in _USES if any(memory.uses.get(use) for memory in plan.memory)]
     table = Table(box=None, pad_edge=False)
     table.add_column("GB")
-    for use in [*uses, "total", "of", ""]:
+    for use in [*uses, "other", "total", "of", ""]:
         table.add_column(use, justify="right", overflow="fold")
     for memory in plan.memory:
         cells = [f"{memory.uses[use] / 1e9:.1f}" if use in memory.uses else "" for use in uses]
-        table.add_row(
-            memory.kind, *cells, f"{memory.total / 1e9:.0f}", f"{memory.limit / 1e9:.0f}", _verdict(memory)
-        )
+        other = sum(size for use, size in memory.uses.items() if use not in uses)
+        sizes = (f"{other / 1e9:.1f}", f"{memory.total / 1e9:.0f}", f"{memory.limit / 1e9:.0f}")
+        table.add_row(memory.kind, *cells, *sizes, _verdict(memory))
     return table
 
 

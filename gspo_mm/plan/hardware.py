@@ -70,21 +70,23 @@ class Efficiency:
     # share of dense FLOP/s in the matrix products of a pass over packed tokens
     products: float = 0.47
     # the same in products of experts, which are narrow and have few rows each
-    experts: float = 0.34
+    experts: float = 0.33
     # share of memory bandwidth when a decoding server reads weights and cache
-    decode: float = 0.67
+    decode: float = 0.71
     # share of a link's bandwidth in collectives; part of them hides behind products, so it is high
     links: float = 0.9
     # seconds that the host needs to launch a dense layer's forward: some 25 kernels of 20 µs. No run decides this one
     dense_layer: float = 0.5e-3
     # the same of a mixture of experts: routing and sorting too, and waiting for the counts of tokens
-    expert_layer: float = 4.7e-3
+    expert_layer: float = 4.4e-3
     # seconds of a decoding step beyond memory traffic, for each layer: launching and synchronising its kernels
-    decode_layer: float = 0.17e-3
+    decode_layer: float = 0.06e-3
+    # seconds of a decoding step that no layer takes: scheduling, sampling, answering
+    decode_step: float = 9.5e-3
     # share of one adapter's bandwidth that a push of weights reaches
-    push: float = 0.6
+    push: float = 0.59
     # seconds of a push before the first weights: servers pause, drop their cache, and are told what comes
-    push_start: float = 1.4
+    push_start: float = 1.35
 
 
 # how many times the mean the busiest expert-parallel rank gets: memory must hold it, and time waits for it. Without an auxiliary
@@ -98,6 +100,6 @@ COMMUNICATOR = 0.15 * GB
 # of memory that is asked for, what the allocator holds beyond: blocks of other sizes than are wanted next
 FRAGMENTS = 1.06
 # seconds of a small collective between GPUs of one NVLink domain, and over the network: launch and flight, without its bytes
-LATENCY_NVLINK, LATENCY_NETWORK = 15e-6, 60e-6
+LATENCY_NVLINK, LATENCY_NETWORK = 15e-6, 40e-6
 # bytes/s of a GPU to its host's memory, of a file system that all nodes share, and host memory's for a GPU's share of the cores
 HOST, FILES, HOST_MEMORY = 50 * GB, 2 * GB, 25 * GB

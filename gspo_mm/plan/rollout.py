@@ -97,7 +97,7 @@ class Decoder:
         self._bandwidth = gpu.bandwidth * share.decode
         self._peak = (gpu.fp8 if servers.fp8 and gpu.fp8 else gpu.bf16) * share.products
         wait = 2 * _latency(job, servers.tp) if servers.tp > 1 else 0.0
-        self._layers = model.layers * (share.decode_layer + wait)
+        self._launches = share.decode_step + model.layers * (share.decode_layer + wait)
 
     def seconds(self, batch: float, context: float) -> float:
         """For each of `batch` answers, with `context` tokens before it."""
@@ -106,7 +106,7 @@ class Decoder:
         # data-parallel attention: each group of GPUs has its part of the answers
         read += batch / servers.dp * (context * self._cache + 2 * self._state)
         flops = batch * (model.flops_token + model.flops_row + model.flops_pair * context) / servers.tp
-        return max(read / self._bandwidth, flops / self._peak) + self._layers
+        return max(read / self._bandwidth, flops / self._peak) + self._launches
 
     def _weights(self, batch: float) -> float:
         """Bytes that a step touches: of E experts, each chosen with K/E, those that some answer chose."""

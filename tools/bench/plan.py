@@ -31,6 +31,7 @@ BOUNDS = {
     "links": (0.2, 0.9),
     "expert_layer": (1e-3, 1e-2),
     "decode_layer": (2e-5, 5e-4),
+    "decode_step": (1e-3, 2e-2),
     "push": (0.1, 0.9),
     "push_start": (0.1, 3.0),
 }
