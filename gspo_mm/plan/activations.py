@@ -11,8 +11,8 @@ from gspo_mm.plan.setup import Job
 
 # of a layer's own tensors, gradients that live beside them in its backward
 _BACKWARD = 0.5
-# bytes of a chunk's float32 logits in loss/logprobs.py, as often as they live: logits, their exp, the slope's BF16 copy
-_CHUNKS = 2.5 * 2**28
+# bytes of float32 logits in a chunk of loss/logprobs.py, and how often they live: logits, their exp, the slope's BF16 copy
+CHUNK, _COPIES = 2**28, 2.5
 
 
 def layer_bytes(job: Job, number: int) -> float:
@@ -73,13 +73,15 @@ def under_way(pp: int, vpp: int, stage: int, micro_batches: int) -> float:
 
 
 def head_bytes(job: Job) -> float:
-    """Of log-probs on the last stage: hidden states of all rows with their gradient, a chunk's logits, the weight's gradient."""
-    policy, sizes = job.policy, job.policy.sizes
-    rows = policy.micro_tokens / sizes.cp
-    states = 2 * rows * job.model.hidden * policy.width
+    """Of log-probs on the last stage: hidden states of the answers' rows with their gradient, a chunk's logits, and the
+    gradient of the output weight, summed up in float32 and rounded."""
+    policy, sizes, lengths = job.policy, job.policy.sizes, job.work.lengths
+    rows = policy.micro_tokens / sizes.cp * lengths.answer / lengths.sequence
+    vocab = job.padded_vocab / sizes.tp
+    logits = min(CHUNK, rows * vocab * 4) * _COPIES
     trained = "language" not in policy.frozen
-    gradient = job.padded_vocab / sizes.tp * job.model.hidden * (4 + policy.width) if trained else 0
-    return states + _CHUNKS + gradient
+    gradient = vocab * job.model.hidden * (4 + policy.width % 4) if trained else 0
+    return 2 * rows * job.model.hidden * policy.width + logits + gradient
 
 
 def vision_bytes(job: Job) -> float:

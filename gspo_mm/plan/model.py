@@ -179,11 +179,11 @@ class Model:
     def _attention(self) -> list[Part]:
         inner = self.queries * (1 + self.gated) + 2 * self.keys
         norms = 2 * self.hidden + (2 * self.head if self.norms_queries else 0)
-        biases = (inner if self.qkv_bias else 0) + (self.hidden if self.output_bias else 0)
         matrices = self.hidden * inner + self.queries * self.hidden
         return [
             Part(name="attention", number=matrices, cut="tp", in_fp8=True),
-            Part(name="norms", number=norms + biases, cut="whole"),
+            Part(name="norms", number=inner if self.qkv_bias else 0, cut="tp"),  # biases
+            Part(name="norms", number=norms + (self.hidden if self.output_bias else 0), cut="whole"),
         ]
 
     def _linear_attention(self) -> list[Part]:
