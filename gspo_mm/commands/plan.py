@@ -9,15 +9,30 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gspo_mm.config import Config
+from gspo_mm.config.layout import PlanError
 from gspo_mm.plan.advice import Change, changes_that_fit
 from gspo_mm.plan.memory import Memory
+from gspo_mm.plan.model import UnplannedError
 from gspo_mm.plan.search import Found
-from gspo_mm.plan.setup import Job
+from gspo_mm.plan.setup import Job, job_of
 from gspo_mm.plan.step import Plan, plan_of
 
+# a plan's memory may be wrong by so much: tools/bench/plan_memory.py
+_MARGIN = 1.15
 _SHOWN = 3  # changes that make a run fit
 # uses of memory with a column of their own
-_USES = ("weights", "gradients", "optimizer", "activations", "log-probs", "vision", "cache, at least")
+_USES = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "log-probs",
+    "vision",
+    "cache",
+    "cache, at least",
+    "policy",
+)
 
 
 def formats(job: Job) -> dict[str, Plan]:
@@ -27,9 +42,30 @@ def formats(job: Job) -> dict[str, Plan]:
     found = {}
     for name, fp8 in (("bf16", False), ("fp8", True)):
         policy = replace(job.policy, fp8=fp8, fp8_weights=fp8 and job.policy.fp8_weights)
-        servers = job.servers and replace(job.servers, fp8=fp8)
+        # servers that share GPUs cannot have FP8 (rollout.sglang.colocate)
+        servers = job.servers and replace(job.servers, fp8=fp8 and not job.servers.colocated)
         found[name] = plan_of(replace(job, policy=policy, servers=servers))
     return found
+
+
+def check_fits(config: Config, *, nodes: int, rollout_nodes: int, per_node: int, gpu: str) -> None:
+    """Raise PlanError for a run that cannot fit: it needs more by more than a plan may be wrong. One that may not is warned of.
+
+    Models that cannot be planned pass.
+    """
+    try:
+        job = job_of(config, nodes=nodes, rollout_nodes=rollout_nodes, per_node=per_node, gpu=gpu)
+    except UnplannedError:
+        return
+    plan = plan_of(job)
+    if plan.fits:
+        return
+    told = refusal(plan, changes_that_fit(plan))
+    if any(memory.total > _MARGIN * memory.limit for memory in plan.memory):
+        raise PlanError(f"{told}; `gspo-mm plan` shows more, and GSPO_GPU= submits it all the same")
+    Console(stderr=True, soft_wrap=True).print(
+        f"warning: this may not fit: {told}", markup=False, highlight=False
+    )
 
 
 def as_json(plan: Plan, found: list[Found]) -> dict[str, Any]:

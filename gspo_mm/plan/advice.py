@@ -75,7 +75,11 @@ def _layouts(job: Job) -> Iterator[tuple[str, Sizes]]:
 
 
 def _servers(job: Job, servers: Servers) -> Iterator[tuple[str, Servers]]:
-    if not servers.fp8:
+    if servers.colocated:
+        for fraction in (0.7, 0.6, 0.5, 0.4, 0.3):
+            if fraction < servers.fraction:
+                yield f"rollout.sglang.mem_fraction={fraction}", replace(servers, fraction=fraction)
+    elif not servers.fp8:
         yield "rollout.sglang.fp8=true", replace(servers, fp8=True)
     for tp in (2 * servers.tp, 4 * servers.tp):
         if tp <= job.per_node and servers.gpus % tp == 0 and job.model.heads % tp == 0:

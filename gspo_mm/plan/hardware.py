@@ -97,6 +97,8 @@ IMBALANCE = 1.3
 CONTEXT = 1.2 * GB
 # bytes of NCCL's buffers for each communicator that a rank is a member of (NCCL_BUFFSIZE 4 MiB x channels x protocols)
 COMMUNICATOR = 0.15 * GB
+# bytes of a server that has given its memory back: context and CUDA graphs
+ASLEEP = 3 * GB
 # of memory that is asked for, what the allocator holds beyond: blocks of other sizes than are wanted next
 FRAGMENTS = 1.06
 # seconds of a small collective between GPUs of one NVLink domain, and over the network: launch and flight, without its bytes

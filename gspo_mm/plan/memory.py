@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from gspo_mm.plan import activations
-from gspo_mm.plan.hardware import COMMUNICATOR, CONTEXT, FRAGMENTS
+from gspo_mm.plan.hardware import ASLEEP, COMMUNICATOR, CONTEXT, FRAGMENTS
 from gspo_mm.plan.model import Model, Part
 from gspo_mm.plan.setup import Job, Policy
 
@@ -77,6 +77,8 @@ def _rank(job: Job, name: str, stage: int, layers: range, *, last: bool) -> Memo
         "log-probs": activations.head_bytes(job) if last else 0.0,
         "vision": activations.vision_bytes(job) if stage == 0 else 0.0,
         "push": 2 * job.bucket if job.servers else 0.0,
+        # of servers that have given their weights and cache back
+        "servers": ASLEEP if job.servers and job.servers.colocated else 0.0,
     }
     uses["CUDA and NCCL"] = CONTEXT + COMMUNICATOR * _communicators(policy)
     uses["fragments"] = (FRAGMENTS - 1) * sum(uses[x] for x in ("activations", "log-probs", "vision"))

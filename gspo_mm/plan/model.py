@@ -24,6 +24,10 @@ type Cut = Literal["tp", "experts", "whole"]
 FAMILIES = ("qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen2_5_vl")
 
 
+class UnplannedError(PlanError):
+    """A model of a family whose sizes are not worked out here."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """Parameters that are cut and frozen alike."""
@@ -293,7 +297,7 @@ def model_of(config: Json, *, name: str, source: str) -> Model:
     """From the contents of a config.json. Raises PlanError naming a key that is missing."""
     kind = config.get("model_type", "")
     if kind not in FAMILIES:
-        raise PlanError(
+        raise UnplannedError(
             f"{source}: model_type={kind!r} cannot be planned; those that can are {', '.join(FAMILIES)}"
         )
     text: Json = config.get("text_config") or config

@@ -111,7 +111,7 @@ def _settings(job: Job, asked: Job) -> str:
     sizes, own = job.policy.sizes, asked.policy.sizes
     words = [
         f"policy.parallel.{axis}={getattr(sizes, axis)}"
-        for axis in ("tp", "pp", "vpp", "cp", "ep", "etp")
+        for axis in ("tp", "pp", "vpp", "cp", "ep", *(["etp"] if job.model.experts else []))
         if getattr(sizes, axis) != getattr(own, axis)
     ]
     if job.policy.recompute != asked.policy.recompute:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gspo_mm.plan.memory import Memory
+from gspo_mm.plan.hardware import GB
+from gspo_mm.plan.memory import Memory, training_memory
 from gspo_mm.plan.model import Model
 from gspo_mm.plan.setup import Job, Servers
 
@@ -12,6 +13,9 @@ from gspo_mm.plan.setup import Job, Servers
 _CACHE, _STATE = 2, 4
 # of the memory beside weights that SGLang gives states of linear attention, where a model has them (mamba-full-memory-ratio 0.9)
 _STATES = 0.9 / 1.9
+# what a policy keeps on GPUs while servers answer there, and bytes of a server beyond weights and cache: context, CUDA graphs
+_STAYS = ("weights", "gradients", "optimizer", "CUDA and NCCL")
+_KERNELS = 3 * GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class Capacity:
 
 
 def server_capacity(job: Job, servers: Servers) -> Capacity:
-    """Of a server as rollout.sglang says: it takes mem_fraction of each GPU and leaves the rest to its kernels."""
+    """Of a server as rollout.sglang says: it takes mem_fraction of each GPU, and leaves the rest to its kernels or the policy."""
     model, lengths = job.model, job.work.lengths
     weights = served_bytes(model, servers) / servers.tp
     given = servers.fraction * job.gpu.memory
@@ -42,10 +46,14 @@ def server_capacity(job: Job, servers: Servers) -> Capacity:
         answers = min(answers, servers.max_running)
     # one longest answer with its prompt must have room
     least = cache_bytes(model, servers) * (lengths.prompt + lengths.longest) + state
-    uses = {"weights": weights, "cache, at least": least, "kernels": job.gpu.memory - given}
-    return Capacity(
-        memory=Memory(kind="server", uses=uses, limit=job.gpu.memory), tokens=tokens, answers=int(answers)
-    )
+    if servers.colocated:
+        # SGLang takes all that mem_fraction allows, and the policy's states stay where they are
+        policy = max(sum(memory.uses[use] for use in _STAYS) for memory in training_memory(job))
+        uses = {"weights": weights, "cache": max(least, free), "policy": policy, "kernels": _KERNELS}
+    else:
+        uses = {"weights": weights, "cache, at least": least, "kernels": job.gpu.memory - given}
+    memory = Memory(kind="server", uses=uses, limit=job.gpu.memory)
+    return Capacity(memory=memory, tokens=tokens, answers=int(answers))
 
 
 def served_bytes(model: Model, servers: Servers) -> float:

@@ -232,7 +232,7 @@ def _work(config: Config, model: Model, lengths: Mapping[str, int | None]) -> Wo
 
 
 def _servers(config: Config, *, nodes: int, rollout_nodes: int, per_node: int) -> Servers | None:
-    """As submit.sh starts them: on nodes of their own, or on the trainer's GPUs."""
+    """As submit.sh starts them: on nodes of their own, or on the trainer's GPUs; None where they are not the run's."""
     sglang = config.rollout.sglang
     if not config.rollout.serves:
         if rollout_nodes:
@@ -241,12 +241,15 @@ def _servers(config: Config, *, nodes: int, rollout_nodes: int, per_node: int) -
                 "set rollout.engine=sglang, or leave --rollout-nodes out"
             )
         return None
-    if not rollout_nodes and not sglang.colocate:
+    if sglang.urls:
+        return None  # of somebody else
+    elsewhere = bool(rollout_nodes) or sglang.start == "elsewhere"
+    if not elsewhere and not sglang.colocate:
         raise PlanError(
             f"all {nodes * per_node} GPUs train, and none is left for servers; give them nodes with --rollout-nodes, or share "
             "GPUs with rollout.sglang.colocate=true"
         )
-    here = rollout_nodes or (1 if sglang.start == "here" else nodes)
+    here = nodes if sglang.start == "beside" and not elsewhere else max(1, rollout_nodes)
     if sglang.servers * sglang.tp > per_node:
         raise PlanError(
             f"rollout.sglang.servers={sglang.servers} of tp={sglang.tp} need {sglang.servers * sglang.tp} GPUs on each node, "
@@ -259,5 +262,5 @@ def _servers(config: Config, *, nodes: int, rollout_nodes: int, per_node: int) -
         fp8=sglang.fp8,
         fraction=sglang.mem_fraction,
         max_running=sglang.max_running,
-        colocated=not rollout_nodes,
+        colocated=not elsewhere,
     )

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gspo_mm.cli import app
+from gspo_mm.commands.plan import check_fits
 from gspo_mm.config import ConfigError, ParallelConfig, PolicyConfig, load_config
 from gspo_mm.config.layout import PlanError, Sizes
 from gspo_mm.families import FAMILIES
@@ -246,7 +247,7 @@ def test_a_search_is_never_slower_than_what_it_started_from() -> None:
         (["policy.parallel.pp=32", "policy.parallel.tp=1", "policy.parallel.ep=1"], {},
          "does not divide the model's num_hidden_layers=48"),
         (["rollout.prompts_per_step=100"], {}, "use a multiple of 64"),
-        ([], {"rollout_nodes": 0}, "none is left for servers"),
+        (["rollout.sglang.start=beside"], {"rollout_nodes": 0}, "none is left for servers"),
         (["rollout.sglang.tp=2"], {}, "need 16 GPUs on each node, which has 8"),
         (["model.path=models/nobody"], {}, "no model of that name is at hand"),
         ([], {"answer": 9000}, "--answer 9000 is more than rollout.sampling.max_new_tokens=8192 allows"),
@@ -259,6 +260,33 @@ def test_what_cannot_be_planned_is_told_in_one_sentence(
         large(*overrides, **options)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_planned_or_only_may_not_fit_is_not_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"nodes": 4, "rollout_nodes": 2, "per_node": 8, "gpu": "h100"}
+    (tmp_path / "config.json").write_text('{"model_type": "glm4v_moe"}')
+    check_fits(load_config(LARGE, [f"model.path={tmp_path}"], any_world=True), **sizes)
+    # within the 15 % by which a plan may be wrong; beyond them
+    plans = {
+        tokens: plan_of(large(f"policy.micro_batch_tokens={tokens}", gpu="h100"))
+        for tokens in range(16384, 400000, 16384)
+    }
+    near = next(tokens for tokens, plan in plans.items() if not plan.fits)
+    check_fits(load_config(LARGE, [f"policy.micro_batch_tokens={near}"], any_world=True), **sizes)
+    assert "warning: this may not fit: trainer needs" in capsys.readouterr().err
+    with pytest.raises(PlanError, match=r"trainer needs .* fits with"):
+        check_fits(load_config(LARGE, [f"policy.micro_batch_tokens={2 * near}"], any_world=True), **sizes)
+
+
+def test_servers_of_somebody_else_are_not_planned() -> None:
+    job = large("rollout.sglang.urls=['http://a:1']", "rollout.sglang.start=here", rollout_nodes=0)
+    assert job.servers is None
+    assert plan_of(job).push == 0
+    elsewhere = large("rollout.sglang.servers=8", rollout_nodes=0)  # start=elsewhere: so many in all
+    assert elsewhere.servers
+    assert (elsewhere.servers.number, elsewhere.servers.colocated) == (8, False)
 
 
 def test_a_family_that_is_not_known_is_named(tmp_path: Path) -> None:
