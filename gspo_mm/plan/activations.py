@@ -92,7 +92,7 @@ def vision_bytes(job: Job) -> float:
     # an image stands once in a micro-batch, however many answers to it do; at worst each sequence has its own
     images = max(1.0, policy.micro_tokens / lengths.sequence)
     patches = images * lengths.image * it.merge
-    block = (10 * it.width + 2 * it.inner * (2 if it.gated else 1)) * policy.width
+    block = (10 * it.width + 2 * it.inner) * policy.width
     trains = {"vision", "projector"} - policy.frozen
     blocks = (
         1.0

@@ -185,8 +185,7 @@ def _adapters(model: Model, policy: Policy, layers: range, *, first: bool) -> tu
             # gate and up share a pair
             experts += model.experts * ((hidden + 2 * model.expert_ffn) + (hidden + model.expert_ffn))
     if "projector" in lora.targets and first and (it := model.vision):
-        wide = it.width * it.merge
-        dense += (1 + it.levels) * (2 * wide + wide + it.out)
+        dense += sum(i + o for i, o in it.matrices)
     return lora.rank * dense, lora.rank * experts / policy.sizes.ep
 
 

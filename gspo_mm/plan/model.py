@@ -15,13 +15,23 @@ from typing import Any, Literal
 from gspo_mm.config.layout import ModelDims, PlanError
 from gspo_mm.hf.headers import read_json
 from gspo_mm.plan.published import PUBLISHED
+from gspo_mm.plan.vision import Vision, vision_of
 
 type Json = Mapping[str, Any]
 
 # how ranks share a part: cut over tensor-parallel ranks, over expert- and expert-tensor-parallel ones, or whole on each
 type Cut = Literal["tp", "experts", "whole"]
 
-FAMILIES = ("qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen2_5_vl")
+FAMILIES = (
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen2_5_vl",
+    "glm4v_moe",
+)
 
 
 class UnplannedError(PlanError):
@@ -66,41 +76,6 @@ class Linear:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vision:
-    """The tower that makes features of patches."""
-
-    depth: int
-    width: int
-    inner: int
-    out: int
-    patch: int  # numbers of a patch
-    merge: int  # patches of an image token
-    positions: int
-    levels: int  # DeepStack mergers beside the main one
-    gated: bool  # Qwen2.5-VL's: a gated MLP, RMSNorm, no bias at the patches, no learned positions
-
-    @property
-    def blocks(self) -> int:
-        matrices = 4 * self.width**2 + (3 if self.gated else 2) * self.width * self.inner
-        biases = 4 * self.width + (2 if self.gated else 1) * self.inner + self.width
-        return self.depth * (matrices + biases + (2 if self.gated else 4) * self.width)
-
-    @property
-    def number(self) -> int:
-        """Parameters without mergers."""
-        return (
-            self.blocks + self.patch * self.width + (0 if self.gated else (1 + self.positions) * self.width)
-        )
-
-    @property
-    def projector(self) -> int:
-        wide = self.width * self.merge
-        matrices = wide * wide + wide + wide * self.out + self.out
-        main_norm = self.width if self.gated else 2 * self.width
-        return matrices + main_norm + self.levels * (matrices + 2 * wide)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Model:
     """A decoder with its tower."""
 
@@ -117,6 +92,8 @@ class Model:
     chosen: int
     expert_ffn: int
     shared_ffn: int
+    # the shared expert's part is weighed by a gate
+    shared_gate: bool
     # per layer: whether it is a mixture of experts, and whether its attention is linear
     mixtures: tuple[bool, ...]
     linears: tuple[bool, ...]
@@ -174,9 +151,10 @@ class Model:
         ]
         if self.shared_ffn:
             shared = 3 * self.hidden * self.shared_ffn
+            gate = self.hidden if self.shared_gate else 0
             parts += [
                 Part(name="mlp", number=shared, cut="tp", in_fp8=True),
-                Part(name="norms", number=self.hidden, cut="whole"),  # the shared expert's gate
+                Part(name="norms", number=gate, cut="whole"),
             ]
         return parts
 
@@ -240,7 +218,7 @@ class Model:
                 found += 2 * part.number * self.chosen // self.experts
             elif part.name != "norms":
                 found += 2 * part.number
-        if self.mixtures[number] and self.shared_ffn:
+        if self.mixtures[number] and self.shared_gate:
             found += 2 * self.hidden  # the shared expert's gate
         if self.linears[number]:
             assert self.linear is not None
@@ -260,15 +238,7 @@ class Model:
 
     def flops_image(self, tokens: float) -> float:
         """Of an image of so many image tokens."""
-        it = self.vision
-        if it is None or not tokens:
-            return 0.0
-        patches = tokens * it.merge
-        block = 4 * it.width**2 + (3 if it.gated else 2) * it.width * it.inner
-        wide = it.width * it.merge
-        merger = (wide * wide + wide * it.out) * (1 + it.levels)
-        pairs = patches * patches * it.depth * 4 * it.width
-        return 2 * patches * (it.patch * it.width + it.depth * block) + pairs + 2 * tokens * merger
+        return self.vision.flops(tokens) if self.vision and tokens else 0.0
 
     @property
     def active(self) -> int:
@@ -310,9 +280,9 @@ def model_of(config: Json, *, name: str, source: str) -> Model:
 
 
 def _read(config: Json, text: Json, kind: str, name: str) -> Model:
-    layers, experts = text["num_hidden_layers"], _experts(text) if kind.endswith("_moe") else 0
-    sparse = text.get("decoder_sparse_step", 1)
-    dense = set(text.get("mlp_only_layers") or ())
+    mixtures = _mixtures(text, kind)
+    experts = _experts(text) if any(mixtures) else 0
+    plain = kind in ("qwen2_5_vl", "glm4v_moe")  # no norms of queries, no bias behind attention
     hybrid = kind.startswith("qwen3_5")
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     return Model(
@@ -328,15 +298,18 @@ def _read(config: Json, text: Json, kind: str, name: str) -> Model:
         experts=experts,
         chosen=text["num_experts_per_tok"] if experts else 0,
         expert_ffn=text["moe_intermediate_size"] if experts else 0,
-        shared_ffn=text.get("shared_expert_intermediate_size", 0) if experts else 0,
-        mixtures=tuple(bool(experts) and i not in dense and (i + 1) % sparse == 0 for i in range(layers)),
-        linears=_linears(text, layers) if hybrid else (False,) * layers,
+        shared_ffn=_shared(text) if experts else 0,
+        shared_gate=bool(experts) and hybrid,
+        mixtures=mixtures,
+        linears=_linears(text, len(mixtures)) if hybrid else (False,) * len(mixtures),
         linear=_linear(text) if hybrid else None,
         gated=hybrid,
         qkv_bias=kind == "qwen2_5_vl" or bool(text.get("attention_bias")),
-        output_bias=kind != "qwen2_5_vl" and bool(text.get("attention_bias")),
-        norms_queries=kind != "qwen2_5_vl",
-        vision=_vision(config, kind, text["hidden_size"]) if "vision_config" in config else None,
+        output_bias=not plain and bool(text.get("attention_bias")),
+        norms_queries=not plain,
+        vision=vision_of(config["vision_config"], kind, text["hidden_size"])
+        if "vision_config" in config
+        else None,
     )
 
 
@@ -360,22 +333,25 @@ def _linear(text: Json) -> Linear:
     )
 
 
-def _vision(config: Json, kind: str, hidden: int) -> Vision:
-    it = config["vision_config"]
-    colours = it.get("in_channels") or it.get("in_chans", 3)
-    return Vision(
-        depth=it["depth"],
-        width=it["hidden_size"],
-        inner=it["intermediate_size"],
-        out=it.get("out_hidden_size", hidden),
-        patch=colours * it.get("temporal_patch_size", 2) * it["patch_size"] ** 2,
-        merge=it.get("spatial_merge_size", 2) ** 2,
-        positions=it.get("num_position_embeddings", 0),
-        levels=len(it.get("deepstack_visual_indexes") or ()),
-        gated=kind == "qwen2_5_vl",
-    )
+def _mixtures(text: Json, kind: str) -> tuple[bool, ...]:
+    """Of each layer whether it has experts."""
+    layers = range(text["num_hidden_layers"])
+    if not kind.endswith("_moe"):
+        return (False,) * len(layers)
+    if kind == "glm4v_moe":
+        return tuple(number >= text["first_k_dense_replace"] for number in layers)
+    dense, every = set(text.get("mlp_only_layers") or ()), text.get("decoder_sparse_step", 1)
+    return tuple(number not in dense and (number + 1) % every == 0 for number in layers)
 
 
 def _experts(text: Json) -> int:
-    """transformers writes another name for it than published folders have."""
-    return text["num_experts"] if "num_experts" in text else text["num_local_experts"]
+    """Published folders and transformers have other names for it."""
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    return next((text[name] for name in names if name in text), 0) or text[names[0]]
+
+
+def _shared(text: Json) -> int:
+    """Inner size of the experts that every token passes."""
+    if "n_shared_experts" in text:
+        return text["n_shared_experts"] * text["moe_intermediate_size"]
+    return text.get("shared_expert_intermediate_size", 0)
