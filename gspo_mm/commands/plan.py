@@ -11,7 +11,7 @@ from rich.text import Text
 
 from gspo_mm.config import Config
 from gspo_mm.config.layout import PlanError
-from gspo_mm.plan.advice import Change, changes_that_fit
+from gspo_mm.plan.advice import changes_that_fit, sides
 from gspo_mm.plan.memory import Memory
 from gspo_mm.plan.model import UnplannedError
 from gspo_mm.plan.search import Found
@@ -60,7 +60,7 @@ def check_fits(config: Config, *, nodes: int, rollout_nodes: int, per_node: int,
     plan = plan_of(job)
     if plan.fits:
         return
-    told = refusal(plan, changes_that_fit(plan))
+    told = refusal(plan)
     if any(memory.total > _MARGIN * memory.limit for memory in plan.memory):
         raise PlanError(f"{told}; `gspo-mm plan` shows more, and GSPO_GPU= submits it all the same")
     Console(stderr=True, soft_wrap=True).print(
@@ -69,10 +69,9 @@ def check_fits(config: Config, *, nodes: int, rollout_nodes: int, per_node: int,
 
 
 def as_json(plan: Plan, found: list[Found]) -> dict[str, Any]:
-    """Bytes, seconds and tokens."""
+    """Bytes, seconds and tokens; null for a rollout that never ends."""
     job, training, rollout = plan.job, plan.training, plan.rollout
-    changes = [] if plan.fits else changes_that_fit(plan)
-    return {
+    return _finite({
         "model": {"name": job.model.name, "parameters": job.model.parameters, "active": job.model.active},
         "gpu": job.gpu.name,
         "gpus": {"trainer": job.policy.sizes.world_size, "servers": job.servers.gpus if job.servers else 0, "all": job.gpus},
@@ -87,7 +86,9 @@ def as_json(plan: Plan, found: list[Found]) -> dict[str, Any]:
         "tokens_per_second_per_gpu": plan.tokens_per_second,
         "bottleneck": plan.bottleneck,
         "fits": plan.fits,
-        "changes": [{"settings": change.settings, "step": change.plan.step} for change in changes],
+        "changes": {
+            side: [change.settings for change in changes] for side, changes in changes_that_fit(plan).items()
+        },
         "formats": {
             name: {"step": other.step, "fits": other.fits, "memory": {m.kind: m.total for m in other.memory}}
             for name, other in formats(job).items()
@@ -96,7 +97,16 @@ def as_json(plan: Plan, found: list[Found]) -> dict[str, Any]:
             {"nodes": each.nodes, "rollout_nodes": each.rollout_nodes, "settings": each.settings, "step": each.plan.step}
             for each in found
         ],
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def _finite(value: Any) -> Any:
+    """With null for seconds without end, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if value == float("inf") else value
 
 
 def show(plan: Plan, found: list[Found] | None, console: Console) -> None:
@@ -118,19 +128,22 @@ def show(plan: Plan, found: list[Found] | None, console: Console) -> None:
     console.print(Group(*parts))
 
 
-def refusal(plan: Plan, changes: list[Change]) -> str:
-    """One sentence for a run that does not fit: which rank, what takes most, and the change that helps."""
-    worst = max(plan.memory, key=lambda memory: memory.total / memory.limit)
-    most = max(worst.uses, key=lambda use: worst.uses[use])
-    help_ = (
-        f"fits with {changes[0].settings}"
-        if changes
-        else "no single change makes it fit; more nodes, or --search, may"
-    )
-    return (
-        f"{worst.kind} needs {worst.total / 1e9:.0f} GB of the {worst.limit / 1e9:.0f} GB of a {plan.job.gpu.name}, most of them "
-        f"for {most} ({worst.uses[most] / 1e9:.0f} GB); {help_}"
-    )
+def refusal(plan: Plan) -> str:
+    """What does not fit: on each side the rank that needs most, what takes most there, and the change that helps."""
+    told = []
+    for side, changes in changes_that_fit(plan).items():
+        worst = max(sides(plan)[side], key=lambda memory: memory.total / memory.limit)
+        most = max(worst.uses, key=lambda use: worst.uses[use])
+        fix = (
+            f"fits with {changes[0].settings}"
+            if changes
+            else "no single change helps; take more nodes, or --search"
+        )
+        told.append(
+            f"{worst.kind} needs {worst.total / 1e9:.0f} GB of the {worst.limit / 1e9:.0f} GB of a {plan.job.gpu.name}, most of "
+            f"them for {most} ({worst.uses[most] / 1e9:.0f} GB): {fix}"
+        )
+    return "; ".join(told)
 
 
 def _head(plan: Plan) -> Text:
@@ -193,12 +206,18 @@ def _times(plan: Plan) -> Table:
     at_once = f"{plan.rollout.at_once} answers a server" if plan.rollout else ""
     table.add_row(
         "side by side" if plan.overlaps else "in turn",
-        *(f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in columns.values()),
+        *(_rounded(value) for value in columns.values()),
         f"{plan.tokens_per_second:,.0f}",
         f"{plan.training.mfu(plan.job):.0%}",
         at_once,
     )
     return table
+
+
+def _rounded(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "∞"
+    return f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}"
 
 
 def _formats(others: dict[str, Plan]) -> Table:
@@ -210,7 +229,7 @@ def _formats(others: dict[str, Plan]) -> Table:
         server = next((m.total for m in plan.memory if m.kind == "server"), None)
         table.add_row(
             name.upper(),
-            f"{plan.step:,.0f} s",
+            f"{_rounded(plan.step)} s",
             f"{trainer / 1e9:.0f} GB",
             "" if server is None else f"{server / 1e9:.0f} GB",
             "[green]fits[/]" if plan.fits else "[red]does not fit[/]",
@@ -219,9 +238,11 @@ def _formats(others: dict[str, Plan]) -> Table:
 
 
 def _misfit(plan: Plan) -> Text:
-    changes = changes_that_fit(plan)
-    lines = [refusal(plan, changes)]
-    lines += [f"  {change.settings}: fits, {change.plan.step:,.0f} s a step" for change in changes[:_SHOWN]]
+    lines = [refusal(plan)]
+    for side, changes in changes_that_fit(plan).items():
+        for change in changes[:_SHOWN]:
+            then = f"{_rounded(change.plan.step)} s a step" if change.plan.fits else "but not the other side"
+            lines.append(f"  {change.settings}: {side} fits, {then}")
     return Text("\n".join(lines), style="red")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from gspo_mm.config.layout import PlanError, Sizes
+from gspo_mm.plan.memory import Memory
 from gspo_mm.plan.setup import Job, Servers
 from gspo_mm.plan.step import Plan, plan_of
 
@@ -19,10 +20,23 @@ class Change:
     plan: Plan
 
 
-def changes_that_fit(plan: Plan) -> list[Change]:
-    """Single changes with which a run that does not fit does, fastest first."""
-    made = (Change(settings=settings, plan=plan_of(job)) for settings, job in single_changes(plan.job))
-    return sorted((change for change in made if change.plan.fits), key=lambda change: change.plan.step)
+def sides(plan: Plan) -> dict[str, list[Memory]]:
+    """Kinds of ranks of the trainer, and of servers."""
+    found: dict[str, list[Memory]] = {"trainer": [], "server": []}
+    for memory in plan.memory:
+        found[memory.kind.partition(",")[0]].append(memory)
+    return found
+
+
+def changes_that_fit(plan: Plan) -> dict[str, list[Change]]:
+    """Of each side that does not fit the single changes with which it does; fastest first."""
+    made = [Change(settings=settings, plan=plan_of(job)) for settings, job in single_changes(plan.job)]
+    made.sort(key=lambda change: (not change.plan.fits, change.plan.step, change.plan.training.seconds))
+    return {
+        side: [change for change in made if all(memory.fits for memory in sides(change.plan)[side])]
+        for side, memories in sides(plan).items()
+        if not all(memory.fits for memory in memories)
+    }
 
 
 def single_changes(job: Job) -> Iterator[tuple[str, Job]]:

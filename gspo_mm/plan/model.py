@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from gspo_mm.config.layout import ModelDims, PlanError
 from gspo_mm.hf.headers import read_json
-from gspo_mm.plan.published import PUBLISHED
+from gspo_mm.plan.published import NAMES, PUBLISHED
 from gspo_mm.plan.vision import Vision, vision_of
 
 type Json = Mapping[str, Any]
@@ -259,7 +259,7 @@ def read_model(path: str) -> Model:
         return model_of(known, name=Path(path).name, source=path)
     raise PlanError(
         f"model.path={path} has no config.json, and no model of that name is at hand; put its config.json there, or set "
-        f"model.path to one of {', '.join(sorted(PUBLISHED))}"
+        f"model.path to one of {', '.join(sorted(NAMES))}"
     )
 
 

@@ -69,7 +69,7 @@ _35B = _text(
     2048, 40, 16, 2, 0, **(_hybrid(16, 32) | _experts(256, 512)), shared_expert_intermediate_size=512
 )
 
-_PLAIN: dict[str, Any] = {
+NAMES: dict[str, Any] = {
     "qwen3-8b": {"model_type": "qwen3", **_8B},
     "qwen3-32b": {"model_type": "qwen3", **_text(5120, 64, 64, 8, 25600)},
     "qwen3-30b-a3b": {"model_type": "qwen3_moe", **_30B},
@@ -84,8 +84,9 @@ _PLAIN: dict[str, Any] = {
     "qwen3.5-35b-a3b": _vl("qwen3_5_moe", _35B, _VISION, []),
     "qwen3.6-35b-a3b": _vl("qwen3_5_moe", _35B, _VISION, []),
 }
-PUBLISHED: dict[str, Any] = _PLAIN | {
+# with the suffixes of their variants
+PUBLISHED: dict[str, Any] = NAMES | {
     f"{name}-{kind}": sizes
-    for name, sizes in _PLAIN.items()
+    for name, sizes in NAMES.items()
     for kind in (("instruct", "thinking") if "-vl-" in name or "a3b" in name or "a22b" in name else ("base",))
 }

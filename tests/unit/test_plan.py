@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gspo_mm.cli import app
-from gspo_mm.commands.plan import check_fits
+from gspo_mm.commands.plan import as_json, check_fits, refusal
 from gspo_mm.config import ConfigError, ParallelConfig, PolicyConfig, load_config
 from gspo_mm.config.layout import PlanError, Sizes
 from gspo_mm.families import FAMILIES
@@ -226,10 +226,26 @@ def test_steps_side_by_side_take_as_long_as_the_longer_side() -> None:
 def test_changes_make_fit_what_does_not() -> None:
     plan = plan_of(large("policy.parallel.ep=2", gpu="h100"))
     assert not plan.fits
-    settings = [change.settings for change in changes_that_fit(plan)]
+    (side, changes), *others = changes_that_fit(plan).items()
+    settings = [change.settings for change in changes]
+    assert (side, others) == ("trainer", [])
     assert settings
     # each, given as it is written, makes a plan that fits
     assert all(plan_of(large("policy.parallel.ep=2", *s.split(), gpu="h100")).fits for s in settings)
+
+
+def test_each_side_that_does_not_fit_is_told_its_own_change() -> None:
+    plan = plan_of(
+        large(
+            "policy.parallel.ep=2", "rollout.sglang.fp8=false", "rollout.sglang.mem_fraction=0.5", gpu="h100"
+        )
+    )
+    changes = changes_that_fit(plan)
+    assert set(changes) == {"trainer", "server"}
+    assert "rollout.sglang.fp8=true" in [change.settings for change in changes["server"]]
+    assert refusal(plan).count("of a h100") == 2
+    assert plan.step == float("inf")  # no answer has room in the servers' cache
+    assert as_json(plan, [])["seconds"]["step"] is None
 
 
 def test_what_a_search_finds_is_had_by_its_settings() -> None:
@@ -320,7 +336,7 @@ def test_json_has_everything_that_the_table_shows() -> None:
     }  # fmt: skip
     assert sum(found["update"].values()) == pytest.approx(found["seconds"]["update"])
     assert set(found["formats"]) == {"bf16", "fp8"}
-    assert (found["fits"], found["changes"], found["search"]) == (True, [], [])
+    assert (found["fits"], found["changes"], found["search"]) == (True, {}, [])
 
 
 def test_a_run_that_does_not_fit_ends_the_command_with_status_1_and_a_change() -> None:
