@@ -48,8 +48,8 @@ def _elements(job: Job, number: int, *, norms: bool) -> float:
     if not model.mixtures[number]:
         return found + 3 * model.dense_ffn
     inner = 2 * model.expert_ffn + (model.expert_ffn if norms else 0)
-    # rows as they arrive, gate and up, their product, rows as they leave
-    found += model.chosen * job.imbalance * (2 * hidden + inner)
+    # rows as they arrive, gate and up, their weighed product; of rows that leave a map of their places is kept
+    found += model.chosen * job.imbalance * (hidden + inner)
     return found + 3 * model.shared_ffn + 4 * model.experts
 
 

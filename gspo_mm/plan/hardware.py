@@ -68,11 +68,11 @@ class Efficiency:
     """What runs reach of the sheets. The defaults are the fit of `tools/bench/plan.py`; see there for its errors."""
 
     # share of dense FLOP/s in the matrix products of a pass over packed tokens
-    products: float = 0.47
+    products: float = 0.48
     # the same in products of experts, which are narrow and have few rows each
-    experts: float = 0.33
+    experts: float = 0.31
     # share of memory bandwidth when a decoding server reads weights and cache
-    decode: float = 0.71
+    decode: float = 0.67
     # share of a link's bandwidth in collectives; part of them hides behind products, so it is high
     links: float = 0.9
     # seconds that the host needs to launch a dense layer's forward: some 25 kernels of 20 µs. No run decides this one
@@ -80,9 +80,9 @@ class Efficiency:
     # the same of a mixture of experts: routing and sorting too, and waiting for the counts of tokens
     expert_layer: float = 4.4e-3
     # seconds of a decoding step beyond memory traffic, for each layer: launching and synchronising its kernels
-    decode_layer: float = 0.06e-3
+    decode_layer: float = 0.05e-3
     # seconds of a decoding step that no layer takes: scheduling, sampling, answering
-    decode_step: float = 9.5e-3
+    decode_step: float = 9.8e-3
     # share of one adapter's bandwidth that a push of weights reaches
     push: float = 0.59
     # seconds of a push before the first weights: servers pause, drop their cache, and are told what comes

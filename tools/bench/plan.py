@@ -1,7 +1,7 @@
 """How far `gspo-mm plan` is off: runs that others have published, planned; and the fit of its few efficiencies to them.
 
     python tools/bench/plan.py            errors with the efficiencies that ship
-    python tools/bench/plan.py --fit      fits them again, then leaves out one source's setting at a time (a minute or two)
+    python tools/bench/plan.py --fit      fits them again, then leaves out one job at a time (some minutes; needs scipy)
 
 An error is planned / measured - 1. Leave-one-out: a run is planned with efficiencies that were fitted to the others alone, where
 "others" leaves out every measurement of the same job, and of the same row in another release of its source.

@@ -2,9 +2,10 @@
 
     python tools/bench/plan_memory.py          half a minute each, 5 GB of memory
 
-A CPU has neither Transformer Engine's layers nor CUDA's context, so what can be compared is what is left: weights, gradients,
-optimizer state, activations and log-probs of a random mixture of experts in float32. Of a process of its own, what it holds
-beyond its state before the policy is built, counted without files that it maps (RssAnon), at its most.
+Of a process of its own: what it holds at its most beyond what it held before the policy was built, without files that it maps
+(RssAnon). A CPU has neither CUDA's context nor Transformer Engine's layers; ours for it keep more between forward and backward,
+as they have no fused kernels. So weights, gradients, optimizer state and log-probs can be compared, and activations where
+layers are recomputed; the case of adapters shows by how much the others differ.
 """
 
 from __future__ import annotations
