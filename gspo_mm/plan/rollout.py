@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gspo_mm.plan.hardware import LATENCY_NETWORK, LATENCY_NVLINK
 from gspo_mm.plan.serving import cache_bytes, served_bytes, server_capacity, state_bytes
 from gspo_mm.plan.setup import Job, Lengths, Servers
 
@@ -35,7 +34,7 @@ class Rollout:
 
 
 def rollout_of(job: Job) -> Rollout:
-    """Raises nothing: servers whose cache holds no answer take for ever."""
+    """Servers whose cache holds no answer take for ever."""
     servers, work = job.servers, job.work
     assert servers is not None
     capacity = server_capacity(job, servers)
@@ -96,7 +95,7 @@ class Decoder:
         self._cache, self._state = cache_bytes(model, servers), state_bytes(model, servers)
         self._bandwidth = gpu.bandwidth * share.decode
         self._peak = (gpu.fp8 if servers.fp8 and gpu.fp8 else gpu.bf16) * share.products
-        wait = 2 * _latency(job, servers.tp) if servers.tp > 1 else 0.0
+        wait = 2 * job.latency(servers.tp) if servers.tp > 1 else 0.0
         self._launches = share.decode_step + model.layers * (share.decode_layer + wait)
 
     def seconds(self, batch: float, context: float) -> float:
@@ -137,7 +136,3 @@ def _again(job: Job, servers: Servers, batch: float, shape: Shape) -> float:
     tokens = shape.middle + job.work.lengths.prompt / job.work.group
     peak = (job.gpu.fp8 if servers.fp8 and job.gpu.fp8 else job.gpu.bf16) * job.efficiency.products
     return batch * tokens * job.model.flops_token / (peak * servers.tp)
-
-
-def _latency(job: Job, ranks: int) -> float:
-    return LATENCY_NVLINK if ranks <= job.domain else LATENCY_NETWORK

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import lcm
 from typing import Literal
 
 from gspo_mm.config import Config
 from gspo_mm.config.layout import PlanError, Sizes, round_up
 from gspo_mm.config.policy import LoraConfig
-from gspo_mm.plan.hardware import IMBALANCE, Efficiency, Gpu, gpu_of
+from gspo_mm.plan.hardware import IMBALANCE, LATENCY_NETWORK, LATENCY_NVLINK, Efficiency, Gpu, gpu_of
 from gspo_mm.plan.model import Model, read_model
 
 SHARE_OF_LONGEST = 0.25
@@ -135,6 +135,14 @@ class Job:
             else min(self.per_node, self.gpu.domain)
         )
 
+    def link(self, ranks: int) -> float:
+        """Bytes/s of a GPU within a group of so many neighbouring ranks."""
+        return (self.gpu.nvlink if ranks <= self.domain else self.gpu.network) * self.efficiency.links
+
+    def latency(self, ranks: int) -> float:
+        """Seconds of a collective of theirs without its bytes."""
+        return LATENCY_NVLINK if ranks <= self.domain else LATENCY_NETWORK
+
     @property
     def padded_vocab(self) -> int:
         """Rows of embedding and output layer, as policy/model.py pads them."""
@@ -168,10 +176,6 @@ def job_of(
         bucket=config.sync.bucket_mb * 2**20,
         efficiency=efficiency or Efficiency(),
     )
-
-
-def with_sizes(job: Job, sizes: Sizes) -> Job:
-    return replace(job, policy=replace(job.policy, sizes=sizes))
 
 
 def _check_batch(config: Config, sizes: Sizes) -> None:

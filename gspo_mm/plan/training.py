@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gspo_mm.plan.activations import layer_bytes
-from gspo_mm.plan.hardware import HOST, HOST_MEMORY, LATENCY_NETWORK, LATENCY_NVLINK
+from gspo_mm.plan.hardware import HOST, HOST_MEMORY
 from gspo_mm.plan.memory import held_by, micro_batches, optimizer_bytes, stages
 from gspo_mm.plan.setup import Job
 
@@ -165,10 +165,10 @@ def _transfers(job: Job, tokens: float, *, mixture: bool, linear: bool) -> float
     if sizes.tp > 1:  # gathered before a block's matrices and scattered after them, attention's and the MLP's
         blocks = 2 if not mixture or model.shared_ffn or sizes.etp > 1 else 1
         sent = tokens / sizes.cp * row * (sizes.tp - 1) / sizes.tp
-        found += 2 * blocks * (sent / _link(job, sizes.tp) + _latency(job, sizes.tp))
+        found += 2 * blocks * (sent / job.link(sizes.tp) + job.latency(sizes.tp))
     if sizes.cp > 1 and not linear:  # keys and values go around
         sent = tokens / sizes.cp * 2 * model.keys * _BYTES / sizes.tp * (sizes.cp - 1)
-        found += sent / _link(job, sizes.tp * sizes.cp) + (sizes.cp - 1) * _latency(job, sizes.tp * sizes.cp)
+        found += sent / job.link(sizes.tp * sizes.cp) + (sizes.cp - 1) * job.latency(sizes.tp * sizes.cp)
     if mixture and sizes.ep > 1:  # to the experts and back
         found += 2 * _dispatch(job, tokens / (sizes.tp * sizes.cp) * row * job.imbalance)
     return found
@@ -182,8 +182,8 @@ def _dispatch(job: Job, rows: float) -> float:
     away = 1 - 1 / domains
     near = chosen * ((sizes.ep - 1) / sizes.ep - away)
     copies = domains * (1 - (1 - 1 / domains) ** chosen) if job.policy.flex else chosen
-    far = rows * away * copies / _link(job, job.domain + 1) if away else 0.0
-    return rows * near / _link(job, 1) + far + _latency(job, group)
+    far = rows * away * copies / job.link(job.domain + 1) if away else 0.0
+    return rows * near / job.link(1) + far + job.latency(group)
 
 
 def _head(job: Job, tokens: float) -> Cost:
@@ -217,20 +217,15 @@ def _reduce(job: Job) -> float:
     """Seconds that gradients and parameters of an update need between data-parallel ranks: 4 bytes there, 2 back."""
     sizes, layers = job.policy.sizes, max(stages(job), key=len)
     held = held_by(job, layers, first=True, last=sizes.pp == 1)
+    replicas = sizes.world_size // (sizes.pp * sizes.ep * sizes.etp)
     found = 0.0
-    for trained, group in (
-        (held.dense, sizes.dp * sizes.cp),
-        (held.experts, sizes.world_size // (sizes.pp * sizes.ep * sizes.etp)),
+    # numbers, ranks that have the same ones, and how far apart they are
+    for trained, group, apart in (
+        (held.dense, sizes.dp * sizes.cp, sizes.tp),
+        (held.experts, replicas, sizes.ep * sizes.etp),
     ):
         if group > 1:
-            near = job.domain // (sizes.tp if trained is held.dense else sizes.ep * sizes.etp)
-            found += (
-                trained
-                * (4 + _BYTES)
-                * (group - 1)
-                / group
-                / _link(job, 1 if group <= near else job.domain + 1)
-            )
+            found += trained * (4 + _BYTES) * (group - 1) / group / job.link(group * apart)
     return found
 
 
@@ -241,12 +236,3 @@ def _optimizer(job: Job) -> float:
     if job.policy.offload:
         return 2 * state / HOST_MEMORY + state / 2 / HOST
     return 2.5 * state / (job.gpu.bandwidth * job.efficiency.decode)
-
-
-def _link(job: Job, ranks: int) -> float:
-    """Bytes/s of a GPU within a group of so many neighbouring ranks."""
-    return (job.gpu.nvlink if ranks <= job.domain else job.gpu.network) * job.efficiency.links
-
-
-def _latency(job: Job, ranks: int) -> float:
-    return LATENCY_NVLINK if ranks <= job.domain else LATENCY_NETWORK
