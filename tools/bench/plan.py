@@ -43,7 +43,10 @@ def main(fit: Annotated[bool, typer.Option(help="fit the efficiencies again")] =
     """Print the error of each run; with --fit the efficiencies, and errors of leaving each out."""
     shipped = Efficiency()
     best = fitted(RUNS, shipped) if fit else shipped
-    left_out = {run.name: error_of(run, fitted(others_of(run), best)) for run in RUNS} if fit else {}
+    left_out: dict[str, float] = {}
+    for row in dict.fromkeys(map(row_of, RUNS)) if fit else ():
+        alone = fitted([run for run in RUNS if row_of(run) != row], best)
+        left_out |= {run.name: error_of(run, alone) for run in RUNS if row_of(run) == row}
     table = Table(box=None, pad_edge=False)
     for name in ("run", "measured", "planned", "error", "left out"):
         table.add_column(name, justify="left" if name == "run" else "right")
@@ -59,6 +62,7 @@ def main(fit: Annotated[bool, typer.Option(help="fit the efficiencies again")] =
     say(console, "fitted", [error_of(run, best) for run in inside])
     if left_out:
         say(console, "left out", [left_out[run.name] for run in inside])
+        say(console, "left out, with those that are not fitted", list(left_out.values()))
     for why in dict.fromkeys(run.outside for run in RUNS if run.outside):
         console.print(f"* not fitted: {why}")
     console.print(", ".join(f"{name}={value:.3g}" for name, value in asdict(best).items()))
@@ -80,10 +84,9 @@ def error_of(run: Run, efficiency: Efficiency) -> float:
     return planned(run, efficiency) / run.measured - 1
 
 
-def others_of(run: Run) -> list[Run]:
-    """Runs that share neither job nor row with it."""
-    row = run.name.split(", older")[0].split(":")[0]
-    return [other for other in RUNS if other.name.split(", older")[0].split(":")[0] != row]
+def row_of(run: Run) -> str:
+    """What measurements of one job have in common, and of the same row in another release of its source."""
+    return run.name.split(", older")[0].split(":")[0]
 
 
 def fitted(runs: Sequence[Run], start: Efficiency) -> Efficiency:
@@ -105,7 +108,7 @@ def fitted(runs: Sequence[Run], start: Efficiency) -> Efficiency:
         for name, a, b in zip(names, low, high, strict=True)
     ]
     found = least_squares(
-        errors, first, bounds=(low, high), loss="soft_l1", f_scale=_ROBUST, diff_step=1e-3, max_nfev=60
+        errors, first, bounds=(low, high), loss="soft_l1", f_scale=_ROBUST, diff_step=1e-3, ftol=1e-4
     )
     return efficiency(found.x)
 
