@@ -34,9 +34,9 @@ class Gpu:
     network: float
 
 
-# NVIDIA's data sheets: H100 SXM, H200 SXM, DGX B200, GB200 NVL72. H800 and H20 are sold in China alone and have no public sheet;
-# their numbers are those that Lenovo's and Inspur's product guides repeat. Networks are those of the makers' reference systems:
-# ConnectX-7 of 400 Gb/s for each GPU.
+# NVIDIA's data sheets: H100 SXM, H200 SXM, DGX B200, GB200 NVL72. H800 and H20 are sold in China alone and have no public sheet:
+# theirs are the numbers that are commonly given, not a maker's. Memory is what the driver reports. Networks are those of the
+# reference systems: an adapter of 400 Gb/s for each GPU.
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
