@@ -153,7 +153,8 @@ def report(
 @reward_app.command("check")
 def reward_check(files: Annotated[list[Path], typer.Argument(help="reward files with cases:")]) -> None:
     """Run the cases that reward files carry, as tables; status 1 when a score differs from what its case says."""
-    from gspo_mm.commands.rescore import check_file, table_console
+    from gspo_mm.commands.rescore import check_file
+    from gspo_mm.commands.tables import table_console
 
     passed = [check_file(file, table_console()) for file in files]
     raise typer.Exit(0 if all(passed) else 1)
@@ -168,7 +169,8 @@ def reward_score(
     rows: Annotated[int, typer.Option(min=0, help="samples shown one by one")] = 20,
 ) -> None:
     """Score saved answers and show every part; status 1 when a part failed on some of them."""
-    from gspo_mm.commands.rescore import load_answers, rewards_of, score_answers, show_scores, table_console
+    from gspo_mm.commands.rescore import load_answers, rewards_of, score_answers, show_scores
+    from gspo_mm.commands.tables import table_console
 
     answers = list(load_answers(input))
     scores = score_answers(rewards_of(file), [(each.prompt, each.completion) for each in answers])
@@ -199,6 +201,55 @@ def doctor(
 
     loaded = load_config(config, overrides, any_world=True) if config else None  # its data may be elsewhere
     raise typer.Exit(examine(sglang_url, config=loaded, ranks=ranks))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(help="nodes of the trainer", min=1)] = 1,
+    rollout_nodes: Annotated[int, typer.Option(help="nodes of servers; 0: on the trainer's", min=0)] = 0,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs, and so ranks, per node", min=1)] = 8,
+    gpu: Annotated[str, typer.Option(help="h100, h200, b200, gb200, h800 or h20")] = "h100",
+    prompt: Annotated[
+        int | None, typer.Option(help="mean tokens of a prompt, image tokens included", min=1)
+    ] = None,
+    image: Annotated[int | None, typer.Option(help="of these, mean tokens of images", min=0)] = None,
+    answer: Annotated[int | None, typer.Option(help="mean tokens of an answer", min=1)] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="try other layouts and splits of the nodes")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+) -> None:
+    """Work out memory and time of a run before it is queued; status 1 when it does not fit.
+
+    Needs no GPU and no weights: model.path may hold config.json alone, or be called like a published model. Lengths that
+    are not given are shares of the config's limits: a quarter, and half of a prompt an image. How far plans are off:
+    tools/bench/plan.py.
+
+    Example: gspo-mm plan configs/qwen3_vl_30b_a3b.yaml --nodes 4 --rollout-nodes 2 --gpu h200
+    """
+    from gspo_mm.commands import plan as command
+    from gspo_mm.commands.tables import table_console
+    from gspo_mm.config import load_config
+    from gspo_mm.plan.search import search as look
+    from gspo_mm.plan.setup import job_of
+    from gspo_mm.plan.step import plan_of
+
+    job = job_of(
+        load_config(config, overrides, any_world=True),
+        nodes=nodes,
+        rollout_nodes=rollout_nodes,
+        per_node=gpus_per_node,
+        gpu=gpu,
+        lengths={"prompt": prompt, "image": image, "answer": answer},
+    )
+    made, found = plan_of(job), look(job, nodes=nodes + rollout_nodes) if search else None
+    if as_json:
+        typer.echo(json.dumps(command.as_json(made, found or []), indent=1))
+    else:
+        command.show(made, found, table_console())
+    raise typer.Exit(0 if made.fits else 1)
 
 
 def main() -> None:

@@ -40,12 +40,6 @@ class Answer:
     saved: Score | None = None
 
 
-def table_console() -> Console:
-    """Where tables go: as wide as the terminal, or wide enough where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
 def rewards_of(path: Path) -> Rewards:
     """The rewards of a reward file, or those of a config: reward.file and the files of its sources."""
     try:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from gspo_mm.config.layout import ModelDims
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.families.names import Prefixes
 from gspo_mm.families.operations import Entry
@@ -24,23 +25,6 @@ class ServedDim:
     size: int
     ways: int  # over how many GPUs it is cut
     relief: str = ""  # what makes them fewer
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelDims:
-    """What a plan must fit: counts of the language decoder, and how deep DeepStack reaches into it."""
-
-    hidden: int
-    num_layers: int
-    num_heads: int
-    num_kv_groups: int
-    num_experts: int  # 0: dense
-    expert_ffn: int = 0  # inner size of one expert
-    deepstack_levels: int = 0
-    linear_heads: int = 0  # key heads of linear attention; 0: none
-    # key-value heads that context parallelism spreads too, as attention with sinks or windows needs; 0: tokens alone
-    spread_groups: int = 0
-    expert_biases: bool = False
 
 
 class Family(ABC):

@@ -24,7 +24,7 @@ from megatron.core.ssm import gated_delta_net
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from gspo_mm.policy.parallel import PlanError
+from gspo_mm.config.layout import PlanError
 
 CHUNK = 64
 

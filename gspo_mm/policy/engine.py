@@ -26,6 +26,7 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from gspo_mm.config import PolicyConfig
+from gspo_mm.config.layout import PlanError
 from gspo_mm.families import Family, HfFolder, family_of, read_hf
 from gspo_mm.loss.metrics import Metrics
 from gspo_mm.policy import cpu
@@ -34,7 +35,7 @@ from gspo_mm.policy.layout import padded_tokens
 from gspo_mm.policy.lora import Adapters, add_adapters, check_targets
 from gspo_mm.policy.model import PolicyModel, padded_vocab, quiet_megatron
 from gspo_mm.policy.optimizer import Optimizer
-from gspo_mm.policy.parallel import Groups, ParallelPlan, PlanError
+from gspo_mm.policy.parallel import Groups, ParallelPlan
 from gspo_mm.policy.precision import DTYPES, check_attention, check_fp8, check_widths
 from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.policy.speed import overlaps_reduction

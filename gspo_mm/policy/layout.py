@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gspo_mm.policy.parallel import ParallelPlan, round_up
+from gspo_mm.config.layout import round_up
+from gspo_mm.policy.parallel import ParallelPlan
 from gspo_mm.types import MicroBatch
 
 _NO_TOKEN = -1

@@ -29,11 +29,12 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from gspo_mm.config.layout import PlanError
 from gspo_mm.config.policy import LoraConfig
 from gspo_mm.families.base import Family
 from gspo_mm.families.operations import Entry, StackExperts
 from gspo_mm.policy.model import PolicyModel
-from gspo_mm.policy.parallel import Groups, PlanError
+from gspo_mm.policy.parallel import Groups
 from gspo_mm.policy.weights import Weights, value_of
 
 

@@ -30,13 +30,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PreTrainedModel
 
 from gspo_mm.config import PolicyConfig
+from gspo_mm.config.layout import PlanError, round_up
 from gspo_mm.families.base import Family
 from gspo_mm.loss.logprobs import linear_logprobs
 from gspo_mm.policy.attention import PackedSequences, pack_params
 from gspo_mm.policy.collectives import InResponseOrder, in_response_order
 from gspo_mm.policy.compat import await_parameters, fuse_weight_gradients
 from gspo_mm.policy.layout import Layout, lay_out, padded_tokens
-from gspo_mm.policy.parallel import Groups, ParallelPlan, PlanError, round_up
+from gspo_mm.policy.parallel import Groups, ParallelPlan
 from gspo_mm.policy.precision import DTYPES, fp8_arguments, token_multiple
 from gspo_mm.policy.spec import block_spec, has_fused_modules
 from gspo_mm.policy.speed import arguments, choices, overridden, packs_vision, recomputed_modules

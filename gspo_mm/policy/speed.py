@@ -20,8 +20,9 @@ from megatron.core.transformer.moe.fused_a2a import HAVE_DEEP_EP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_mm.config import Config, PolicyConfig
+from gspo_mm.config.layout import PlanError
 from gspo_mm.families import family_of
-from gspo_mm.policy.parallel import ParallelPlan, PlanError
+from gspo_mm.policy.parallel import ParallelPlan
 from gspo_mm.policy.spec import has_fused_modules
 
 # settings of megatron that whole sections of policy stand for

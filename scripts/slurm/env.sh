@@ -20,6 +20,7 @@
 # --- nodes ------------------------------------------------------------------------------------------------------
 : "${GSPO_GPUS_PER_NODE=8}"                  # one rank per GPU; 0: CPU nodes, one rank per node
 : "${GSPO_GPU_FLAG=--gpus-per-node=}"        # how the site asks for them, the number is appended: --gres=gpu:h200:
+: "${GSPO_GPU=}"                             # kind of GPU, for `gspo-mm plan`: h100, h200, b200 ...; empty: memory is not checked
 : "${GSPO_CPUS_PER_RANK=8}"                  # cores per rank
 
 # --- network ----------------------------------------------------------------------------------------------------

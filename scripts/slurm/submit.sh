@@ -7,7 +7,8 @@ usage() {
 usage: submit.sh CONFIG [key=value ...] [options]
        submit.sh --convert to-megatron|to-hf IN OUT [options of the tool]    (see convert.sbatch --help)
 
-Checks the config as `gspo-mm train` would on that many ranks, then submits train.sbatch. Prints the jobs' numbers and
+Checks the config as `gspo-mm train` would on that many ranks, and whether it fits into the memory of GSPO_GPU (as
+`gspo-mm plan` does), then submits train.sbatch. Prints the jobs' numbers and
 their logs, which are RUN/slurm/*.out. The same command again continues a run that has stopped.
 
   --nodes N            nodes of the trainer [1]
@@ -142,7 +143,8 @@ fi
 # shellcheck disable=SC2016
 checked=$(WORLD_SIZE=$((nodes * ranks)) "$GSPO_LOGIN_PYTHON" -c '
 import sys
-sys.argv, rollout_nodes = sys.argv[:-1], int(sys.argv[-1])
+gpu, nodes, per_node, rollout_nodes = sys.argv[-4], *map(int, sys.argv[-3:])
+del sys.argv[-4:]
 from gspo_mm.checkpoint.owner import check_free
 from gspo_mm.cli import run_reporting_faults
 from gspo_mm.config import load_config
@@ -158,10 +160,13 @@ def check():
         )
     check_files(config)
     check_free(config.run.path)
+    if gpu and per_node:
+        from gspo_mm.commands.plan import check_fits
+        check_fits(config, nodes=nodes, rollout_nodes=rollout_nodes, per_node=per_node, gpu=gpu)
     servers = config.rollout.sglang.servers if rollout_nodes else 0
     print(config.run.name, config.run.path.absolute(), servers, sep="\n")
 
-run_reporting_faults(check)' "${words[@]}" "$rollout_nodes") || exit $?
+run_reporting_faults(check)' "${words[@]}" "$GSPO_GPU" "$nodes" "$gpus" "$rollout_nodes") || exit $?
 { read -r name && read -r run && read -r servers; } <<<"$checked"
 
 if $requeue; then

@@ -183,6 +183,7 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     gradients |= {name: tensor for of_rank in policy.ranks.gather(own) for name, tensor in of_rank.items()}
     steps = [policy.update(batches, loss_fn, temperature=0.7, last=number == 1) for number in range(2)]
     return {
+        "held": policy.ranks.gather(held(policy)),
         "exact": there_and_back,
         "sent": are_sent,
         "logprobs": [dict(pair for of_rank in numbered for pair in of_rank)[i] for i in range(len(everything))],
@@ -192,6 +193,22 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         "norms": [step.grad_norm for step in steps],
         "losses": [step.loss for step in steps],
         "weights": {name: tensor.clone() for name, tensor in policy.export()},
+    }
+
+
+def held(policy: Policy) -> dict[str, int]:
+    """Numbers of this rank: its weights, those that are trained, and the optimizer's float32 moments of them."""
+    state = 0
+    for part in policy.optimizer.inner.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            kept = (part.optimizer.state[parameter] for parameter in group["params"])
+            state += sum(of[moment].numel() for of in kept if of for moment in ("exp_avg", "exp_avg_sq"))
+    numbers = [(p.numel(), p.requires_grad) for p in policy.parameters()]
+    return {
+        "stage": policy.groups.pp.rank(),
+        "weights": sum(number for number, _ in numbers),
+        "trained": sum(number for number, trained in numbers if trained),
+        "state": state,
     }
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 from gspo_mm.config import PolicyConfig
+from gspo_mm.config.layout import PlanError
 from gspo_mm.policy.engine import Policy
-from gspo_mm.policy.parallel import PlanError
 from tools.check_parity import random_batch, reference_logprobs
 
 WEIGHT = 0.03

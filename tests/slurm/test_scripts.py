@@ -272,6 +272,19 @@ def test_a_mistake_is_told_before_anything_is_submitted(
         assert word in message
 
 
+def test_a_run_that_cannot_fit_its_gpus_is_refused(short_config: Path) -> None:
+    words = (short_config, "policy.micro_batch_tokens=2000000000", "--dry-run")
+    told = refusal("submit.sh", *words, GSPO_GPU="h100", GSPO_GPUS_PER_NODE="1")
+    assert re.search(r"trainer needs \d+ GB of the 85 GB of a h100, most of them for [a-z]+", told)
+    assert "--gpu h300 is not known" in refusal(
+        "submit.sh", short_config, "--dry-run", GSPO_GPU="h300", GSPO_GPUS_PER_NODE="1"
+    )
+    # nor is a plan in the way of what fits, of CPU nodes, or where the kind of GPU is not said
+    assert submitted(*words[:1], GSPO_GPU="h100", GSPO_GPUS_PER_NODE="1")
+    assert submitted(*words[:2], GSPO_GPU="h100", GSPO_GPUS_PER_NODE="0")
+    assert submitted(*words[:2], GSPO_GPUS_PER_NODE="1")
+
+
 def test_a_python_that_is_not_there_is_named(short_config: Path) -> None:
     message = refusal("submit.sh", short_config, "--dry-run", GSPO_LOGIN_PYTHON="/nowhere/python")
     assert "GSPO_LOGIN_PYTHON=/nowhere/python" in message

@@ -5,18 +5,23 @@ from pathlib import Path
 import pytest
 
 from gspo_mm.config import load_config
-from gspo_mm.families.base import ModelDims
-from gspo_mm.policy.parallel import ParallelPlan
+from gspo_mm.plan.setup import job_of
+from gspo_mm.plan.step import plan_of
 from gspo_mm.reward.spec import load_reward
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
-LARGE = FOLDER / "qwen3_vl_30b_a3b.yaml"
+# config -> nodes, rollout nodes, GPU; and its layout: tp, pp, ep, dp
+LARGE = {
+    FOLDER / "qwen3_vl_30b_a3b.yaml": (4, 2, "h200", (2, 1, 8, 16)),
+    FOLDER / "qwen3_vl_235b_a22b.yaml": (16, 8, "h200", (4, 4, 8, 8)),
+    FOLDER / "qwen3_vl_8b.yaml": (1, 0, "h100", (2, 1, 1, 4)),
+}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_a_shipped_config_loads(path: Path) -> None:
-    assert load_config(path, any_world=path == LARGE).run.path.parts[0] == "runs"
+    assert load_config(path, any_world=path in LARGE).run.path.parts[0] == "runs"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -37,24 +42,29 @@ def test_the_seed_names_run_and_warm_start() -> None:
     assert train.run.name == "quickstart-7"
 
 
-def test_the_large_config_fits_its_model_on_4_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "32")
-    config = load_config(LARGE)
-    dims = ModelDims(  # of Qwen3-VL-30B-A3B's config.json
-        hidden=2048,
-        num_layers=48,
-        num_heads=32,
-        num_kv_groups=4,
-        num_experts=128,
-        expert_ffn=768,
-        deepstack_levels=3,
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.name)
+def test_a_large_config_is_planned_as_its_head_says_and_fits(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes, rollout_nodes, gpu, sizes = LARGE[path]
+    monkeypatch.setenv("WORLD_SIZE", str(8 * nodes))
+    config = load_config(path)
+    made = job_of(config, nodes=nodes, rollout_nodes=rollout_nodes, per_node=8, gpu=gpu)
+    plan = made.policy.sizes
+    assert (plan.tp, plan.pp, plan.ep, plan.dp) == sizes
+    assert plan_of(made).fits
+    # the command that its head names
+    told = f"#   gspo-mm plan configs/{path.name}"
+    told += (
+        f" --nodes {nodes}" * (nodes > 1)
+        + f" --rollout-nodes {rollout_nodes}" * (rollout_nodes > 0)
+        + f" --gpu {gpu}\n"
     )
-    plan = ParallelPlan.from_config(config.policy.parallel)
-    plan.check_model(dims)
-    assert (plan.tp, plan.ep, plan.dp) == (2, 8, 16)
+    assert told in path.read_text()
 
 
-def test_the_large_config_has_room_for_the_longest_answer() -> None:
-    config = load_config(LARGE, any_world=True)
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.name)
+def test_a_large_config_has_room_for_the_longest_answer(path: Path) -> None:
+    config = load_config(path, any_world=True)
     longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
     assert longest <= config.policy.micro_batch_tokens

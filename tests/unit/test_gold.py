@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from gspo_mm.commands.rescore import Answer, show_scores, table_console
+from gspo_mm.commands.rescore import Answer, show_scores
+from gspo_mm.commands.tables import table_console
 from gspo_mm.config import RewardConfig, parse_config
 from gspo_mm.evaluate import describe_accuracy, evaluate
 from gspo_mm.inputs import check_answers

@@ -3,7 +3,7 @@
 import pytest
 
 from gspo_mm.config import ParallelConfig
-from gspo_mm.families.base import ModelDims
+from gspo_mm.config.layout import ModelDims
 from gspo_mm.policy.parallel import ParallelPlan
 
 DIMS = ModelDims(

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from gspo_mm.config import ParallelConfig, PolicyConfig, load_config
+from gspo_mm.config.layout import PlanError
 from gspo_mm.families import family_of
 from gspo_mm.policy import spec, speed
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.model import transformer_config
-from gspo_mm.policy.parallel import ParallelPlan, PlanError
+from gspo_mm.policy.parallel import ParallelPlan
 from gspo_mm.policy.speed import Choice, choices, overlaps_reduction
 from gspo_mm.policy.vision import attend_to_all_images
 from tests.tiny_vl import save, tiny_text, tiny_vl, tiny_windows, wide_vl

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo_mm.config import DataConfig, PolicyConfig
+from gspo_mm.config.layout import PlanError
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.processor import Processor
 from gspo_mm.families import HfFolderError, family_of, read_hf
 from gspo_mm.families.write import write_hf
 from gspo_mm.policy.engine import Policy
-from gspo_mm.policy.parallel import PlanError
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.types import EncodedPrompt, GspoError, Prompt, SamplingParams
 from tests.tiny_vl import save, tiny_text

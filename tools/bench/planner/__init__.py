@@ -1,0 +1,1 @@
+"""Runs that others have published, and the fit of the planner's efficiencies to them."""
