@@ -107,6 +107,6 @@ def test_completions_without_a_score_or_without_tokens_are_not_trained_on() -> N
     )
     (only,) = sequences_of([group])
     assert only.token_ids.tolist() == [1, 2, 3]
-    assert only.trained == (False, False, True)
+    assert only.trained.tolist() == [False, False, True]
     assert only.advantage == 0.5
     assert only.name == "group 7 completion 0 (k)"
