@@ -42,11 +42,13 @@ def sequences_of(groups: Iterable[RolloutGroup]) -> list[TrainSequence]:
         replace(
             _flat(sequence_name(group, i), group.prompt_ids, group.prompt.images, completion.turns),
             advantage=group.advantages[i],
-            rollout_logprobs=np.array(completion.logprobs, np.float32),
+            rollout_logprobs=np.concatenate(
+                [np.array(turn.logprobs, np.float32) for turn in completion.turns]
+            ),
         )
         for group in groups
         for i, completion in enumerate(group.completions)
-        if completion.token_ids and group.scores[i].error is None
+        if any(turn.token_ids for turn in completion.turns) and group.scores[i].error is None
     ]
 
 

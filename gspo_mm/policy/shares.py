@@ -78,12 +78,13 @@ def deal_updates(
         update += flops_of(dealt, cost=cost, num_patches=num_patches)
         forward += flops_of(dealt, cost=flops, num_patches=num_patches)
         tokens += sum(len(s.token_ids) for s in sequences)
+        trained = sum(s.num_trained for s in sequences)
         for of_rank, micro_batches in zip(shares, dealt, strict=True):
             of_rank.append(
                 Share(
                     micro_batches=tuple(map(tuple, micro_batches)),
                     num_sequences=len(sequences),
-                    num_tokens=sum(s.num_trained for s in sequences),
+                    num_tokens=trained,
                 )
             )
     work = Work(tokens=tokens, forward=forward, update=update)
