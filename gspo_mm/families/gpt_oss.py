@@ -58,9 +58,8 @@ class GptOss(Qwen3Decoder, Family):
                 f"{path}: rope_type={kind!r} is not supported; use one of {', '.join(_SCALINGS)} in rope_parameters (or "
                 "rope_scaling)"
             )
-        if (
-            not hf.sliding_window or hf.sliding_window < 1
-        ):  # transformers reads it even where no layer needs it
+        # transformers reads it even where no layer needs it
+        if not hf.sliding_window or hf.sliding_window < 1:
             raise HfFolderError(
                 f"{path}: sliding_window={hf.sliding_window} is not supported; use the number of tokens that layers of "
                 "sliding_attention in layer_types see, or any where there are none"

@@ -33,6 +33,10 @@ class Gpu:
     # to other nodes, bytes/s in one direction: a network adapter for each GPU
     network: float
 
+    def peak(self, *, fp8: bool) -> float:
+        """Of dense products, in FP8 where it is asked for and there."""
+        return self.fp8 if fp8 and self.fp8 else self.bf16
+
 
 # NVIDIA's data sheets: H100 SXM, H200 SXM, DGX B200, GB200 NVL72. H800 and H20 are sold in China alone and have no public sheet:
 # theirs are the numbers that are commonly given, not a maker's. Memory is what the driver reports. Networks are those of the

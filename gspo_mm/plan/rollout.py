@@ -32,6 +32,10 @@ class Rollout:
     at_once: int
     limit: str
 
+    def seconds(self, *, overlaps: bool) -> float:
+        """That servers need for a step: all answers in turn, or as many as are taken from them where they go on."""
+        return self.steady + self.again if overlaps else self.in_turn
+
 
 def rollout_of(job: Job) -> Rollout:
     """Servers whose cache holds no answer take for ever."""
@@ -94,7 +98,7 @@ class Decoder:
         self._experts = sum(model.mixtures) * 3 * model.hidden * model.expert_ffn * model.experts * width
         self._cache, self._state = cache_bytes(model, servers), state_bytes(model, servers)
         self._bandwidth = gpu.bandwidth * share.decode
-        self._peak = (gpu.fp8 if servers.fp8 and gpu.fp8 else gpu.bf16) * share.products
+        self._peak = gpu.peak(fp8=servers.fp8) * share.products
         wait = 2 * job.latency(servers.tp) if servers.tp > 1 else 0.0
         self._launches = share.decode_step + model.layers * (share.decode_layer + wait)
 
@@ -126,7 +130,7 @@ class Decoder:
 def _prefill(job: Job, servers: Servers, prompts: float) -> float:
     """Seconds for prompts on one server, each once for its group, with their images."""
     model, lengths, gpu = job.model, job.work.lengths, job.gpu
-    peak = (gpu.fp8 if servers.fp8 and gpu.fp8 else gpu.bf16) * job.efficiency.products
+    peak = gpu.peak(fp8=servers.fp8) * job.efficiency.products
     flops = lengths.prompt * model.flops_token + lengths.prompt**2 / 2 * model.flops_pair
     return prompts * (flops + model.flops_image(lengths.image)) / (peak * servers.tp)
 
@@ -134,5 +138,5 @@ def _prefill(job: Job, servers: Servers, prompts: float) -> float:
 def _again(job: Job, servers: Servers, batch: float, shape: Shape) -> float:
     """Seconds to compute the cache of answers under way, rollout.on_update=retract."""
     tokens = shape.middle + job.work.lengths.prompt / job.work.group
-    peak = (job.gpu.fp8 if servers.fp8 and job.gpu.fp8 else job.gpu.bf16) * job.efficiency.products
+    peak = job.gpu.peak(fp8=servers.fp8) * job.efficiency.products
     return batch * tokens * job.model.flops_token / (peak * servers.tp)

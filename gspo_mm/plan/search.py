@@ -99,8 +99,7 @@ def _fastest_servers(job: Job, gpus: int) -> Servers | None:
         made = replace(job, servers=servers)
         if not server_capacity(made, servers).memory.fits:
             continue
-        rollout = rollout_of(made)
-        seconds = rollout.steady + rollout.again if job.work.staleness else rollout.in_turn
+        seconds = rollout_of(made).seconds(overlaps=job.work.staleness > 0)
         if best is None or seconds < best[0]:
             best = seconds, servers
     return best[1] if best else None

@@ -29,10 +29,8 @@ class Plan:
 
     @property
     def sampling(self) -> float:
-        """Seconds that servers need for a step: all answers in turn, or as many as are taken from them where they go on."""
-        if self.rollout is None:
-            return 0.0
-        return self.rollout.steady + self.rollout.again if self.overlaps else self.rollout.in_turn
+        """Seconds that servers need for a step."""
+        return self.rollout.seconds(overlaps=self.overlaps) if self.rollout else 0.0
 
     @property
     def overlaps(self) -> bool:

@@ -2,9 +2,9 @@
 launching of their kernels where that takes longer.
 
 A sum and not a maximum of the first three: within a layer each waits for the other, and megatron hides little of a mixture's
-dispatch. Backward is
-twice the products (a gradient of the input, one of the weight), the same transfers, twice the launches; `recompute=full` adds a
-forward. Sequences lie in micro-batches one behind the other; attention sees pairs within a sequence alone.
+dispatch. Backward is twice the products (a gradient of the input, one of the weight), the same transfers, twice the launches;
+`recompute=full` adds a forward. Sequences lie in micro-batches one behind the other; attention sees pairs within a sequence
+alone.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Training:
 
     def mfu(self, job: Job) -> float:
         """Of the update, of the dense BF16 peak, or of that of FP8 in FP8."""
-        peak = job.gpu.fp8 if job.policy.fp8 else job.gpu.bf16
+        peak = job.gpu.peak(fp8=job.policy.fp8)
         return self.flops / self.update / job.policy.sizes.world_size / peak if self.update else 0.0
 
 
@@ -86,12 +86,11 @@ def training_of(job: Job) -> Training:
     slowest = max(forward, key=lambda cost: cost.seconds)
     backward = _backward(job, slowest)
     one = slowest.seconds * work.updates * (number + (sizes.pp - 1) / sizes.vpp)
-    each = (slowest + backward).seconds
-    waiting = each * (sizes.pp - 1) / sizes.vpp
+    both = slowest + backward
+    waiting = both.seconds * (sizes.pp - 1) / sizes.vpp
     reduce, step = _reduce(job), _optimizer(job)
     # gradients travel while the last micro-batch goes backward
     exposed = max(0.0, reduce - backward.seconds)
-    both = slowest + backward
     parts = {name: seconds * number * work.updates for name, seconds in both.parts().items()}
     parts |= {
         "pipeline": waiting * work.updates,
@@ -139,7 +138,7 @@ def _layer(job: Job, number: int, tokens: float) -> Cost:
     chosen = 6 * model.hidden * model.expert_ffn * model.chosen if mixture else 0
     others = model.flops_layer(number) - chosen
     pairs = 0.0 if model.linears[number] else 4 * model.queries * job.work.lengths.sequence / 2
-    peak = gpu.fp8 if job.policy.fp8 and gpu.fp8 else gpu.bf16
+    peak = gpu.peak(fp8=job.policy.fp8)
     # the busiest rank's experts are waited for
     busiest = job.imbalance if sizes.ep > 1 else 1.0
     flops = (

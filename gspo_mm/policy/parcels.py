@@ -38,6 +38,8 @@ def passed_on(
     if ranks.rank == first:
         for to in others:
             ranks.send(parcel.part({dp_rank_of[to]}).written(), to)
+    if of_dp_rank is not None and ranks.main:
+        return of_dp_rank[dp_rank_of[0]]
     return parcel.shares_of(dp_rank_of[ranks.rank])
 
 
