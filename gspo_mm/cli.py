@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -270,18 +271,23 @@ def run_reporting_faults(command: Callable[[], Any]) -> None:
         _tell_launcher(message)
         if error.told_elsewhere or os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(2)
-    except OSError as error:
+    except Exception as error:
         from gspo_mm.runtime.disk import refusal
 
-        if (said := refusal(error)) is None:
+        if not isinstance(error, OSError) or (said := refusal(error)) is None:
+            _log_to_file(traceback.format_exc())  # a terminal's text may be lost
             raise
         message = f"{error.filename or 'a file of the run'} cannot be read or written: {said}"
         _tell_launcher(message)
+    _log_to_file(message)
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    sys.exit(2)
+
+
+def _log_to_file(message: str) -> None:
     from gspo_mm.runtime.log import log_to_file
 
     log_to_file(message)
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
-    sys.exit(2)
 
 
 def _tell_launcher(message: str) -> None:

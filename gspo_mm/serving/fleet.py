@@ -169,7 +169,7 @@ class Fleet:
                 beaten = time.monotonic()
             before = dict(self._up)
             gone = await self._look()
-            if before != self._up:
+            if before != self._up or not self._is_routed():
                 await self._route()
             if self._stop.requested:
                 async with self._changed:
@@ -222,12 +222,18 @@ class Fleet:
 
     def _serving(self) -> list[Server]:
         """Servers that can be asked: current and, where there is a router, known to it."""
-        current = [server for server in self.up() if self._is_current(server)]
-        return current if self._router is None or self._router.workers else []
+        return self._current() if self._router is None or self._router.workers else []
+
+    def _current(self) -> list[Server]:
+        return [server for server in self.up() if self._is_current(server)]
+
+    def _is_routed(self) -> bool:
+        """Whether the router knows all that can be asked: one may not have answered it."""
+        return self._router is None or set(self._router.workers) == {server.url for server in self._current()}
 
     async def _route(self) -> None:
         if self._router:
-            await self._router.serve([server for server in self.up() if self._is_current(server)])
+            await self._router.serve(self._current())
         async with self._changed:
             self._changed.notify_all()
 

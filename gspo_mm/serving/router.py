@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from gspo_mm.runtime.net import LOOPBACK, free_port
+from gspo_mm.serving.admin import is_alive
 from gspo_mm.serving.guard import guarded
-from gspo_mm.serving.server import Server
+from gspo_mm.serving.server import Server, ServerError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ class Router:
         self.url = f"http://{LOOPBACK}:{free_port(LOOPBACK)}"
         self.api_key = secrets.token_hex(24)
         self.workers: dict[str, str] = {}  # the router's id of each server, by URL
+        self._wanted: dict[str, Server] = {}
+        self._one_at_a_time = asyncio.Lock()
         self._client = httpx.AsyncClient(
             base_url=self.url, headers={"Authorization": f"Bearer {self.api_key}"}, timeout=10.0
         )
@@ -50,6 +55,7 @@ class Router:
             "--balance-rel-threshold", "1.0", "--disable-retries",
             "--request-timeout-secs", "86400", "--log-level", "warn",
         ]  # fmt: skip
+        self._log = log
         log.touch(mode=0o600)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -62,29 +68,57 @@ class Router:
             )
 
     async def serve(self, servers: list[Server]) -> None:
-        """Make `servers` the ones that prompts are sent to."""
-        wanted = {server.url: server for server in servers}
-        for url in set(self.workers) - set(wanted):
-            await self._delete(self.workers.pop(url))
-        for url in wanted.keys() - self.workers.keys():
-            self.workers[url] = await self._add(wanted[url])
+        """Make `servers` the ones that prompts are sent to, but for those that do not answer.
+
+        Of several calls at once the latest decides: servers die and come back while others are taken in.
+        Raises ServerError when the router itself does not do it.
+        """
+        self._wanted = {server.url: server for server in servers}
+        async with self._one_at_a_time:
+            try:
+                await self._change()
+            except (httpx.HTTPError, _NotYetError) as error:
+                raise ServerError(f"sglang-router failed, see {self._log}: {error!r}") from None
 
     def close(self) -> None:
         self._process.terminate()
         self._process.wait()
 
-    async def _add(self, server: Server) -> str:
+    async def _change(self) -> None:
+        for known in await self._known():  # not only those in `workers`: one may have been taken in late
+            if known["url"] not in self._wanted:
+                self.workers.pop(known["url"], None)
+                await self._delete(known["id"])
+        self.workers = {url: worker for url, worker in self.workers.items() if url in self._wanted}
+        for url, server in list(self._wanted.items()):
+            if url not in self.workers:
+                worker = await self._begin_adding(server)
+                if await self._is_added(server, worker):
+                    self.workers[url] = worker
+
+    async def _known(self) -> list[dict[str, Any]]:
+        async for attempt in self._patiently():
+            with attempt:
+                return (await self._client.get("/workers")).raise_for_status().json()["workers"]
+        raise AssertionError
+
+    async def _begin_adding(self, server: Server) -> str:
+        """The router's id of it. It has taken it in some time later."""
         body = {"url": server.url, "api_key": server.api_key}
         async for attempt in self._patiently():
             with attempt:
-                (await self._client.post("/workers", json=body)).raise_for_status()
+                return (await self._client.post("/workers", json=body)).raise_for_status().json()["worker_id"]
+        raise AssertionError
+
+    async def _is_added(self, server: Server, worker: str) -> bool:
+        """Wait until prompts may go there; False when it does not answer."""
         async for attempt in self._patiently():
             with attempt:
-                known = (await self._client.get("/workers")).raise_for_status().json()["workers"]
-                ids = [w["id"] for w in known if w["url"] == server.url and w["is_healthy"]]
-                if not ids:
-                    raise _NotYetError(f"the router has not taken in {server.url}")
-                return ids[0]
+                if any(known["id"] == worker and known["is_healthy"] for known in await self._known()):
+                    return True
+                if not await asyncio.to_thread(is_alive, server):
+                    return False
+                raise _NotYetError(f"it has not taken in {server.url}")
         raise AssertionError
 
     async def _delete(self, worker: str) -> None:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from gspo_mm.serving.router import Router
-from gspo_mm.serving.server import Server
+from gspo_mm.serving.server import Server, ServerError
 from tests.fake_server import FakeServer, Handler
 from tests.waiting import PATIENCE, eventually
 
@@ -138,6 +138,44 @@ def test_its_key_is_on_no_command_line_and_in_no_log(
     lines = [str(process.cmdline()) for process in psutil.Process().children(recursive=True)]
     assert any("sglang_router" in line for line in lines)
     assert not [text for text in [*lines, log.read_text()] if router.api_key in text]
+
+
+def test_of_changes_at_once_the_latest_stays(router: Router, servers: list[FakeServer], do: Do) -> None:
+    """Each request that fails looks for dead servers by itself, while the fleet looks too."""
+    first, second = map(registration, servers)
+
+    async def at_once(*changes: list[Server]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for change in changes:
+                group.create_task(router.serve(change))
+
+    do(router.serve([first, second]))
+    do(at_once([], [], [second], []))
+    assert not router.workers
+    do(at_once([first, second], [], [second]))
+    assert set(router.workers) == {second.url}
+    assert ask(router).status_code == 200
+
+
+def test_a_server_that_dies_while_it_is_taken_in_is_left_out(
+    router: Router, servers: list[FakeServer], do: Do
+) -> None:
+    dead = FakeServer()
+    dead.close()
+    do(router.serve([registration(dead), registration(servers[0])]))
+    assert set(router.workers) == {servers[0].url}
+    answer = ask(router)
+    assert answer.status_code == 200, answer.text
+
+
+def test_a_router_that_does_not_answer_is_a_sentence(
+    tmp_path: Path, servers: list[FakeServer], do: Do, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gspo_mm.serving.router._PATIENCE", 0.5)
+    router = Router(tmp_path / "router.log")
+    router.close()
+    with pytest.raises(ServerError, match=r"sglang-router failed, see .*router\.log"):
+        do(router.serve([registration(servers[0])]))
 
 
 def test_closing_ends_its_processes(tmp_path: Path, servers: list[FakeServer], do: Do) -> None:

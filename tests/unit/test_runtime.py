@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gspo_mm.cli import run_reporting_faults
 from gspo_mm.observe.progress import Progress
 from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Busy, Phases
@@ -152,3 +153,19 @@ def test_progress_prints_plain_lines_without_a_terminal(capsys: pytest.CaptureFi
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("run 2/3  reward 0.500  accuracy 25.0%  held-out 12.5%")
     assert lines[1].startswith("run 3/3  reward 0.750  accuracy 50.0%  held-out 12.5%")
+
+
+@pytest.mark.parametrize("fault", [KeyError("a fault of ours"), FileNotFoundError("a fault of ours")])
+def test_a_fault_that_nobody_expected_is_in_the_log_with_its_traceback(
+    fault: Exception, tmp_path: Path
+) -> None:
+    def command() -> None:
+        setup_logging(tmp_path)
+        raise fault
+
+    with pytest.raises(type(fault)):
+        run_reporting_faults(command)
+    setup_logging()
+    log = (tmp_path / "log.txt").read_text()
+    assert "a fault of ours" in log
+    assert "in command" in log
