@@ -28,6 +28,7 @@ from gspo_mm.runtime.dist import Ranks
 from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.runtime.watchdog import Watchdog
 from gspo_mm.stages import Stages, build_stages
 from gspo_mm.types import GspoError
 
@@ -56,6 +57,7 @@ def run_training(kind: type[Training], config: Config, stop: StopRequest) -> dic
         training.compare_servers()
         stop.obey(ranks, f"at step {training.step}")
         stack.enter_context(training.progress)
+        stack.enter_context(training.watchdog)
         training.begin()
         training.look_back()
         while training.step < steps and not ranks.any(stop.requested):
@@ -82,7 +84,8 @@ class Training:
             values = config.model_dump(mode="json")
             self.metrics = stack.enter_context(MetricsWriter(run.path, config.observe, values))
         self.progress = Progress(total=self.steps, title=config.run.name, shown=self.ranks.main)
-        self.phases = Phases(on_enter=self.progress.phase)
+        self.watchdog = Watchdog(run.path, self.ranks, timeout=config.run.hang_timeout)
+        self.phases = Phases(on_enter=self._enter)
         self._began = 0  # the step that the checkpoint was of
         self._updates = 0  # made when the last step was done
         self._state: dict[str, Any] = {}  # of that moment
@@ -198,6 +201,7 @@ class Training:
         if checkpoint is not None:
             state = self.run.load(checkpoint, partial(load_policy, self.stages.policy))
             self._updates = self.stages.policy.optimizer.step_count
+            self.stages.policy.optimizer.skips.load(state.get("norms", ()))
             self.stages.source.load(state["source"])
             self.load_state(state)
             self.step = state["step"]
@@ -208,9 +212,14 @@ class Training:
             self.metrics.rewind(self.step if checkpoint is not None else -1)
         self.progress.start_at(self.step)
 
+    def _enter(self, phase: str) -> None:
+        self.progress.phase(phase)
+        self.watchdog.place |= {"step": self.step, "steps": self.steps, "phase": phase}
+
     def _note_state(self) -> None:
         self._updates = self.stages.policy.optimizer.step_count
-        self._state = {"source": self.stages.source.state(), **self.state()}
+        norms = self.stages.policy.optimizer.skips.state()
+        self._state = {"source": self.stages.source.state(), "norms": norms, **self.state()}
 
     # --- held-out accuracy, and the end
 

@@ -40,6 +40,7 @@ METRICS = {
     "eval/failed": "fraction of held-out answers whose reward failed; no mean counts them",
     "loss": "GSPO loss, averaged over the step's updates",
     "grad_norm": "global gradient norm before clipping",
+    "updates/skipped": "updates of the step that were left out (policy.optimizer.skip)",
     "lr": "learning rate, mean over the step's updates",
     "ratio_mean": "importance ratio (sequence or token, by loss.level), mean",
     "ratio_min": "smallest importance ratio",
