@@ -214,4 +214,7 @@ class ObserveConfig(Section):
     rollouts_per_save: NonNegative = Field(
         default=0, description="groups kept per save; 0: all (needed for replay)"
     )
+    probe_every: NonNegative = Field(
+        default=20, description="steps between looks at each rank's speed (20 ms each); 0: never"
+    )
     report: bool = Field(default=True, description="write RUN/report.html at the end")

@@ -93,6 +93,7 @@ METRICS = {
     "tflops_per_device/*": "model FLOPs of one phase per second and device, in units of 10^12",
     "mfu/*": "model-FLOPs utilisation of one phase: observe/throughput.py; on known devices only",
     "memory/peak_gib": "largest memory use of any rank so far: device memory, or resident memory on a CPU",
+    "ranks/slowest": "speed of the slowest rank's device, alone, over the median rank's (observe.probe_every)",
     "moe/load_max": "tokens of the busiest expert over an even spread, worst layer; 1 is even",
     "moe/load_max/*": "the same for one decoder layer",
     "moe/unused": "fraction of all experts that got no token in the step's updates",
