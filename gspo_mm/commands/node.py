@@ -2,7 +2,7 @@
 
 Each rank looks at its own GPU (there, idle, not throttled), at its node's memory and at the run folder, multiplies
 matrices for half a second, and tells rank 0, which knows by then who is silent and who is slow. Then all of them sum a
-buffer in turn for two seconds. Status 4 when a node is bad: its name and why are printed, and written to --bad FILE.
+buffer in turn for two seconds. Status 4 when a node is bad: why goes to stderr, and the names of all bad ones to stdout.
 """
 
 from __future__ import annotations
@@ -156,7 +156,6 @@ def ring(store: dist.Store, rank: int, size: int, *, seconds: float = 2.0) -> fl
 
 def main(
     folder: Annotated[Path | None, typer.Option(help="run folder, which must be writable")] = None,
-    bad: Annotated[Path | None, typer.Option(help="file for the names of bad nodes")] = None,
     gpus: Annotated[bool, typer.Option(help="each rank needs a GPU")] = True,
     timeout: Annotated[float, typer.Option(help="seconds to wait for silent ranks")] = 120.0,
 ) -> None:
@@ -167,8 +166,7 @@ def main(
         if main_rank:
             for node, why in found.items():
                 typer.echo(f"bad node {node}: {why}", err=True)
-            if bad:
-                bad.write_text(",".join(found) + "\n")
+            typer.echo("bad nodes: " + ",".join(found))
     elif main_rank:
         typer.echo(f"all nodes are fit; a sum over {world_size()} ranks goes at {speed:.2f} GiB/s")
     sys.stdout.flush()

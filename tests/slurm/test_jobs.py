@@ -293,14 +293,14 @@ def test_a_run_comes_back_from_whatever_kills_it_with_the_numbers_of_one_that_wa
         return job.text().count("INFO    resuming") == times
 
     def rank(number: int) -> psutil.Process:
-        """As a process of this machine."""
+        """As a process of this machine; what it has forked is younger."""
         found = map(psutil.Process, cluster.processes(job.number))
-        (one,) = (
+        its = [
             p
             for p in found
-            if "gspo_mm.cli" in p.cmdline() and p.environ().get("SLURM_PROCID") == str(number)
-        )
-        return one
+            if p.cmdline()[1:3] == ["-m", "gspo_mm.cli"] and p.environ().get("SLURM_PROCID") == str(number)
+        ]
+        return min(its, key=lambda process: process.create_time())
 
     faults: list[Callable[[], object]] = [
         lambda: cluster.run("scontrol", "requeue", str(job.number)),
@@ -323,6 +323,28 @@ def test_a_run_comes_back_from_whatever_kills_it_with_the_numbers_of_one_that_wa
     assert_same_steps(run, run.parent / "peace", steps=goal)
     steps = [line["step"] for line in read_metrics(run)]
     assert steps == list(range(steps[-1] + 1))
+
+
+def test_a_bad_node_is_named_before_the_run_which_goes_to_others(
+    submit: Submit, short_config: Path, tmp_path: Path
+) -> None:
+    """On n1 no file can be written, so that what looks at the node finds it bad."""
+    wrap = tmp_path / "wrap"
+    wrap.write_text('#!/bin/bash\n[[ $SLURMD_NODENAME != n1 ]] || ulimit -f 0\nexec "$@"\n')
+    wrap.chmod(0o755)
+    site = {"GSPO_CHECK_NODES": "yes", "GSPO_WRAP": str(wrap)}
+    steps = ["train.steps=1", "train.eval_every=0", "observe.report=false", "checkpoint.export_hf=false"]
+    (first,) = submit(short_config, "run.name=bad-node", *steps, "--requeue", **site)
+    assert first.until_over() == "FAILED", first.told()
+    assert first.exit_code() == "4:0"
+    assert "bad node n1: " in first.text()
+    assert "cannot be written: File too large" in first.text()
+    assert "bad nodes: n1; the run is submitted again, for others" in first.text()
+    (number,) = re.findall(r"trainer: job (\d+)", first.text())
+    second = Job(first.cluster, int(number), first.log.with_name(f"train-{number}.out"))
+    assert second.until_over() == "COMPLETED", second.told()
+    assert second.cluster.job(int(number))["ExcNodeList"] == "n1"
+    assert "all nodes are fit" in second.text()
 
 
 def test_a_conversion_is_a_job(submit: Submit, tiny_model: Path, tmp_path: Path) -> None:

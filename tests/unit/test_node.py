@@ -57,11 +57,11 @@ def test_fit_nodes_sum_and_go_on(tmp_path: Path) -> None:
 
 def test_a_bad_node_and_a_silent_one_end_it_and_are_written_down(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    first, second = run_ranks("--folder", str(tmp_path / "file"), "--bad", str(tmp_path / "bad"))
+    first, second = run_ranks("--folder", str(tmp_path / "file"))
     assert (first.returncode, second.returncode) == (STATUS, STATUS)
     assert "bad node n0: " in first.stderr
     assert "file cannot be written" in first.stderr
-    assert (tmp_path / "bad").read_text() == "n0,n1\n"
+    assert first.stdout == "bad nodes: n0,n1\n"
     (alone,) = run_ranks("--timeout", "1", present=1)
     assert alone.returncode == STATUS
     assert "rank 1 does not answer" in alone.stderr
