@@ -113,7 +113,7 @@ def build_stages(
     with ranks.together():
         if ranks.main:
             check_answers(config, reward)
-    processor = Processor(config.model.path, config.data)
+    processor = Processor(config.model.path, config.data, keep_pixels=not config.rollout.serves)
     source = training_prompts(config, processor, reward, ranks, resumed)
     policy = Policy.from_hf(
         config.model.path,

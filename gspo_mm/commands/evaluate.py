@@ -18,7 +18,7 @@ def evaluate_folder(config: Config) -> dict[str, float]:
     """Evaluate the model in `config.model.path` on `config.data.validation`, without a policy."""
     set_threads(config)
     opening = opening_of(config, StopRequest(), main=True)
-    processor = Processor(config.model.path, config.data)
+    processor = Processor(config.model.path, config.data, keep_pixels=not config.rollout.serves)
     rewards = load_rewards(config.reward, config.data.reward_files())
     engine = opening.open(processor)
     assert engine

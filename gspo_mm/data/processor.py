@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 class Processor:
     """Chat template, tokenizer and image processor of a Hugging Face folder; some models take text alone."""
 
-    def __init__(self, model_path: str, config: DataConfig) -> None:
+    def __init__(self, model_path: str, config: DataConfig, *, keep_pixels: bool = True) -> None:
+        """Without `keep_pixels` prompts come without theirs: servers decode images themselves."""
+        self._keep_pixels = keep_pixels
         self._processor, hf = load_processor(model_path)
         self._hf, self._family = hf, family_of(model_path)
         self._tokenizer: Any = tokenizer_of(self._processor)
@@ -96,7 +98,8 @@ class Processor:
                 prompt.images, pixels.split(grids.prod(-1).tolist()), grids, strict=True
             ):
                 self._remember(image.key, own, grid[None])
-        return EncodedPrompt(prompt=prompt, token_ids=token_ids, pixel_values=pixels, image_grid_thw=grids)
+        kept = pixels if self._keep_pixels else None
+        return EncodedPrompt(prompt=prompt, token_ids=token_ids, pixel_values=kept, image_grid_thw=grids)
 
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded again."""

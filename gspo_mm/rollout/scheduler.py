@@ -251,13 +251,7 @@ class Scheduler:
     def _take(self) -> _Group:
         cursor = self._source.state()
         (prompt,) = self._source.take(1)
-        # servers decode images themselves: pixels would only fill the memory while the prompt waits
-        group = _Group(
-            id=self._next_id,
-            prompt=dataclasses.replace(prompt, pixel_values=None),
-            cursor=cursor,
-            place=self._taken,
-        )
+        group = _Group(id=self._next_id, prompt=prompt, cursor=cursor, place=self._taken)
         self._taken += 1
         self._next_id += 1
         return group

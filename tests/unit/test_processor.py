@@ -84,6 +84,18 @@ def test_pixels_of_an_image_are_its_part_of_the_prompts(processor: Processor) ->
     assert torch.equal(torch.cat([grid for _, grid in both]), it.image_grid_thw)
 
 
+def test_prompts_for_servers_come_without_pixels(tiny_model: Path, processor: Processor) -> None:
+    """They would fill the memory while a prompt waits, or for the whole run where it is held out."""
+    for_servers = Processor(str(tiny_model), DataConfig(train=["x"]), keep_pixels=False)
+    image = encoded(64, 32)
+    whole, bare = (each.encode(prompt("x", image)) for each in (processor, for_servers))
+    assert whole.pixel_values is not None
+    assert bare.pixel_values is None
+    assert bare.token_ids == whole.token_ids
+    assert torch.equal(bare.image_grid_thw, whole.image_grid_thw)
+    assert torch.equal(for_servers.pixels(image)[0], whole.pixel_values)
+
+
 def test_an_image_is_decoded_once_for_its_group(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     monkeypatch.setattr(

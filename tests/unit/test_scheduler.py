@@ -14,7 +14,6 @@ from random import Random
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -594,17 +593,6 @@ def test_a_run_resumed_with_other_sizes_trains_every_prompt_once_and_none_too_st
     handed = Counter(world.books.handed)
     assert set(handed.values()) == {1}
     assert set(range(max(handed))) <= set(handed) | set(world.pending())
-
-
-def test_pixels_do_not_wait_with_the_prompt() -> None:
-    world = World(rollout(prompts_per_step=1))
-    plain = world.source.take
-    world.source.take = lambda count: [
-        replace(prompt, pixel_values=torch.zeros(4, 4)) for prompt in plain(count)
-    ]
-    world.on_wait = lambda: bool(world.finish(*world.running()))
-    world.next_batch()
-    assert world.jobs[0].prompt.pixel_values is None
 
 
 def test_staleness_is_that_of_tokens() -> None:

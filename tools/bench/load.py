@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,9 +80,9 @@ def run(config: Any, count: int, group_size: int, max_new_tokens: int) -> dict[s
     from gspo_mm.sync.sglang import SGLangPush
     from gspo_mm.types import SamplingParams
 
-    processor = Processor(config.model.path, config.data)
+    processor = Processor(config.model.path, config.data, keep_pixels=False)
     source = PromptSource(config.data, processor, seed=0, split="train")
-    prompts = [replace(prompt, pixel_values=None) for prompt in source.take(count)]
+    prompts = source.take(count)
     engine = SGLangEngine(config, processor, Fleet(config))
     try:
         SGLangPush.serve_folder(config, engine)
