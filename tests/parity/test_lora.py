@@ -17,7 +17,7 @@ from gspo_mm.checkpoint.distributed import load_policy, save_policy
 from gspo_mm.checkpoint.export import export_adapters
 from gspo_mm.config import ModelConfig, ParallelConfig, PolicyConfig
 from gspo_mm.config.layout import PlanError
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.weights import gradient_of
 from tests.tiny_vl import save, tiny_hybrid, tiny_text, tiny_vl

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gspo_mm.config import PolicyConfig
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.families.operations import Copy, Entry, MergeGateUp
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch

@@ -14,7 +14,8 @@ import torch
 
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
-from gspo_mm.families import family_of, read_hf
+from gspo_mm.families.folder import read_hf
+from gspo_mm.families.table import family_of
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving import host

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gspo_mm.config import parse_config
-from gspo_mm.families import family_of
+from gspo_mm.families.table import family_of
 from gspo_mm.policy.engine import Policy
 from gspo_mm.serving import cpu
 from gspo_mm.serving.served import SCALE, check_served, served

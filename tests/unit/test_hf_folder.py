@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from gspo_mm.families import UnknownFamilyError, family_of
 from gspo_mm.families.folder import HfFolderError, read_hf
+from gspo_mm.families.table import UnknownFamilyError, family_of
 from gspo_mm.families.write import write_hf
 from tests.tiny_vl import save, tiny_vl
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "gspo_mm"
 # one order, without exceptions: a package knows those before it only
 ORDER = [
-    "types", "config", "runtime", "hf", "plan", "families", "serving", "data", "rollout", "reward", "advantage", "batch", "loss",
+    "types", "config", "runtime", "hf", "families", "plan", "serving", "data", "rollout", "reward", "advantage", "batch", "loss",
     "policy", "sync", "checkpoint", "observe", "evaluate", "inputs", "stages", "harness", "sft", "train",
     "commands", "cli",
 ]  # fmt: skip

@@ -13,8 +13,10 @@ from gspo_mm.config import DataConfig, PolicyConfig
 from gspo_mm.config.layout import PlanError
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.processor import Processor
-from gspo_mm.families import HfFolderError, family_of, read_hf
+from gspo_mm.families.folder import read_hf
+from gspo_mm.families.table import family_of
 from gspo_mm.families.write import write_hf
+from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.types import EncodedPrompt, GspoError, Prompt, SamplingParams
