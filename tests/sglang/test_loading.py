@@ -25,7 +25,17 @@ from gspo_mm.serving import cpu
 from gspo_mm.serving.served import SCALE, check_served, served
 from gspo_mm.sync.quantize import FP8 as FORMAT
 from gspo_mm.sync.quantize import on_the_way
-from tests.tiny_vl import HALF_TURNED, WIDE, save, tiny_glm, tiny_hybrid, tiny_sinks, tiny_text, tiny_windows
+from tests.tiny_vl import (
+    HALF_TURNED,
+    WIDE,
+    save,
+    tiny_glm,
+    tiny_hybrid,
+    tiny_sinks,
+    tiny_text,
+    tiny_vl,
+    tiny_windows,
+)
 
 MERGED = {
     "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"],
@@ -79,7 +89,7 @@ def start(jobs: list[tuple[str, ...]], folder: Path) -> subprocess.Popen[str]:
 
 
 MIXTURE, DENSE, SIGMOID, SINKS = "mixture", "dense and tied", "sigmoid and tied", "sinks"
-FP8 = ("mixture in FP8", "sigmoid in FP8", "text in FP8", "windows in FP8")
+FP8 = ("mixture in FP8", "sigmoid in FP8", "text in FP8", "windows in FP8", "dense in FP8")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +108,7 @@ def each(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
         FP8[0]: tiny_hybrid(**wide, rope_parameters=rope, **linear, **inner),
         FP8[1]: tiny_glm(**wide, rope_parameters=half, intermediate_size=128, moe_intermediate_size=384),
         FP8[2]: tiny_text(**wide, norm_topk_prob=True, num_experts=4, moe_intermediate_size=384),
+        FP8[4]: tiny_vl(moe=False, **wide, intermediate_size=384, rope_parameters=WIDE["rope_parameters"]),
         FP8[3]: tiny_windows(
             hidden_size=256,
             intermediate_size=384,

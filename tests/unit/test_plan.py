@@ -43,6 +43,7 @@ MODELS: dict[str, Any] = {
     "every second a mixture": lambda: tiny_vl(decoder_sparse_step=2),
     "dense, biases, tied": lambda: tiny_vl(moe=False, attention_bias=True, tied=True),
     "text alone": tiny_text,
+    "text alone, dense, biases, tied": lambda: tiny_text(moe=False, attention_bias=True, tied=True),
     "linear attention, a shared expert": tiny_hybrid,
     "linear attention, dense": lambda: tiny_hybrid(moe=False),
     "windows in the tower": tiny_windows,
@@ -67,6 +68,16 @@ def large(*overrides: str, nodes: int = 4, rollout_nodes: int = 2, gpu: str = "h
 def test_a_model_has_the_parameters_that_transformers_builds(name: str) -> None:
     model = MODELS[name]()
     assert planned(model).parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layouts_are_checked_against_the_sizes_that_training_checks(name: str) -> None:
+    hf = MODELS[name]().config
+    assert planned(MODELS[name]()).dims == FAMILIES[hf.model_type].family.dims(hf)
+
+
+def test_every_family_is_planned() -> None:
+    assert {MODELS[name]().config.model_type for name in MODELS} == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("name", MODELS)
