@@ -180,6 +180,27 @@ def reward_score(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart")],
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+) -> None:
+    """Say where a run stands: step, speed, reward, servers, checkpoint, restarts, faults. Needs only its folder.
+
+    From any machine that sees the folder, while the run goes on or afterwards.
+
+    Example: watch -n 10 gspo-mm status runs/quickstart
+    """
+    from gspo_mm.commands.status import show, status_of
+    from gspo_mm.commands.tables import table_console
+
+    found = status_of(run)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        show(found, table_console())
+
+
+@app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="YAML config of a run to look at")] = None,
     overrides: Overrides = None,

@@ -22,12 +22,16 @@ from gspo_mm.observe.health import Health, at_start
 from gspo_mm.observe.metrics import MetricsWriter, read_metrics
 from gspo_mm.observe.progress import Progress
 from gspo_mm.observe.report import write_report
+from gspo_mm.observe.slow import SlowRanks
 from gspo_mm.policy.canary import check_sight
 from gspo_mm.policy.speed import prepare_process
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.runtime.log import setup_logging
+from gspo_mm.runtime.net import machine_name
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.runtime.probe import matmul_rate
+from gspo_mm.runtime.watchdog import Watchdog
 from gspo_mm.stages import Stages, build_stages
 from gspo_mm.types import GspoError
 
@@ -56,10 +60,12 @@ def run_training(kind: type[Training], config: Config, stop: StopRequest) -> dic
         training.compare_servers()
         stop.obey(ranks, f"at step {training.step}")
         stack.enter_context(training.progress)
+        stack.enter_context(training.watchdog)
         training.begin()
         training.look_back()
         while training.step < steps and not ranks.any(stop.requested):
             training.train_step(stop)
+            training.look_for_slow_ranks()
         if training.step < steps:
             stop.obey(ranks, f"at step {training.step}")
         run.settle()
@@ -82,7 +88,9 @@ class Training:
             values = config.model_dump(mode="json")
             self.metrics = stack.enter_context(MetricsWriter(run.path, config.observe, values))
         self.progress = Progress(total=self.steps, title=config.run.name, shown=self.ranks.main)
-        self.phases = Phases(on_enter=self.progress.phase)
+        self.watchdog = Watchdog(run.path, self.ranks, timeout=config.run.hang_timeout)
+        self.phases = Phases(on_enter=self._enter)
+        self.slow = SlowRanks()
         self._began = 0  # the step that the checkpoint was of
         self._updates = 0  # made when the last step was done
         self._state: dict[str, Any] = {}  # of that moment
@@ -150,10 +158,18 @@ class Training:
             "data/epoch": source.epoch,
             "data/skipped": source.skipped,
             "data/left_out": source.left_out,
+            "ranks/slowest": self.slow.slowest,
         }
         self.metrics.write(self.step, values)
         self.health.look(values)
         self.progress.step(self.step, values)
+
+    def look_for_slow_ranks(self) -> None:
+        """Now and then. A collective."""
+        every = self.config.observe.probe_every
+        if self.ranks.size > 1 and every and self.step % every == 0:
+            rates, nodes = zip(*self.ranks.gather((matmul_rate(), machine_name())), strict=True)
+            self.slow.look(rates, nodes)
 
     def keep(self) -> None:
         """Save a checkpoint when one is due, and after the last step."""
@@ -198,6 +214,7 @@ class Training:
         if checkpoint is not None:
             state = self.run.load(checkpoint, partial(load_policy, self.stages.policy))
             self._updates = self.stages.policy.optimizer.step_count
+            self.stages.policy.optimizer.skips.load(state.get("norms", ()))
             self.stages.source.load(state["source"])
             self.load_state(state)
             self.step = state["step"]
@@ -208,9 +225,14 @@ class Training:
             self.metrics.rewind(self.step if checkpoint is not None else -1)
         self.progress.start_at(self.step)
 
+    def _enter(self, phase: str) -> None:
+        self.progress.phase(phase)
+        self.watchdog.place |= {"step": self.step, "steps": self.steps, "phase": phase}
+
     def _note_state(self) -> None:
         self._updates = self.stages.policy.optimizer.step_count
-        self._state = {"source": self.stages.source.state(), **self.state()}
+        norms = self.stages.policy.optimizer.skips.state()
+        self._state = {"source": self.stages.source.state(), "norms": norms, **self.state()}
 
     # --- held-out accuracy, and the end
 

@@ -6,6 +6,7 @@ place of a rollout and its loss. Its Hugging Face folder (RUN/hf) is what a GSPO
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class Supervised(Training):
         last = lines[-1]
         return {
             "accuracy_after": last.get("eval/accuracy"),
-            "loss_last": last["sft/loss"],
+            "loss_last": next(line["sft/loss"] for line in reversed(lines) if "sft/loss" in line),
             "steps": last["step"],
             "seconds": sum(line["time/step"] for line in lines),
             "skipped_samples": self.stages.source.skipped,
@@ -93,5 +94,7 @@ def supervised_step(policy: Policy, share: Share, batches: list[MicroBatch], ste
     def loss_fn(_: int, logprobs_R: torch.Tensor, __: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         return -logprobs_R.sum() / share.num_tokens, {}
 
-    stats = policy.update(batches, loss_fn, done=step + 1)
-    return {"sft/loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr}
+    stats = policy.optimizer.skips.attempt(partial(policy.update, batches, loss_fn, done=step + 1))
+    if stats is None:
+        return {"updates/skipped": 1.0}
+    return {"sft/loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr, "updates/skipped": 0.0}

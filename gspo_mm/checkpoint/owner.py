@@ -147,6 +147,12 @@ def check_free(folder: Path) -> _Record | None:
     return owner
 
 
+def owner_of(folder: Path) -> tuple[str, bool | None]:
+    """The owner that a folder names, for people, and whether it lives; None where this machine cannot know."""
+    owner = _read(folder / FILE)
+    return (_named(owner), _lives_here(owner)) if owner else ("", False)
+
+
 def _lives_here(owner: _Record) -> bool | None:
     """Whether an owner lives, as far as this machine knows; None when it does not."""
     this = _this_process()

@@ -4,9 +4,10 @@
     .tmp-step-00000100  one that is being written; renamed when it is on disk
     .old-step-00000010  one that is being removed
 
-Only these names are ours. What else is in the folder is never resumed from and never removed. A link of a checkpoint's
-name to a checkpoint is resumed from, and left where it is. A process that dies between any two operations leaves the
-newest whole checkpoint in its place, and rests that the next `sweep` removes.
+A checkpoint with a file KEEP in it is put aside: it is resumed from, and never removed. Only these names are ours. What
+else is in the folder is never resumed from and never removed. A link of a checkpoint's name to a checkpoint is resumed
+from, and left where it is. A process that dies between any two operations leaves the newest whole checkpoint in its
+place, and rests that the next `sweep` removes.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8,})")
 _REST = re.compile(r"\.(tmp|old)-step-\d{8,}")
 _STATE = "state.json"
+_KEEP = "KEEP"
 
 
 class Store:
     """RUN/checkpoints, of which `keep` stay. One process changes it at a time: the run's owner."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
+        """`keep_every`: those of every so many steps stay beside them."""
         self.folder = folder
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -76,9 +79,15 @@ class Store:
             self._move_away(final)
         temporary.rename(final)
         sync(self.folder)
-        own = [path for _, path in self._named() if not path.is_symlink() and self.is_whole(path)]
-        for old in own[: -self._keep]:
+        passing = [
+            path for number, path in self._named() if self.is_whole(path) and not self._stays(number, path)
+        ]
+        for old in passing[: -self._keep]:
             self._remove(old)
+
+    def _stays(self, step: int, path: Path) -> bool:
+        every = self._keep_every
+        return path.is_symlink() or (path / _KEEP).exists() or bool(every and step % every == 0)
 
     def sweep(self) -> list[str]:
         """Remove what runs that died were writing or removing; returns what there is to say of it."""

@@ -21,6 +21,7 @@ from gspo_mm.config.policy import (
     OptimizerConfig,
     ParallelConfig,
     PolicyConfig,
+    SkipConfig,
     check_world,
     data_parallel_size,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "SamplingConfig",
     "Section",
     "SftConfig",
+    "SkipConfig",
     "SourceConfig",
     "SyncConfig",
     "TrainConfig",

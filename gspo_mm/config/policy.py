@@ -36,6 +36,20 @@ class ParallelConfig(Section):
         return self
 
 
+class SkipConfig(Section):
+    in_a_row: NonNegative = Field(
+        default=0,
+        description="updates that may be left out one after the other, weights as they were, because their gradient is "
+        "not finite or a spike; one more stops the run",
+    )
+    spike_factor: float | None = Field(
+        default=None,
+        gt=1,
+        allow_inf_nan=False,
+        description="a gradient norm above so many times the median of the last 64 is a spike; null: none is",
+    )
+
+
 class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0.0)] = Field(default=1e-6, description="largest learning rate")
     min_lr_ratio: Fraction = Field(
@@ -63,6 +77,7 @@ class OptimizerConfig(Section):
         default=None,
         description="reduce gradients during backward and gather parameters during forward; null: on GPUs",
     )
+    skip: SkipConfig = Field(default_factory=SkipConfig)
 
     @field_validator("moments", mode="before")
     @classmethod

@@ -22,7 +22,7 @@ from gspo_mm.config.schema import Config
 type Command = Literal["train", "sft"]
 
 _APPLIED = """
-run.name run.dir run.resume data.train.shards data.train.reward data.validation.name data.validation.reward
+run.name run.dir run.resume run.hang_timeout data.train.shards data.train.reward data.validation.name data.validation.reward
 data.max_bad_fraction data.prefetch_mb data.image_cache_mb rollout.prompts_per_step rollout.group_size
 rollout.sampling.max_new_tokens rollout.max_batch rollout.max_in_flight rollout.max_staleness
 rollout.start_ahead rollout.oversample rollout.drop_dead_groups rollout.on_update rollout.sglang.start
@@ -39,11 +39,12 @@ loss.correction.high policy.parallel.tp policy.parallel.pp policy.parallel.vpp
 policy.parallel.first_stage_layers policy.parallel.last_stage_layers policy.parallel.cp policy.parallel.ep
 policy.parallel.etp policy.parallel.dp policy.optimizer.lr policy.optimizer.min_lr_ratio
 policy.optimizer.warmup_steps policy.optimizer.beta1 policy.optimizer.beta2 policy.optimizer.eps
-policy.optimizer.weight_decay policy.optimizer.grad_clip policy.optimizer.overlap policy.micro_batch_tokens
+policy.optimizer.weight_decay policy.optimizer.grad_clip policy.optimizer.overlap policy.optimizer.skip.in_a_row
+policy.optimizer.skip.spike_factor policy.micro_batch_tokens
 policy.recompute policy.moe.dispatcher policy.moe.aux_loss policy.vision_cache_mb policy.megatron train.steps
 train.updates_per_batch train.eval_every train.canary_prompts sft.steps sft.batch_size checkpoint.every
-checkpoint.keep checkpoint.background checkpoint.export_hf observe.tensorboard observe.wandb
-observe.save_rollouts_every observe.rollouts_per_save observe.report
+checkpoint.keep checkpoint.keep_every checkpoint.background checkpoint.export_hf observe.tensorboard observe.wandb
+observe.save_rollouts_every observe.rollouts_per_save observe.probe_every observe.report
 """
 APPLIED = frozenset(_APPLIED.split())
 

@@ -24,6 +24,13 @@ class RunConfig(Section):
         default="auto",
         description="auto: continue a run of this name if there is one; never: refuse to; must: require it",
     )
+    hang_timeout: float = Field(
+        default=1800.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds without progress (a phase, a micro-batch, an answer) after which the run ends, with the "
+        "stacks of all ranks in RUN/hangs; 0: never",
+    )
 
     @property
     def path(self) -> Path:
@@ -187,7 +194,13 @@ class SftConfig(Section):
 
 class CheckpointConfig(Section):
     every: NonNegative = Field(default=50, description="steps between checkpoints; 0: only the last")
-    keep: Positive = Field(default=2, description="checkpoints kept; older ones are removed")
+    keep: Positive = Field(
+        default=2,
+        description="checkpoints kept; older ones are removed, but for those with a file KEEP in their folder",
+    )
+    keep_every: NonNegative = Field(
+        default=0, description="checkpoints of every so many steps are kept beside them; 0: none"
+    )
     background: bool = Field(
         default=True, description="train on while one is written, from a copy in host memory"
     )
@@ -200,5 +213,8 @@ class ObserveConfig(Section):
     save_rollouts_every: NonNegative = Field(default=10, description="steps between saved rollouts; 0: never")
     rollouts_per_save: NonNegative = Field(
         default=0, description="groups kept per save; 0: all (needed for replay)"
+    )
+    probe_every: NonNegative = Field(
+        default=20, description="steps between looks at each rank's speed (20 ms each); 0: never"
     )
     report: bool = Field(default=True, description="write RUN/report.html at the end")

@@ -43,6 +43,7 @@ from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.policy.speed import overlaps_reduction
 from gspo_mm.policy.weights import Weights, gradient_of
 from gspo_mm.runtime.dist import Ranks, device
+from gspo_mm.runtime.watchdog import beat
 from gspo_mm.types import GspoError, MicroBatch
 
 # (micro-batch number, log-probs [R] float32, entropy [R] detached) -> (loss, metrics)
@@ -325,6 +326,7 @@ class Policy:
             numbered: Iterator[tuple[int, MicroBatch]], chunk: torch.nn.Module
         ) -> tuple[Any, Callable[[Any], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
             index, batch = next(numbered)
+            beat()
             output = chunk(batch, temperature=temperature, entropy=entropy, total=total)
 
             def with_count(output: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:

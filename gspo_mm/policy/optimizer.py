@@ -21,8 +21,8 @@ from gspo_mm.config import OptimizerConfig
 from gspo_mm.policy.compat import own_range
 from gspo_mm.policy.model import quiet_megatron
 from gspo_mm.policy.precision import PrecisionError
+from gspo_mm.policy.skips import Skips
 from gspo_mm.policy.spec import has_fused_modules
-from gspo_mm.types import NonFiniteError
 
 _STATE = ("params", "step")  # of a parameter group; the rest of it are settings
 _SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")  # of megatron's own scheduler, which we do not use
@@ -62,6 +62,7 @@ class Optimizer:
         self._config = config
         self._total_steps = total_steps
         self.step_count = 0  # updates made
+        self.skips = Skips(config.skip)
         with quiet_megatron():
             self._inner: Any = get_megatron_optimizer(
                 MegatronOptimizerConfig(
@@ -93,7 +94,7 @@ class Optimizer:
 
         `done` training steps with this update, see `learning_rate`; None: every update is a training step.
 
-        Raises NonFiniteError, with the parameters untouched, when the norm is NaN or infinite.
+        Raises NonFiniteError, with the parameters untouched, when the norm is NaN, infinite or a spike.
         """
         rate = learning_rate(self.step_count + 1 if done is None else done, self._config, self._total_steps)
         for group in self._inner.param_groups:
@@ -102,11 +103,7 @@ class Optimizer:
             group["weight_decay"] = self._config.weight_decay * group.get("wd_mult", 1.0)
         self._inner.prepare_grads()
         norm = float(self._inner.get_grad_norm())
-        if not math.isfinite(norm):
-            raise NonFiniteError(
-                f"the gradient norm of update {self.step_count + 1} is {norm}; the weights were left as they were; "
-                "lower policy.optimizer.lr, or look at the sequences of this step"
-            )
+        self.skips.judge(norm, self.step_count + 1)
         if self._config.grad_clip > 0:
             for part in self._inner.chained_optimizers:
                 clip_grad_by_total_norm_fp32(

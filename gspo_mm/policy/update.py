@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -33,6 +34,8 @@ def update_policy(
 ) -> dict[str, float]:
     """One optimizer step per share; returns their metrics, which are those of all ranks. A collective.
 
+    Updates that `policy.optimizer.skip` leaves out have no metrics.
+
     `step` training steps were done before, which together with the share's number decides the learning rate.
     `gaps` is filled with each sequence's mean |log-prob of the rollout engine − of the policy|, nats, by its name.
 
@@ -56,29 +59,33 @@ def update_policy(
         for number, (share, batches) in enumerate(zip(shares, batches_of_share, strict=True)):
             window = slice(start, start + len(batches))
             done = step + (number + 1) / len(shares)
-            metrics.append(
-                _step(
-                    policy,
-                    share,
-                    batches,
-                    olds[window],
-                    refs[window],
-                    loss_config(config),
-                    temperature,
-                    done,
-                    last=share is shares[-1],
-                )
+            update = partial(
+                _step,
+                policy,
+                share,
+                batches,
+                olds[window],
+                refs[window],
+                loss_config(config),
+                temperature,
+                done,
+                last=share is shares[-1],
             )
+            if (made := policy.optimizer.skips.attempt(update)) is not None:
+                metrics.append(made)
             start += len(batches)
     for of_step in metrics:
         names, values = of_step.pop(_NAMES), of_step.pop(_GAPS)
         if gaps is not None:
             gaps |= zip(names, values, strict=True)
+    found = {"updates/skipped": float(len(shares) - len(metrics)), **policy.expert_load()}
+    if not metrics:
+        return found
     return {
+        **found,
         **_over_updates(metrics),
         # the first step after a rollout sees the weights that the old log-probs were computed with
         "first_update_ratio_error": abs(_over_updates(metrics[:1])["ratio_mean"] - 1.0),
-        **policy.expert_load(),
     }
 
 

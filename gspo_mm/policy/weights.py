@@ -26,6 +26,7 @@ from gspo_mm.policy.compat import is_quantized
 from gspo_mm.policy.model import PolicyModel
 from gspo_mm.policy.parallel import Groups, ParallelPlan
 from gspo_mm.runtime.dist import Ranks
+from gspo_mm.runtime.watchdog import beat
 
 _LAYER = re.compile(r"(?<=^language\.decoder\.layers\.)(\d+)(?=\.)")
 # megatron's plain experts, and Transformer Engine's grouped ones
@@ -155,6 +156,7 @@ class Weights:
         self, entry: Entry, take: Take, experts_apart: bool
     ) -> Iterator[tuple[Sequence[str], list[torch.Tensor] | None]]:
         """The entry's Hugging Face names and tensors, in one piece or several; None on stages that hold another part."""
+        beat()
         if not (experts_apart and _leaves_apart(entry)):
             whole = self._whole(entry, take)
             if whole and self.plan.ep > 1 and isinstance(entry.op, StackExperts):

@@ -20,6 +20,7 @@ from gspo_mm.rollout.cache import make_room, share_keys_in_decoding, use_torch_n
 from gspo_mm.rollout.engine import TokenSide
 from gspo_mm.rollout.traced import Decoder
 from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.runtime.watchdog import beat
 from gspo_mm.types import Completion, EncodedPrompt, Finish, SamplingParams
 
 # legend: Q prompts of a chunk, B = Q*G rows being decoded, P padded prompt length, V vocabulary
@@ -123,6 +124,7 @@ class EmbeddedEngine:
         stops = torch.tensor(self._processor.stop_token_ids, device=self._device)
         alive_B = torch.arange(num_rows, device=self._device)  # which answer each remaining row belongs to
         for step in range(sampling.max_new_tokens):
+            beat()
             token_B, logprob_B = draw(logits_BV, uniforms[step, alive_B], sampling)
             for row, token, logprob in zip(
                 alive_B.tolist(), token_B.tolist(), logprob_B.tolist(), strict=True

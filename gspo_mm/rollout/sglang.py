@@ -28,6 +28,7 @@ from gspo_mm.runtime.background import Background
 from gspo_mm.runtime.phases import Busy
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.seeds import derive_seed
+from gspo_mm.runtime.watchdog import beat
 from gspo_mm.serving.fleet import Fleet
 from gspo_mm.serving.host import ServerHost, host_of_other_machine
 from gspo_mm.serving.inspection import inspect_servers
@@ -197,6 +198,7 @@ class SGLangEngine:
                         request, [derive_seed(self._seed, *labels, i) for i in range(group_size)]
                     )
                 replies = await self.ask(request)
+        beat()
         return [self._completion(reply, prompt) for reply in replies]
 
     async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from gspo_mm.runtime.watchdog import beat
+
 
 class Phases:
     """`with phases("rollout"): ...` adds to time/rollout; `take()` hands the step's times out and starts again."""
@@ -21,6 +23,7 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         if self._on_enter:
             self._on_enter(name)
+        beat()
         began = time.perf_counter()
         try:
             yield

@@ -22,6 +22,8 @@
 : "${GSPO_GPU_FLAG=--gpus-per-node=}"        # how the site asks for them, the number is appended: --gres=gpu:h200:
 : "${GSPO_GPU=}"                             # kind of GPU, for `gspo-mm plan`: h100, h200, b200 ...; empty: memory is not checked
 : "${GSPO_CPUS_PER_RANK=8}"                  # cores per rank
+: "${GSPO_EXCLUDE=}"                         # nodes never to be used, such as n17,n23; a job adds bad ones that it finds
+: "${GSPO_CHECK_NODES=yes}"                  # look at all nodes before a run, which takes half a minute; empty: do not
 
 # --- network ----------------------------------------------------------------------------------------------------
 : "${GSPO_INTERFACE=}"                       # of the fast network, such as ib0; empty: each program's own choice

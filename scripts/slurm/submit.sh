@@ -16,7 +16,8 @@ their logs, which are RUN/slurm/*.out. The same command again continues a run th
                        [0: none, the trainer starts them beside itself, as rollout.sglang.start says]
   --gpus-per-node N    GPUs, and so ranks, per node; 0: CPU nodes, one rank each [GSPO_GPUS_PER_NODE]
   --time TIME          time limit of each job, such as 4:00:00 [GSPO_TIME]; must be longer than GSPO_STOP_SECONDS
-  --requeue            near the time limit or when preempted: save, go back into the queue and continue
+  --requeue            near the time limit or when preempted: save, go back into the queue and continue; after a crash
+                       or a hang too, from the last checkpoint; from bad nodes go to others
   --dry-run            check the config, print the sbatch commands, submit nothing
   -h, --help           this text
 
@@ -37,6 +38,7 @@ source "$here/lib.sh"
 source "$here/env.sh"
 leave_job
 
+printf -v TRAIN_SUBMIT '%q ' "$here/submit.sh" "$@" # for a job that has to start again on other nodes
 nodes=1 rollout_nodes=0 requeue=false dry_run=false convert=false
 gpus=$GSPO_GPUS_PER_NODE time=$GSPO_TIME
 words=()
@@ -100,6 +102,7 @@ exec 3>&1 # for a dry run's commands: the output of `submit` is the number
 submit() {
     local flags=(--job-name="$1" --output="$2" --open-mode=append --nodes="$3" --ntasks-per-node="$4" --cpus-per-task="$5")
     [[ -z $6 ]] || flags+=(--partition="$6")
+    [[ -z $GSPO_EXCLUDE ]] || flags+=(--exclude="$GSPO_EXCLUDE")
     [[ -z $GSPO_ACCOUNT ]] || flags+=(--account="$GSPO_ACCOUNT")
     ((gpus == 0)) || flags+=("$GSPO_GPU_FLAG$gpus")
     shift 6
@@ -178,7 +181,7 @@ log=$run/slurm/train-%j.out
 $dry_run || mkdir -p "$run/slurm" # Slurm makes no folders for logs: a job without one fails in silence
 of_all=() # the trainer waits for the servers of all nodes, each node starts its own
 ((rollout_nodes == 0)) || of_all=("rollout.sglang.servers=$((servers * rollout_nodes))")
-export TRAIN_RUN=$run # a requeue looks there for what is new
+export TRAIN_SUBMIT TRAIN_RUN=$run # a requeue looks there for what is new
 trainer=$(submit "gspo-$name" "$log" "$nodes" "$ranks" "$GSPO_CPUS_PER_RANK" "$GSPO_PARTITION" \
     "${options[@]}" --signal="B:USR1@$GSPO_STOP_SECONDS" -- \
     "$here/train.sbatch" "${arguments[@]}" "${words[@]}" "${of_all[@]}")

@@ -29,7 +29,7 @@ SUMMARY_KEYS = {
     "skipped_samples",
 }
 # durations, what is divided by them and memory held are the only numbers that another run of the same seed may change
-MACHINE = ("time", "tokens_per_second", "tflops_per_device/", "mfu/", "memory/")
+MACHINE = ("time", "tokens_per_second", "tflops_per_device/", "mfu/", "memory/", "ranks/")
 
 
 def numbers(line: dict) -> dict:
@@ -174,6 +174,24 @@ def test_a_constant_reward_and_a_huge_rate_are_told_and_stand_in_the_summary(
         True
     ] * 3
     assert all(result.stderr.count(sentence) == 1 for sentence in told)
+
+
+def test_a_run_goes_on_when_updates_are_left_out(short_config: Path, tmp_path: Path) -> None:
+    """Half of all gradients are above the median, which is called a spike here."""
+    skip = ["policy.optimizer.skip.in_a_row=100", "policy.optimizer.skip.spike_factor=1.0001"]
+    steps = ["train.steps=16", "train.eval_every=0", "checkpoint.every=0", "checkpoint.export_hf=false"]
+    told = gspo_mm("train", str(short_config), f"run.dir={tmp_path}", *steps, *skip)
+    lines = read_metrics(tmp_path / "short")[1:]
+    assert [line["step"] for line in lines] == list(range(1, 17))
+    left_out = sum(line.get("updates/skipped", 0.0) for line in lines)
+    assert left_out >= 2
+    assert told.stderr.count("an update is left out") == left_out
+    assert all(line["updates/skipped"] == 0 for line in lines[:8] if "loss" in line), (
+        "not enough is known yet"
+    )
+    assert all(
+        ("loss" in line) == (line["updates/skipped"] < 2) for line in lines if "updates/skipped" in line
+    )
 
 
 def test_a_finished_run_started_again_only_reports(short_config: Path, short_run: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from gspo_mm.commands.node import own_report
 from gspo_mm.config import PolicyConfig, parse_config
 from gspo_mm.loss.logprobs import linear_logprobs
 from gspo_mm.observe.metrics import read_metrics
@@ -18,6 +19,7 @@ from gspo_mm.policy.compat import is_quantized
 from gspo_mm.policy.precision import PrecisionError, check_fp8
 from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.runtime.probe import matmul_rate
 from gspo_mm.sft import sft
 from tests.conftest import run_tool
 from tests.tiny_vl import save, wide_vl
@@ -42,6 +44,12 @@ def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_transformer_engine_is_what_runs() -> None:
     assert has_fused_modules()
+
+
+def test_an_idle_card_is_fit_and_multiplies_fast() -> None:
+    """A Hopper or newer card reaches hundreds of 10^12 operations per second in BF16."""
+    assert own_report(None, gpus=True)["faults"] == []
+    assert matmul_rate(0.5) * 2 * 8192**3 > 200e12
 
 
 @pytest.mark.parametrize("file", ["inside_policy.py", "inside_recipes.py"])

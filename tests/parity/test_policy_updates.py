@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gspo_mm.checkpoint.distributed import CheckpointError, Saving, load_policy,
 from gspo_mm.config import OptimizerConfig, PolicyConfig
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.optimizer import learning_rate
+from gspo_mm.policy.skips import SpikeError
 from gspo_mm.types import NonFiniteError
 from tests.tiny_vl import save, tiny_vl
 from tools.check_parity import random_batch, reference_logprobs
@@ -212,6 +214,39 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(model: An
         trained.update([random_batch(model)], lambda i, lp, e: (lp.sum() * float("nan"), {}))
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.export())
     assert trained.update([random_batch(model)], mean_logprob).grad_norm > 0
+
+
+def test_updates_are_left_out_while_there_are_not_too_many_in_a_row(model: Any, folder: Path) -> None:
+    trained, batch = policy(folder, skip={"in_a_row": 2}), [random_batch(model)]
+    skips = trained.optimizer.skips
+    broken = partial(trained.update, batch, lambda i, lp, e: (lp.sum() * float("nan"), {}))
+    sound = partial(trained.update, batch, mean_logprob)
+    before = weights(trained)
+    assert [skips.attempt(broken), skips.attempt(broken)] == [None, None]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.export())
+    assert trained.optimizer.step_count == 0
+    assert skips.attempt(sound) is not None
+    assert [skips.attempt(broken), skips.attempt(broken)] == [None, None], "counted anew"
+    with pytest.raises(NonFiniteError, match="gradient norm of update 2 is nan"):
+        skips.attempt(broken)
+
+
+def test_a_spike_is_left_out_also_after_a_resume(model: Any, folder: Path) -> None:
+    trained, batch = policy(folder, skip={"in_a_row": 1, "spike_factor": 3}), [random_batch(model)]
+    loss = lambda scale: lambda i, lp, e: (-lp.mean() * scale, {})
+    for _ in range(16):  # so many are needed to know what is usual
+        assert trained.update(batch, loss(1.0))
+    resumed = policy(folder, skip={"in_a_row": 1, "spike_factor": 3})
+    resumed.optimizer.skips.load(trained.optimizer.skips.state())
+    for one in (trained, resumed):
+        before = weights(one)
+        with pytest.raises(
+            SpikeError, match=r"more than policy.optimizer.skip.spike_factor=3 times the usual"
+        ):
+            one.update(batch, loss(100.0))
+        assert one.optimizer.skips.attempt(partial(one.update, batch, loss(100.0))) is None
+        assert all(torch.equal(tensor, before[name]) for name, tensor in one.export())
+        assert one.update(batch, loss(0.1))
 
 
 PARTS = {

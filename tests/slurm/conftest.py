@@ -22,6 +22,7 @@ SITE = {
     "GSPO_GPUS_PER_NODE": "0",
     "GSPO_CPUS_PER_RANK": "1",
     "GSPO_TIME": "30",
+    "GSPO_CHECK_NODES": "",  # but for the tests of it
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gspo_mm.observe.metrics import read_metrics
@@ -263,6 +265,86 @@ def test_a_run_that_reaches_its_time_limit_continues_and_scancel_ends_it(
     steps = [line["step"] for line in read_metrics(run)]
     assert steps == list(range(steps[-1] + 1))
     assert cluster.job(job.number)["Restarts"] == "1"  # who cancels a run does not want it back
+
+
+def test_a_run_comes_back_from_whatever_kills_it_with_the_numbers_of_one_that_was_left_in_peace(
+    submit: Submit, cluster: Cluster, short_config: Path
+) -> None:
+    settings = [
+        "policy.parallel.ep=2",
+        "checkpoint.every=1",
+        "train.eval_every=0",
+        "advantage.max_dead_steps=100",
+    ]
+    # a rank that is stopped has 20 s, and what is left when one has ended 1 s
+    (job,) = submit(
+        short_config, "run.name=killed", *settings, "train.steps=100000", "run.hang_timeout=20",
+        "--nodes", 2, "--requeue", SLURM_WAIT="1",
+    )  # fmt: skip
+    run = short_config.parent / "runs" / "killed"
+
+    def saved() -> int:
+        return max(
+            (int(path.parent.name[5:]) for path in run.glob("checkpoints/step-*/state.json")), default=0
+        )
+
+    def is_back(times: int) -> bool:
+        assert job.state() not in ("FAILED", "COMPLETED"), job.told()
+        return job.text().count("INFO    resuming") == times
+
+    def rank(number: int) -> psutil.Process:
+        """As a process of this machine; what it has forked is younger."""
+        found = map(psutil.Process, cluster.processes(job.number))
+        its = [
+            p
+            for p in found
+            if p.cmdline()[1:3] == ["-m", "gspo_mm.cli"] and p.environ().get("SLURM_PROCID") == str(number)
+        ]
+        return min(its, key=lambda process: process.create_time())
+
+    faults: list[Callable[[], object]] = [
+        lambda: cluster.run("scontrol", "requeue", str(job.number)),
+        lambda: rank(1).send_signal(signal.SIGKILL),
+        lambda: rank(0).send_signal(signal.SIGSTOP),
+        lambda: rank(1).parents()[0].send_signal(signal.SIGKILL),  # its slurmstepd
+    ]
+    for number, fault in enumerate(faults, start=1):
+        before = saved()
+        job.until("a new checkpoint", lambda before=before: saved() > before)
+        fault()
+        job.until("its return", lambda number=number: is_back(number))
+    goal = saved() + 1
+    job.until("a new checkpoint", lambda: saved() >= goal)
+    cluster.run("scancel", str(job.number))
+    assert job.until_over() == "CANCELLED"
+    assert "in train_step" in next(run.glob("hangs/*/rank-00001.txt")).read_text()
+    assert "(gspo_mm/" in next(run.glob("hangs/*/rank-00000.txt")).read_text(), "of the one that was stopped"
+    gspo_mm("train", str(short_config), "run.name=peace", *settings[1:], f"train.steps={goal}")
+    assert_same_steps(run, run.parent / "peace", steps=goal)
+    steps = [line["step"] for line in read_metrics(run)]
+    assert steps == list(range(steps[-1] + 1))
+
+
+def test_a_bad_node_is_named_before_the_run_which_goes_to_others(
+    submit: Submit, short_config: Path, tmp_path: Path
+) -> None:
+    """On n1 no file can be written, so that what looks at the node finds it bad."""
+    wrap = tmp_path / "wrap"
+    wrap.write_text('#!/bin/bash\n[[ $SLURMD_NODENAME != n1 ]] || ulimit -f 0\nexec "$@"\n')
+    wrap.chmod(0o755)
+    site = {"GSPO_CHECK_NODES": "yes", "GSPO_WRAP": str(wrap)}
+    steps = ["train.steps=1", "train.eval_every=0", "observe.report=false", "checkpoint.export_hf=false"]
+    (first,) = submit(short_config, "run.name=bad-node", *steps, "--requeue", **site)
+    assert first.until_over() == "FAILED", first.told()
+    assert first.exit_code() == "4:0"
+    assert "bad node n1: " in first.text()
+    assert "cannot be written: File too large" in first.text()
+    assert "bad nodes: n1; the run is submitted again, for others" in first.text()
+    (number,) = re.findall(r"trainer: job (\d+)", first.text())
+    second = Job(first.cluster, int(number), first.log.with_name(f"train-{number}.out"))
+    assert second.until_over() == "COMPLETED", second.told()
+    assert second.cluster.job(int(number))["ExcNodeList"] == "n1"
+    assert "all nodes are fit" in second.text()
 
 
 def test_a_conversion_is_a_job(submit: Submit, tiny_model: Path, tmp_path: Path) -> None:

@@ -118,6 +118,15 @@ def test_a_link_to_a_checkpoint_elsewhere_is_resumed_from_and_stays(store: Store
     assert (elsewhere / "state.json").exists()
 
 
+def test_what_is_put_aside_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path / "checkpoints", keep=2, keep_every=5)
+    for step in range(1, 13):
+        (save(store, step) / "KEEP").touch() if step == 3 else save(store, step)
+    stay = [3, 5, 10, 11, 12]
+    assert names(store) == [f"step-{step:08d}" for step in stay]
+    assert store.latest() == store.path(12)
+
+
 def test_a_folder_of_checkpoints_that_is_a_link_is_used(store: Store, tmp_path: Path) -> None:
     (tmp_path / "large disk").mkdir()
     store.folder.symlink_to(tmp_path / "large disk")
