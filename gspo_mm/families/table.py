@@ -1,6 +1,6 @@
 """The table of model families: one file each, one row for each `model_type`.
 
-Rows say where a family's code is, and load it when it is asked for: sizes are known without torch.
+Rows say where a family's code is, and load it when it is asked for: traits are known without torch.
 """
 
 from __future__ import annotations
