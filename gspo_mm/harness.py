@@ -123,7 +123,7 @@ class Training:
         return {}
 
     def late_state(self) -> dict[str, Any]:
-        """The same, of the moment when the checkpoint is saved."""
+        """The same, of the moment when the checkpoint is saved. "answers", a list, is written beside training."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -193,7 +193,8 @@ class Training:
 
     def save(self) -> None:
         state = {"command": self.command, **self._state, **self.late_state()}
-        self.run.save(self.step, partial(save_policy, self.stages.policy), state)
+        answers = state.pop("answers", [])
+        self.run.save(self.step, partial(save_policy, self.stages.policy), state, answers)
 
     def save_whole(self) -> None:
         """A checkpoint of all steps that are done, unless a step was cut off among its updates. A collective."""

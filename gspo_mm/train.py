@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from itertools import zip_longest
 from typing import Any
 
 from gspo_mm.advantage import AdvantageResult, DeadStepGuard, group_advantages
@@ -261,11 +262,17 @@ class Gspo(Training):
         return {"next_group": self.next_group, "dead_steps": self.dead_steps.state()}
 
     def late_state(self) -> dict[str, Any]:
-        scheduler = self.stages.scheduler
-        return {"scheduler": scheduler.state(untrained=self.under_way) if scheduler else None}
+        if self.stages.scheduler is None:
+            return {"scheduler": None}
+        state = self.stages.scheduler.state(untrained=self.under_way)
+        answers = [group.pop("answers") for group in state["pending"]]
+        return {"scheduler": state, "answers": answers if any(answers) else []}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if self.stages.scheduler and state.get("scheduler"):
+            pending = state["scheduler"]["pending"]
+            for group, answers in zip_longest(pending, state.get("answers", [])):
+                group.setdefault("answers", answers)  # checkpoints of before have them there
             self.stages.scheduler.load(state["scheduler"])
         self.dead_steps.load(state["dead_steps"])
         self.next_group = state["next_group"]

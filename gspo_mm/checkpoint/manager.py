@@ -1,7 +1,8 @@
 """The run directory: everything a run needs to continue, published whole or not at all.
 
     RUN/config.yaml                      resolved configuration
-    RUN/checkpoints/step-00000050/       policy/ (distributed.py: weights, optimizer), state.json (the rest)
+    RUN/checkpoints/step-00000050/       policy/ (distributed.py: weights, optimizer), answers.jsonl (not yet trained on),
+                                         state.json (the rest)
     RUN/owner.json                       who trains here: owner.py
     RUN/reward-files.json                hashes of the reward files, when the last checkpoint was made
     RUN/metrics.jsonl, rollouts/, quarantine-*.jsonl, log.txt, tensorboard/, summary.json, report.html, hf/
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +25,7 @@ from typing import Any, Protocol
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gspo_mm.checkpoint.owner import Owner
-from gspo_mm.checkpoint.store import Store, read_state
+from gspo_mm.checkpoint.store import Store, read_answers, read_state
 from gspo_mm.config import CheckpointConfig, Config, load_config, save_config
 from gspo_mm.config.resume import Command, changes
 from gspo_mm.reward.rewards import fingerprints
@@ -65,7 +68,8 @@ class RunDir:
         self.state: dict[str, Any] | None = None  # on rank 0, of the checkpoint that the run goes on from
         self._notes: list[str] = []
         self._rewards: dict[str, str] = {}
-        self._pending: tuple[int, Writing, dict[str, Any]] | None = None
+        self._pending: tuple[int, Writing, Future[None] | None, dict[str, Any]] | None = None
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="answers")
 
     @classmethod
     def open(cls, config: Config, ranks: Ranks, *, command: Command = "train") -> RunDir:
@@ -121,10 +125,12 @@ class RunDir:
         """The newest whole checkpoint."""
         return self._store.latest()
 
-    def save(self, step: int, write_policy: WritePolicy, state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, write_policy: WritePolicy, state: dict[str, Any], answers: Sequence[Any] = ()
+    ) -> None:
         """Publish checkpoint `step`, then drop the oldest ones; one that is there already stays. A collective.
 
-        `write_policy` is called on all ranks, `state` of rank 0 is written as JSON. With `checkpoint.background` this
+        `write_policy` is called on all ranks, `state` and `answers` of rank 0 are written as JSON. With `background` this
         returns when the write has begun, and `settle` publishes it. Raises ResumeError on every rank when the disk
         refuses; the checkpoints that were there are intact.
         """
@@ -136,7 +142,8 @@ class RunDir:
                 self._store.begin(step)
         with self._writing(step):
             writing = write_policy(self._store.temporary(step) / "policy", background=self._background)
-            self._pending = (step, writing, {"step": step, **state})
+            beside = self._beside.submit(self._store.write_answers, step, answers) if answers else None
+            self._pending = (step, writing, beside, {"step": step, **state})
         if not self._background:
             self.settle()
 
@@ -144,12 +151,16 @@ class RunDir:
         """Publish the checkpoint under way, if there is one and all ranks have written it, or else wait. A collective."""
         if self._pending is None:
             return
-        step, writing, state = self._pending
-        if not wait and self._ranks.any(not writing.written):
+        step, writing, beside, state = self._pending
+        if not wait and self._ranks.any(not writing.written or bool(beside and not beside.done())):
             return
         self._pending = None
+        if beside:
+            futures.wait([beside])  # before anything can be discarded
         with self._writing(step):
             writing.finish()
+            if beside:
+                beside.result()
         with self._writing(step):
             if self._ranks.main:
                 self._store.publish(step, state)
@@ -203,9 +214,13 @@ class RunDir:
             self._owner = None
 
     def load(self, checkpoint: Path, read_policy: Callable[[Path], None]) -> dict[str, Any]:
-        """Hand the policy's folder to `read_policy` on all ranks; returns `state` as given to `save`, with "step"."""
+        """Hand the policy's folder to `read_policy` on all ranks; returns `state` as given to `save`, with "step".
+
+        On rank 0 with "answers" too, if there were any.
+        """
         read_policy(checkpoint / "policy")
-        return read_state(checkpoint)
+        answers = read_answers(checkpoint) if self._ranks.main else []
+        return read_state(checkpoint) | ({"answers": answers} if answers else {})
 
     def write_json(self, name: str, value: Any) -> None:
         """Atomically replace RUN/name."""

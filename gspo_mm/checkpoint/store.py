@@ -1,6 +1,6 @@
 """The checkpoints of a run, each published whole or not at all.
 
-    step-00000050       a checkpoint: policy/ and state.json, which is written last and names the step
+    step-00000050       a checkpoint: policy/, answers.jsonl if any wait, and state.json, written last, which names the step
     .tmp-step-00000100  one that is being written; renamed when it is on disk
     .old-step-00000010  one that is being removed
 
@@ -17,8 +17,11 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from gspo_mm.runtime.disk import refusal, sync
 
@@ -26,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{8,})")
 _REST = re.compile(r"\.(tmp|old)-step-\d{8,}")
-_STATE = "state.json"
+_STATE, _ANSWERS = "state.json", "answers.jsonl"
 _KEEP = "KEEP"
 
 
@@ -64,6 +67,12 @@ class Store:
     def discard(self, step: int) -> None:
         """Give up a checkpoint that cannot be written: what there is of it only takes space."""
         shutil.rmtree(self.temporary(step), ignore_errors=True)
+
+    def write_answers(self, step: int, answers: Iterable[Any]) -> None:
+        """One JSON value a line, after `begin`. May run beside anything: there can be gigabytes of them."""
+        with (self.temporary(step) / _ANSWERS).open("wb") as file:
+            for each in answers:
+                file.write(orjson.dumps(each) + b"\n")
 
     def publish(self, step: int, state: dict[str, Any]) -> None:
         """Make a checkpoint of what was written since `begin`, then remove those that are too many."""
@@ -142,3 +151,12 @@ class Store:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / _STATE).read_text())
+
+
+def read_answers(checkpoint: Path) -> list[Any]:
+    """What `write_answers` wrote, if anything."""
+    file = checkpoint / _ANSWERS
+    if not file.exists():
+        return []
+    with file.open("rb") as lines:
+        return [orjson.loads(line) for line in lines]

@@ -6,6 +6,8 @@ for `gspo-mm status`.
 
 A rank that is stuck writes the stacks of its threads into RUN/hangs/ and ends; those of a rank that cannot (it is
 stopped, or holds Python's lock) another on its machine writes by py-spy. Checkpoints that are published stay.
+
+A rank whose launcher (srun's slurmstepd, torchrun) is gone ends too: nobody could stop it any more.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ class Watchdog:
         numbered = dict(enumerate(ranks.gather(os.getpid())))
         (here,) = (machine for machine in ranks.machines if ranks.rank in machine)
         self._others = {rank: numbered[rank] for rank in here if rank != ranks.rank}
+        launched = ranks.size > 1 or "SLURM_STEP_ID" in os.environ
+        self._launcher = os.getppid() if launched else None
         self._ended = threading.Event()
         self._seen, self._of_main = (-1, ""), ""
 
@@ -71,6 +75,11 @@ class Watchdog:
         look = min(_LOOK, self._timeout / 10) if self._timeout else _LOOK
         changed = time.monotonic()
         while not self._ended.wait(look):
+            if self._launcher and os.getppid() != self._launcher:
+                logger.error(
+                    "what started rank %d has ended, so that nobody could stop it: it ends", self._rank
+                )
+                os._exit(STATUS)
             if self._moved():
                 changed = time.monotonic()
             elif self._timeout and time.monotonic() - changed > self._timeout:

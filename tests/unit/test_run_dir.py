@@ -83,6 +83,20 @@ def test_a_checkpoint_that_was_cut_off_is_not_seen(tmp_path: Path) -> None:
     assert run.load(run.path / "checkpoints" / "step-00000002", lambda _: None)["step"] == 2
 
 
+def test_answers_that_wait_are_written_beside_and_come_back(tmp_path: Path) -> None:
+    run, answers = RunDir.open(config(tmp_path), Ranks()), [{"logprobs": [0.1 + 0.2, -1e-300]}, None]
+    run.save(1, Write(1.0), {"next_group": 3}, answers)
+    run.settle()
+    latest = run.latest()
+    assert latest is not None
+    assert "logprobs" not in (latest / "state.json").read_text(), (
+        "it is read whenever a checkpoint is looked for"
+    )
+    assert run.load(latest, lambda _: None) == {"step": 1, "next_group": 3, "answers": answers}
+    save(run, 2)
+    assert "answers" not in run.load(latest.with_name("step-00000002"), lambda _: None)
+
+
 def test_a_failing_write_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     run = RunDir.open(config(tmp_path, background=False), Ranks())
     whole = save(run, 1)
@@ -99,6 +113,8 @@ def test_a_disk_that_is_full_is_one_sentence_and_leaves_the_previous_checkpoint(
     try:
         with pytest.raises(ResumeError, match="checkpoint 2 cannot be written"):
             run.save(2, Write(1.0, 100_000), {})
+        with pytest.raises(ResumeError, match="checkpoint 2 cannot be written"):
+            run.save(2, Write(1.0), {}, answers=[{"token_ids": list(range(10_000))}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert run.latest() == whole
