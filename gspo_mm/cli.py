@@ -326,7 +326,7 @@ def _load(path: Path, overrides: list[str] | None, *, any_world: bool = False) -
 
     config = load_config(path, overrides, any_world=any_world)
     check_files(config)
-    from gspo_mm.families import read_hf
+    from gspo_mm.families.folder import read_hf
 
     read_hf(config.model.path, config.model.experts_layout)
     return config

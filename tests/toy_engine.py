@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from gspo_mm.config import Config
 from gspo_mm.config.engines import Engine
 from gspo_mm.data.processor import Processor
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.runtime.preempt import StopRequest

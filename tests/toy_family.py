@@ -1,5 +1,5 @@
 """A model family made only here, unlike Qwen's: LayerNorms, biases everywhere, no gates, positions on one axis, images of
-one size through another tower, nothing of DeepStack. All that the package would need for it is a line in `table.py`.
+one size through another tower, nothing of DeepStack. All that the package would need for it is a row in `table.py`.
 """
 
 from __future__ import annotations

@@ -114,14 +114,14 @@ def reference_logprobs(model: Any, batch: MicroBatch, temperature: float = 1.0) 
     """Log-probs [R] by transformers, one sequence at a time, positions worked out by itself."""
     import torch
 
-    from gspo_mm.families import FAMILIES
+    from gspo_mm.families.table import FAMILIES
 
     parts: list[torch.Tensor] = []
     offsets = batch.cu_seqlens.tolist()
     patches = _patches_of_images(batch)
     shown = iter(batch.image_index.tolist())
     grids = torch.empty(0, 3, dtype=torch.int64) if batch.image_grid_thw is None else batch.image_grid_thw
-    family = FAMILIES[model.config.model_type]
+    family = FAMILIES[model.config.model_type].family
     tokens, image_token_id = (
         family.tokens_per_image(model.config, grids),
         family.image_token_id(model.config),
@@ -181,7 +181,7 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
     """
     import torch
 
-    from gspo_mm.families import FAMILIES
+    from gspo_mm.families.table import FAMILIES
     from gspo_mm.types import MicroBatch
 
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +189,7 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
     def integer(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    config, family = model.config, FAMILIES[model.config.model_type]
+    config, family = model.config, FAMILIES[model.config.model_type].family
     image_token_id = family.image_token_id(config)
     images = 0 if image_token_id is None else images
     grids = torch.tensor([family.grid_of(config, integer(1, 5), integer(1, 5)) for _ in range(images)])
@@ -262,7 +262,7 @@ def load_reference(path: Path) -> Any:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from gspo_mm.families import family_of
+    from gspo_mm.families.table import family_of
 
     disable_progress_bar()
     family = family_of(path)
@@ -277,10 +277,10 @@ def positions_model(hf: Any) -> Any:
     """transformers' model without weights: `random_batch` reads its config and asks it for positions."""
     import torch
 
-    from gspo_mm.families import FAMILIES
+    from gspo_mm.families.table import FAMILIES
 
     with torch.device("meta"):
-        return FAMILIES[hf.model_type].auto_class(hf).from_config(hf)
+        return FAMILIES[hf.model_type].family.auto_class(hf).from_config(hf)
 
 
 @app.command()
@@ -313,7 +313,7 @@ def main(
     import os
 
     from gspo_mm.config import PolicyConfig
-    from gspo_mm.families import read_hf
+    from gspo_mm.families.folder import read_hf
     from gspo_mm.policy.engine import Policy
     from gspo_mm.policy.parallel import check_layout
     from gspo_mm.runtime.launch import parse_plan, ranks_needed, start_ranks

@@ -37,7 +37,7 @@ def main(
 
         python tools/hf_to_megatron.py Qwen3-VL-30B-A3B-Instruct qwen-megatron --plan tp=2,ep=4
     """
-    from gspo_mm.families import read_hf
+    from gspo_mm.families.folder import read_hf
     from gspo_mm.policy.parallel import check_layout
     from gspo_mm.runtime.launch import parse_plan, ranks_needed, start_ranks
 

@@ -16,7 +16,8 @@ import torch
 from gspo_mm.checkpoint.distributed import CheckpointError, adapters_of, load_weights, save_weights
 from gspo_mm.config import ParallelConfig, PolicyConfig
 from gspo_mm.config.policy import LoraConfig
-from gspo_mm.families import HfFolder, family_of, read_hf
+from gspo_mm.families.folder import HfFolder, read_hf
+from gspo_mm.families.table import family_of
 from gspo_mm.families.write import Template, copy_template, template_of, write_hf
 from gspo_mm.hf.tensors import held
 from gspo_mm.policy.engine import build_chunks, prepare

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from gspo_mm.config.layout import ModelDims
+from gspo_mm.families.checks import check_nesting
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.families.names import Prefixes
 from gspo_mm.families.operations import Entry
@@ -60,6 +61,7 @@ class Family(ABC):
         from transformers import AutoConfig
 
         hf = AutoConfig.from_pretrained(path)
+        check_nesting(path, hf)
         if hasattr(hf, "quantization_config"):
             del hf.quantization_config
         return hf

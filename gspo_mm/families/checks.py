@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from gspo_mm.hf.headers import HfFolderError
+from gspo_mm.hf.headers import HfFolderError, read_json
 from gspo_mm.types import GspoError
 
 
 def key_of(hf: Any, key: str) -> str:
     """The decoder's `key` as config.json has it, nested or flat."""
     return key if hf.get_text_config() is hf else f"text_config.{key}"
+
+
+def check_nesting(path: str, hf: Any) -> None:
+    """Raise HfFolderError where config.json has the decoder's keys in a place that transformers passes over."""
+    text, stored = hf.get_text_config(), read_json(Path(path) / "config.json")
+    if isinstance(text, dict):
+        raise HfFolderError(
+            f"{path}: config.json has a text_config, which transformers does not read in models of type {hf.model_type}; put its "
+            "keys beside model_type"
+        )
+    sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
+    if odd := next((key for key in sizes if stored.get(key, getattr(text, key)) != getattr(text, key)), None):
+        raise HfFolderError(
+            f"{path}: {odd}={stored[odd]} of config.json is not in text_config, where transformers reads it in models of type "
+            f"{hf.model_type}; put the decoder's keys there"
+        )
 
 
 def check_silu(path: str, hf: Any) -> None:

@@ -201,7 +201,7 @@ class StackExperts:
     turned: bool = False
     # in it, gate and up take turns: out is gate 0, up 0, gate 1, up 1, ...
     in_turns: bool = False
-    # servers take all experts at once, as Hugging Face's tensor, and not one by one
+    # folders and servers have all experts at once, as Hugging Face's tensor, and not one by one
     together: bool = False
     axis: Axis | None = "etp"
 

@@ -33,6 +33,8 @@ class Qwen25VL(Qwen3Decoder, QwenImages):
     prefix = "model.language_model"
     prefixes = Prefixes((("model.visual.", "visual."), ("model.language_model.", "model.")))
     norms_queries = False
+    # as of GLM: SGLang looks for shards of attn.qkv_proj, and the folder has attn.qkv
+    kept_by_servers = ("visual",)
 
     def load_config(self, path: str) -> Any:
         hf = super().load_config(path)

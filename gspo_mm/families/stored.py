@@ -50,8 +50,9 @@ class Stored:
         if is_mxfp4(path):
             self._note_packed()
         for entry in entries:
-            if isinstance(entry.op, StackExperts) and entry.hf[0] not in self.headers:
-                self._join_experts(entry.hf[0], entry.op, len(entry.megatron))
+            op = entry.op
+            if isinstance(op, StackExperts) and not op.together and entry.hf[0] not in self.headers:
+                self._join_experts(entry.hf[0], op, len(entry.megatron))
 
     def tensor(self, name: str) -> torch.Tensor:
         if name in self.apart:

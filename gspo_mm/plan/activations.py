@@ -44,7 +44,7 @@ def _elements(job: Job, number: int, *, norms: bool) -> float:
         found += it.matrices + 2 * (2 * it.key + it.value) + 2 * it.value
     else:
         # as projected; queries and keys normed and turned; the answer, and beside it its gate's product
-        found += queries * (1 + model.gated) + 2 * keys + 2 * (queries + keys) + queries * (1 + model.gated)
+        found += 2 * queries * (1 + model.traits.gated) + 2 * keys + 2 * (queries + keys)
     if not model.mixtures[number]:
         return found + 3 * model.dense_ffn
     inner = 2 * model.expert_ffn + (model.expert_ffn if norms else 0)

@@ -193,7 +193,7 @@ def _attention_matrices(model: Model, number: int) -> list[tuple[int, int]]:
     """(inputs, outputs) of each matrix of a Hugging Face folder."""
     hidden = model.hidden
     if not model.linears[number]:
-        out = (model.queries * (1 + model.gated), model.keys, model.keys)
+        out = (model.queries * (1 + model.traits.gated), model.keys, model.keys)
         return [*((hidden, width) for width in out), (model.queries, hidden)]
     it = model.linear
     assert it is not None

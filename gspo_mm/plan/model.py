@@ -13,25 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gspo_mm.config.layout import ModelDims, PlanError
+from gspo_mm.families.published import NAMES, PUBLISHED
+from gspo_mm.families.table import FAMILIES
+from gspo_mm.families.traits import Traits
 from gspo_mm.hf.headers import read_json
-from gspo_mm.plan.published import NAMES, PUBLISHED
 from gspo_mm.plan.vision import Vision, vision_of
 
 type Json = Mapping[str, Any]
 
 # how ranks share a part: cut over tensor-parallel ranks, over expert- and expert-tensor-parallel ones, or whole on each
 type Cut = Literal["tp", "experts", "whole"]
-
-FAMILIES = (
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen2_5_vl",
-    "glm4v_moe",
-)
 
 
 class UnplannedError(PlanError):
@@ -80,7 +71,6 @@ class Model:
     """A decoder with its tower."""
 
     name: str
-    kind: str
     hidden: int
     heads: int
     kv_heads: int
@@ -92,17 +82,15 @@ class Model:
     chosen: int
     expert_ffn: int
     shared_ffn: int
-    # the shared expert's part is weighed by a gate
-    shared_gate: bool
-    # per layer: whether it is a mixture of experts, and whether its attention is linear
+    # per layer: whether it is a mixture of experts, whether its attention is linear, and how many tokens it sees (0: all)
     mixtures: tuple[bool, ...]
     linears: tuple[bool, ...]
+    windows: tuple[int, ...]
     linear: Linear | None
-    # an output gate of attention doubles its queries (Qwen3.5)
-    gated: bool
     qkv_bias: bool
     output_bias: bool
-    norms_queries: bool
+    # of its family
+    traits: Traits
     vision: Vision | None
 
     @property
@@ -128,6 +116,8 @@ class Model:
             expert_ffn=self.expert_ffn,
             deepstack_levels=self.vision.levels if self.vision else 0,
             linear_heads=self.linear.key_heads if self.linear else 0,
+            spread_groups=self.kv_heads if self.traits.sinks else 0,
+            expert_biases=self.traits.expert_biases,
         )
 
     def layer(self, number: int) -> list[Part]:
@@ -149,9 +139,15 @@ class Model:
             Part(name="experts", number=experts, cut="experts", in_fp8=True),
             Part(name="router", number=self.hidden * self.experts, cut="whole", group="router"),
         ]
+        if self.traits.expert_biases:
+            biases = self.experts * (2 * self.expert_ffn + self.hidden)
+            parts += [
+                Part(name="norms", number=biases, cut="experts"),
+                Part(name="norms", number=self.experts, cut="whole", group="router"),
+            ]
         if self.shared_ffn:
             shared = 3 * self.hidden * self.shared_ffn
-            gate = self.hidden if self.shared_gate else 0
+            gate = self.hidden if self.traits.shared_gate else 0
             parts += [
                 Part(name="mlp", number=shared, cut="tp", in_fp8=True),
                 Part(name="norms", number=gate, cut="whole"),
@@ -159,12 +155,13 @@ class Model:
         return parts
 
     def _attention(self) -> list[Part]:
-        inner = self.queries * (1 + self.gated) + 2 * self.keys
-        norms = 2 * self.hidden + (2 * self.head if self.norms_queries else 0)
+        inner = self.queries * (1 + self.traits.gated) + 2 * self.keys
+        norms = 2 * self.hidden + (2 * self.head if self.traits.norms_queries else 0)
         matrices = self.hidden * inner + self.queries * self.hidden
+        small = (inner if self.qkv_bias else 0) + (self.heads if self.traits.sinks else 0)
         return [
             Part(name="attention", number=matrices, cut="tp", in_fp8=True),
-            Part(name="norms", number=inner if self.qkv_bias else 0, cut="tp"),  # biases
+            Part(name="norms", number=small, cut="tp"),
             Part(name="norms", number=norms + (self.hidden if self.output_bias else 0), cut="whole"),
         ]
 
@@ -218,7 +215,7 @@ class Model:
                 found += 2 * part.number * self.chosen // self.experts
             elif part.name != "norms":
                 found += 2 * part.number
-        if self.mixtures[number] and self.shared_gate:
+        if self.mixtures[number] and self.traits.shared_gate:
             found += 2 * self.hidden  # the shared expert's gate
         if self.linears[number]:
             assert self.linear is not None
@@ -228,8 +225,28 @@ class Model:
 
     @property
     def flops_pair(self) -> int:
-        """Per pair of a query and a key that it sees."""
-        return (self.layers - sum(self.linears)) * 4 * self.queries
+        """Per pair of a query and a key that it sees, in one layer."""
+        return 4 * self.queries
+
+    def seen(self, context: float) -> float:
+        """Keys that a token with `context` tokens up to it sees, of all layers."""
+        return sum(min(context, each) for each in self._reach)
+
+    def pairs(self, length: float) -> float:
+        """Pairs in a sequence, of all layers."""
+        return sum(self.layer_pairs(number, length) for number in range(self.layers))
+
+    def layer_pairs(self, number: int, length: float) -> float:
+        beyond = max(0.0, length - self._reach[number])
+        return (length**2 - beyond**2) / 2
+
+    @cached_property
+    def _reach(self) -> list[float]:
+        """Tokens that each layer sees."""
+        return [
+            0.0 if linear else window or float("inf")
+            for linear, window in zip(self.linears, self.windows, strict=True)
+        ]
 
     @property
     def flops_row(self) -> int:
@@ -265,29 +282,29 @@ def read_model(path: str) -> Model:
 
 def model_of(config: Json, *, name: str, source: str) -> Model:
     """From the contents of a config.json. Raises PlanError naming a key that is missing."""
-    kind = config.get("model_type", "")
-    if kind not in FAMILIES:
+    row = FAMILIES.get(config.get("model_type", ""))
+    if row is None or row.traits is None:
         raise UnplannedError(
-            f"{source}: model_type={kind!r} cannot be planned; those that can are {', '.join(FAMILIES)}"
+            f"{source}: model_type={config.get('model_type')!r} cannot be planned; those that can are "
+            f"{', '.join(kind for kind, row in FAMILIES.items() if row.traits)}"
         )
     text: Json = config.get("text_config") or config
     try:
-        return _read(config, text, kind, name)
+        return _read(config, text, row.traits, name)
     except KeyError as missing:
         raise PlanError(
             f"{source} has no {missing.args[0]}, which a plan needs; take the model's own config.json"
         ) from None
 
 
-def _read(config: Json, text: Json, kind: str, name: str) -> Model:
-    mixtures = _mixtures(text, kind)
-    experts = _experts(text) if any(mixtures) else 0
-    plain = kind in ("qwen2_5_vl", "glm4v_moe")  # no norms of queries, no bias behind attention
-    hybrid = kind.startswith("qwen3_5")
+def _read(config: Json, text: Json, traits: Traits, name: str) -> Model:
+    mixtures = _mixtures(text) if traits.mixture else (False,) * text["num_hidden_layers"]
+    layers, experts = len(mixtures), _experts(text) if any(mixtures) else 0
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    biases = bool(text.get("attention_bias"))
+    seen = config.get("vision_config")
     return Model(
         name=name,
-        kind=kind,
         hidden=text["hidden_size"],
         heads=text["num_attention_heads"],
         kv_heads=text["num_key_value_heads"],
@@ -297,20 +314,23 @@ def _read(config: Json, text: Json, kind: str, name: str) -> Model:
         dense_ffn=text.get("intermediate_size") or 0,
         experts=experts,
         chosen=text["num_experts_per_tok"] if experts else 0,
-        expert_ffn=text["moe_intermediate_size"] if experts else 0,
+        expert_ffn=text[traits.expert_width] if experts else 0,
         shared_ffn=_shared(text) if experts else 0,
-        shared_gate=bool(experts) and hybrid,
         mixtures=mixtures,
-        linears=_linears(text, len(mixtures)) if hybrid else (False,) * len(mixtures),
-        linear=_linear(text) if hybrid else None,
-        gated=hybrid,
-        qkv_bias=kind == "qwen2_5_vl" or bool(text.get("attention_bias")),
-        output_bias=not plain and bool(text.get("attention_bias")),
-        norms_queries=not plain,
-        vision=vision_of(config["vision_config"], kind, text["hidden_size"])
-        if "vision_config" in config
-        else None,
+        linears=_linears(text, layers) if traits.linear else (False,) * layers,
+        windows=_windows(text, layers),
+        linear=_linear(text) if traits.linear else None,
+        qkv_bias=biases if traits.qkv_bias is None else traits.qkv_bias,
+        output_bias=biases if traits.output_bias is None else traits.output_bias,
+        traits=traits,
+        vision=vision_of(seen, traits.tower, text["hidden_size"]) if seen else None,
     )
+
+
+def _windows(text: Json, layers: int) -> tuple[int, ...]:
+    """Of each layer how many tokens it sees; 0: all."""
+    kinds = text.get("layer_types") or ("",) * layers
+    return tuple(text["sliding_window"] if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def _linears(text: Json, layers: int) -> tuple[bool, ...]:
@@ -333,15 +353,14 @@ def _linear(text: Json) -> Linear:
     )
 
 
-def _mixtures(text: Json, kind: str) -> tuple[bool, ...]:
+def _mixtures(text: Json) -> tuple[bool, ...]:
     """Of each layer whether it has experts."""
-    layers = range(text["num_hidden_layers"])
-    if not kind.endswith("_moe"):
-        return (False,) * len(layers)
-    if kind == "glm4v_moe":
-        return tuple(number >= text["first_k_dense_replace"] for number in layers)
-    dense, every = set(text.get("mlp_only_layers") or ()), text.get("decoder_sparse_step", 1)
-    return tuple(number not in dense and (number + 1) % every == 0 for number in layers)
+    first, every = text.get("first_k_dense_replace", 0), text.get("decoder_sparse_step", 1)
+    dense = set(text.get("mlp_only_layers") or ())
+    return tuple(
+        number >= first and number not in dense and (number + 1) % every == 0
+        for number in range(text["num_hidden_layers"])
+    )
 
 
 def _experts(text: Json) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gspo_mm.plan.serving import cache_bytes, served_bytes, server_capacity, state_bytes
+from gspo_mm.plan.serving import layer_cache_bytes, served_bytes, server_capacity, state_bytes
 from gspo_mm.plan.setup import Job, Lengths, Servers
 
 _INTERVALS = 100
@@ -96,7 +96,7 @@ class Decoder:
         self._whole = served_bytes(model, servers)
         width = 1 if servers.fp8 else 2
         self._experts = sum(model.mixtures) * 3 * model.hidden * model.expert_ffn * model.experts * width
-        self._cache, self._state = cache_bytes(model, servers), state_bytes(model, servers)
+        self._cache, self._state = layer_cache_bytes(model, servers), state_bytes(model, servers)
         self._bandwidth = gpu.bandwidth * share.decode
         self._peak = gpu.peak(fp8=servers.fp8) * share.products
         wait = 2 * job.latency(servers.tp) if servers.tp > 1 else 0.0
@@ -107,8 +107,9 @@ class Decoder:
         model, servers = self._model, self._servers
         read = self._weights(batch) / servers.tp
         # data-parallel attention: each group of GPUs has its part of the answers
-        read += batch / servers.dp * (context * self._cache + 2 * self._state)
-        flops = batch * (model.flops_token + model.flops_row + model.flops_pair * context) / servers.tp
+        seen = model.seen(context)
+        read += batch / servers.dp * (seen * self._cache + 2 * self._state)
+        flops = batch * (model.flops_token + model.flops_row + model.flops_pair * seen) / servers.tp
         return max(read / self._bandwidth, flops / self._peak) + self._launches
 
     def _weights(self, batch: float) -> float:
@@ -131,7 +132,7 @@ def _prefill(job: Job, servers: Servers, prompts: float) -> float:
     """Seconds for prompts on one server, each once for its group, with their images."""
     model, lengths, gpu = job.model, job.work.lengths, job.gpu
     peak = gpu.peak(fp8=servers.fp8) * job.efficiency.products
-    flops = lengths.prompt * model.flops_token + lengths.prompt**2 / 2 * model.flops_pair
+    flops = lengths.prompt * model.flops_token + model.pairs(lengths.prompt) * model.flops_pair
     return prompts * (flops + model.flops_image(lengths.image)) / (peak * servers.tp)
 
 

@@ -13,6 +13,8 @@ from gspo_mm.plan.setup import Job, Servers
 _CACHE, _STATE = 2, 4
 # of the memory beside weights that SGLang gives states of linear attention, where a model has them (mamba-full-memory-ratio 0.9)
 _STATES = 0.9 / 1.9
+# what layers that see a window get, of what others do (swa-full-tokens-ratio)
+_WINDOWED = 0.8
 # what a policy keeps on GPUs while servers answer there, and bytes of a server beyond weights and cache: context, CUDA graphs
 _STAYS = ("weights", "gradients", "optimizer", "CUDA and NCCL")
 _KERNELS = 3 * GB
@@ -65,9 +67,15 @@ def served_bytes(model: Model, servers: Servers) -> float:
 
 
 def cache_bytes(model: Model, servers: Servers) -> float:
-    """Of keys and values of one token on one GPU. Heads are cut over tp / dp GPUs, and copied where there are fewer."""
-    heads = max(1.0, model.kv_heads / (servers.tp / servers.dp))
-    return (model.layers - sum(model.linears)) * 2 * heads * model.head * _CACHE
+    """Of keys and values of one token in all layers on one GPU, as servers set memory aside for them."""
+    windowed = sum(window > 0 for window in model.windows)
+    layers = model.layers - sum(model.linears) - windowed * (1 - _WINDOWED)
+    return layers * layer_cache_bytes(model, servers)
+
+
+def layer_cache_bytes(model: Model, servers: Servers) -> float:
+    """The same in one layer. Heads are cut over tp / dp GPUs, and copied where there are fewer."""
+    return 2 * max(1.0, model.kv_heads / (servers.tp / servers.dp)) * model.head * _CACHE
 
 
 def state_bytes(model: Model, servers: Servers) -> float:

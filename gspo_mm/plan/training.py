@@ -109,7 +109,7 @@ def training_of(job: Job) -> Training:
 def update_flops(job: Job) -> float:
     """Of forward and backward of all answers."""
     model, work, lengths = job.model, job.work, job.work.lengths
-    each = model.flops_token * lengths.sequence + model.flops_pair * lengths.sequence**2 / 2
+    each = model.flops_token * lengths.sequence + model.flops_pair * model.pairs(lengths.sequence)
     backward = 2 if "language" not in job.policy.frozen else 1
     towers = 1 if job.policy.keeps_features else 3
     images = work.prompts * model.flops_image(lengths.image) * towers
@@ -118,9 +118,11 @@ def update_flops(job: Job) -> float:
 
 def _stage(job: Job, layers: range, tokens: float, stage: int) -> Cost:
     """Forward of one micro-batch of `tokens` on a pipeline stage."""
-    kinds: dict[tuple[bool, bool], list[int]] = {}
+    model = job.model
+    kinds: dict[tuple[bool, bool, int], list[int]] = {}
     for number in layers:
-        kinds.setdefault((job.model.mixtures[number], job.model.linears[number]), []).append(number)
+        kind = model.mixtures[number], model.linears[number], model.windows[number]
+        kinds.setdefault(kind, []).append(number)
     found = Cost()
     for alike in kinds.values():
         found += _layer(job, alike[0], tokens).times(len(alike), len(alike))
@@ -137,7 +139,8 @@ def _layer(job: Job, number: int, tokens: float) -> Cost:
     mixture = model.mixtures[number]
     chosen = 6 * model.hidden * model.expert_ffn * model.chosen if mixture else 0
     others = model.flops_layer(number) - chosen
-    pairs = 0.0 if model.linears[number] else 4 * model.queries * job.work.lengths.sequence / 2
+    length = job.work.lengths.sequence
+    pairs = model.flops_pair * model.layer_pairs(number, length) / length
     peak = gpu.peak(fp8=job.policy.fp8)
     # the busiest rank's experts are waited for
     busiest = job.imbalance if sizes.ep > 1 else 1.0

@@ -1,4 +1,4 @@
-"""What a config.json says of the tower: its parameters and FLOPs, family by family."""
+"""What a config.json says of the tower: its parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Vision:
 
 
 def vision_of(it: Json, kind: str, hidden: int) -> Vision:
-    """From `vision_config` of a family of `model_type` `kind` with `hidden` wide states."""
+    """From `vision_config` of a tower of this kind (families/traits.py) with `hidden` wide states behind it."""
     width, inner, out = it["hidden_size"], it["intermediate_size"], it.get("out_hidden_size", hidden)
     colours = it.get("in_channels") or it.get("in_chans", 3)
     patch = colours * it.get("temporal_patch_size", 2) * it["patch_size"] ** 2
     merge, levels = it.get("spatial_merge_size", 2) ** 2, len(it.get("deepstack_visual_indexes") or ())
-    if kind.startswith("glm4v"):
-        return _glm(it, width, inner, out, patch, merge)
-    gated = kind == "qwen2_5_vl"  # RMSNorm, a gated MLP, no bias at the patches, no learned positions
+    if kind == "convolved":
+        return _convolved(it, width, inner, out, patch, merge)
+    gated = kind == "gated"  # RMSNorm, a gated MLP, no bias at the patches, no learned positions
     wide = width * merge
     block = 4 * width**2 + (3 if gated else 2) * width * inner
     biases = 5 * width + (2 if gated else 1) * inner + (2 if gated else 4) * width
@@ -65,7 +65,7 @@ def vision_of(it: Json, kind: str, hidden: int) -> Vision:
     )  # fmt: skip
 
 
-def _glm(it: Json, width: int, inner: int, out: int, patch: int, merge: int) -> Vision:
+def _convolved(it: Json, width: int, inner: int, out: int, patch: int, merge: int) -> Vision:
     """Blocks with an MLP as wide as what leaves the tower, a convolution that merges patches, a gated projector."""
     block = 4 * width**2 + 3 * width * out
     places = (it["image_size"] // it["patch_size"]) ** 2

@@ -27,7 +27,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from gspo_mm.config import PolicyConfig
 from gspo_mm.config.layout import PlanError
-from gspo_mm.families import Family, HfFolder, family_of, read_hf
+from gspo_mm.families.base import Family
+from gspo_mm.families.folder import HfFolder, read_hf
+from gspo_mm.families.table import family_of
 from gspo_mm.loss.metrics import Metrics
 from gspo_mm.policy import cpu
 from gspo_mm.policy.expert_load import ExpertLoad

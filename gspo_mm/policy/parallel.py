@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from gspo_mm.config import ParallelConfig
 from gspo_mm.config.layout import PlanError, Sizes
-from gspo_mm.families import family_of
+from gspo_mm.families.table import family_of
 from gspo_mm.runtime.dist import start_process_group, world_size
 
 

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_mm.config import Config, PolicyConfig
 from gspo_mm.config.layout import PlanError
-from gspo_mm.families import family_of
+from gspo_mm.families.table import family_of
 from gspo_mm.policy.parallel import ParallelPlan
 from gspo_mm.policy.spec import has_fused_modules
 

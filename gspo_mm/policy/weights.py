@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gspo_mm.families import Entry, HfFolder
-from gspo_mm.families.operations import StackExperts
+from gspo_mm.families.folder import HfFolder
+from gspo_mm.families.operations import Entry, StackExperts
 from gspo_mm.hf.tensors import held
 from gspo_mm.policy.compat import is_quantized
 from gspo_mm.policy.model import PolicyModel

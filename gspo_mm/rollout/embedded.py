@@ -14,7 +14,7 @@ import torch
 
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
-from gspo_mm.families import family_of
+from gspo_mm.families.table import family_of
 from gspo_mm.hf.tensors import held
 from gspo_mm.rollout.cache import make_room, share_keys_in_decoding, use_torch_norms
 from gspo_mm.rollout.engine import TokenSide

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as functional
 
-from gspo_mm.families import Entry, Family
+from gspo_mm.families.base import Family
+from gspo_mm.families.operations import Entry
 from gspo_mm.serving.admin import call_all
 from gspo_mm.serving.served import tensor_names
 from gspo_mm.serving.server import Server, ServerError

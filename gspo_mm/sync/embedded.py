@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from gspo_mm.config import Config
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.engine import RolloutEngine

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as functional
 
 from gspo_mm.config import Config
-from gspo_mm.families import Family, family_of
+from gspo_mm.families.base import Family
 from gspo_mm.families.operations import StackExperts
+from gspo_mm.families.table import family_of
 from gspo_mm.serving.admin import call_all
 from gspo_mm.serving.served import BLOCK, SCALE, quantized_names, weight_map
 from gspo_mm.serving.server import Server, ServerError

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from gspo_mm.config import Config
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.engine import RolloutEngine
 from gspo_mm.rollout.sglang import SGLangEngine

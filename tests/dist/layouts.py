@@ -17,7 +17,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from gspo_mm.config import PolicyConfig
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.policy import engine
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.weights import gradient_of

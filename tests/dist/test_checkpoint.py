@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from tests.dist.layouts import LAYOUTS, LORA
 from tests.dist.resume import steps
 from tests.forked import COMMANDS

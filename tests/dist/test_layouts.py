@@ -88,8 +88,7 @@ def test_a_layout_computes_what_one_rank_computes(name: str, measured: Any, alon
             assert float((found[what][key] - tensor).abs().max()) / scale <= tolerance, f"{what} of {key}"
 
 
-# gpt-oss is not planned yet
-@pytest.mark.parametrize("name", [name for name, (_, model, _) in LAYOUTS.items() if model != "sinks"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_ranks_hold_what_a_plan_says(name: str, measured: Any, folders: dict[str, Path]) -> None:
     """Weights and trained numbers of every rank exactly; optimizer state over all ranks, as their shares end at whole buckets."""
     ranks, model, changes = LAYOUTS[name]

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo_mm.config import Config, parse_config
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.sft import sft

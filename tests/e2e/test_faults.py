@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from gspo_mm.cli import app
-from gspo_mm.families import HfFolderError
+from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.serving.registry import register, registered, servers_folder
 from gspo_mm.serving.server import Server

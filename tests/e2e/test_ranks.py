@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.observe.metrics import read_metrics
 from tests.e2e.conftest import gspo_mm
 

@@ -64,7 +64,7 @@ def test_engine_and_policy_are_the_same_model(short_run: Path) -> None:
 
 
 def test_training_moves_the_weights_and_the_clip_can_act(short_run: Path, tiny_model: Path) -> None:
-    from gspo_mm.families import read_hf
+    from gspo_mm.families.folder import read_hf
 
     before = dict(read_hf(tiny_model, "auto"))
     after = dict(read_hf(short_run / "hf", "auto"))

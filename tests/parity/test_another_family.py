@@ -26,7 +26,8 @@ from gspo_mm.batch import answered, pack
 from gspo_mm.config import DataConfig, PolicyConfig, parse_config
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
-from gspo_mm.families import FAMILIES, family_of, read_hf
+from gspo_mm.families.folder import read_hf
+from gspo_mm.families.table import FAMILIES, Row, family_of
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
@@ -34,7 +35,6 @@ from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.sync.embedded import EmbeddedPush
 from gspo_mm.train import train
 from gspo_mm.types import GspoError, SamplingParams
-from tests.toy_family import ToyFamily
 from tools.check_parity import compare, load_reference, random_batches
 from tools.make_tiny_model import CHAT_TEMPLATE
 
@@ -42,7 +42,7 @@ from tools.make_tiny_model import CHAT_TEMPLATE
 @pytest.fixture(scope="module", autouse=True)
 def in_the_table() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, "llava", ToyFamily())
+        patch.setitem(FAMILIES, "llava", Row("tests.toy_family:ToyFamily"))
         yield
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 from gspo_mm.config import DataConfig
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.types import Completion, EncodedPrompt, Finish, SamplingParams
 

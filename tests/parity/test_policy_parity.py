@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gspo_mm.config import PolicyConfig
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.families.operations import Copy, Entry, MergeGateUp
 from gspo_mm.policy.engine import Policy
 from gspo_mm.types import MicroBatch
@@ -60,6 +60,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "no layer is a mixture": {"mlp_only_layers": [0, 1, 2, 3]},
     "dense": {"moe": False},
     "dense, tied, odd vocabulary": {"moe": False, "tied": True, "vocab_size": 277, "num_key_value_heads": 1},
+    "dense, attention biases, heads wider than hidden, one DeepStack level": {
+        "moe": False,
+        "attention_bias": True,
+        "head_dim": 24,
+        "rope_parameters": {**ROPE, "mrope_section": [4, 4, 4], "rope_theta": 5e6},
+        "vision": {"depth": 2, "deepstack_visual_indexes": [1]},
+    },
+    "dense, odd widths": {
+        "moe": False,
+        "hidden_size": 60,
+        "intermediate_size": 100,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "rms_norm_eps": 1e-3,
+    },
 }
 
 TEXT_ALONE: dict[str, dict[str, Any]] = {
@@ -136,6 +152,36 @@ HYBRIDS: dict[str, dict[str, Any]] = {
             "mrope_section": [4, 1, 1],
             "partial_rotary_factor": 0.5,
         },
+    },
+    "hybrid, dense, three of keys for six of values, wide heads": {
+        "moe": False,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 6,
+        "linear_conv_kernel_dim": 3,
+        "num_key_value_heads": 4,
+        "intermediate_size": 100,
+    },
+    "hybrid, dense, whole attention first, odd widths, other angles": {
+        "moe": False,
+        "hidden_size": 60,
+        "layer_types": ["full_attention", *["linear_attention"] * 3, "full_attention"],
+        "num_hidden_layers": 5,
+        "vocab_size": 301,
+        "head_dim": 24,
+        "rope_parameters": {
+            **ROPE,
+            "rope_theta": 5e6,
+            "mrope_section": [4, 1, 1],
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "hybrid, dense, every second layer linear, tied": {
+        "moe": False,
+        "tied": True,
+        "full_attention_interval": 2,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_value_head_dim": 16,
     },
     "hybrid, all layers linear, square experts": {
         "layer_types": ["linear_attention"] * 4,

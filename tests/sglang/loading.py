@@ -1,17 +1,20 @@
-"""SGLang's own model and loader, in a process of their own: python -m tests.sglang.loading FOLDER DTYPE TENSORS OUT
+"""SGLang's own model and loader, in processes of their own: python -m tests.sglang.loading (FOLDER DTYPE TENSORS OUT)...
 
-Builds the model of FOLDER on the CPU, fills it with NaN, and lets its `load_weights` read the safetensors file TENSORS. OUT gets
-what its parameters hold then, OUT.json which of them have no value; in float32 also which have none where one tensor is left
-out, or sent under another name.
+Each of them is forked behind the imports, which take longest. It builds the model of FOLDER on the CPU, fills it with NaN, and
+lets its `load_weights` read the safetensors file TENSORS. OUT gets what its parameters hold then, OUT.json which of them have no
+value; in float32 also which have none where one tensor is left out, or sent under another name.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 type Tensors = Iterable[tuple[str, torch.Tensor]]
+
+
+def import_all() -> None:
+    """What `build` needs, models' files among them."""
+    import sglang.benchmark.one_batch
+    import sglang.srt.model_loader
+    import sglang.srt.models.registry  # noqa: F401
 
 
 def build(folder: str, dtype: str) -> torch.nn.Module:
@@ -55,7 +65,20 @@ def build(folder: str, dtype: str) -> torch.nn.Module:
 
 
 def main() -> None:
-    folder, dtype, tensors, out = sys.argv[1:]
+    import_all()
+    for job in batched(sys.argv[1:], 4):
+        if not (child := os.fork()):
+            try:
+                load_into(*job)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{job} failed")
+
+
+def load_into(folder: str, dtype: str, tensors: str, out: str) -> None:
     model, sent = build(folder, dtype), load_file(tensors)
     parameters = dict(model.named_parameters())
 

@@ -6,7 +6,7 @@ layer's bytes and scales back into bfloat16 where it holds them, merged, which s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ import torch
 
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
-from gspo_mm.families import family_of, read_hf
+from gspo_mm.families.folder import read_hf
+from gspo_mm.families.table import family_of
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving import host
@@ -29,16 +30,17 @@ from tests.conftest import run_tool
 from tests.sglang.conftest import MakeConfig
 from tests.sglang.test_push import MODES, perturb
 
-LAYER = "model.language_model.layers"
+
+def layers_in(names: Iterable[str]) -> str:
+    """What the names of a decoder's layers begin with, before their numbers."""
+    return next(name for name in names if ".layers." in name).partition(".layers.")[0] + ".layers"
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl_moe", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen3_vl_moe", "qwen3_moe"])
 def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of dims that blocks fit into."""
+    """Of dims that blocks fit into; dense models are in test_loading.py."""
     path = tmp_path_factory.mktemp("wide") / "model"
-    dims = ["hidden_size=256", "head_dim=64"]
-    if request.param == "qwen3_vl_moe":
-        dims += ["moe_intermediate_size=384", "num_experts=4"]
+    dims = ["hidden_size=256", "head_dim=64", "moe_intermediate_size=384", "num_experts=4"]
     settings = [item for dim in dims for item in ("--set", f"text.{dim}")]
     run_tool("make_tiny_model.py", path, "--family", request.param, *settings)
     return path
@@ -101,15 +103,10 @@ def merged(folder: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
     sums = {}
     for number in range(3):
-        ours, server = f"{LAYER}.{number}", f"model.layers.{number}"
+        ours, server = f"{layers_in(folder)}.{number}", f"model.layers.{number}"
         q, k, v, o = (back(folder[f"{ours}.self_attn.{x}_proj.weight"]) for x in "qkvo")
         sums |= {f"{server}.self_attn.qkv_proj.weight": torch.cat([q, k, v])}
         sums |= {f"{server}.self_attn.o_proj.weight": o}
-        if f"{ours}.mlp.down_proj.weight" in folder:
-            gate, up, down = (back(folder[f"{ours}.mlp.{x}_proj.weight"]) for x in ("gate", "up", "down"))
-            sums |= {f"{server}.mlp.gate_up_proj.weight": torch.cat([gate, up])}
-            sums |= {f"{server}.mlp.down_proj.weight": down}
-            continue
         for fused, name in (("gate_up_proj", "w13"), ("down_proj", "w2")):
             stack = torch.stack([back(one) for one in folder[f"{ours}.mlp.experts.{fused}"]])
             sums |= {f"{server}.mlp.experts.{name}_weight": stack}
@@ -145,7 +142,7 @@ def test_a_trainer_that_does_not_quantize_is_told(
 ) -> None:
     """The server takes bfloat16 for its FP8 layers and says nothing."""
     push = push_of(config_of(make_config, wide, mode="distributed", fp8=False), policy, fp8_engine)
-    first = r"model\.layers\.0\.mlp\.(experts\.w13_weight|down_proj\.weight);"
+    first = r"model\.layers\.0\.mlp\.experts\.w13_weight;"
     with pytest.raises(
         ServerError, match=f"not hold the same layers in FP8: 12 are held so only, first {first}"
     ):
@@ -160,7 +157,7 @@ def test_a_layer_that_only_the_server_quantizes_is_told(
     fp8_engine: SGLangEngine,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    name = f"{LAYER}.2.self_attn.o_proj.weight"
+    name = f"{layers_in(read_hf(wide).names())}.2.self_attn.o_proj.weight"
     init = Quantizer.__init__
 
     def without(self: Quantizer, *args: object) -> None:

@@ -13,7 +13,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNo
 from gspo_mm.config import DataConfig
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.rollout.cache import Room, use_torch_norms
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.rollout.traced import Decoder

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gspo_mm.config import ConfigError
-from gspo_mm.families import family_of, read_hf
+from gspo_mm.families.folder import read_hf
+from gspo_mm.families.table import family_of
 from gspo_mm.families.write import write_hf
 from gspo_mm.rollout.embedded import EmbeddedOpening
 from gspo_mm.runtime.preempt import StopRequest

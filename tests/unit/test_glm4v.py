@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from gspo_mm.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from gspo_mm.config import ParallelConfig, PolicyConfig
-from gspo_mm.families import FAMILIES, read_hf
+from gspo_mm.families.folder import read_hf
+from gspo_mm.families.table import FAMILIES
 from gspo_mm.families.write import write_hf
 from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.policy.engine import Policy
@@ -94,7 +95,7 @@ def test_a_folder_of_bf16_and_biases_is_converted_in_bf16_there_and_back(
 
 
 def test_servers_get_the_bias_in_float32_and_know_what_they_keep_whole(model: Any) -> None:
-    family, hf = FAMILIES["glm4v_moe"], model.config
+    family, hf = FAMILIES["glm4v_moe"].family, model.config
     names = list(tensor_names(weight_map(family, hf)))
     dtypes = tensor_dtypes(names, quantized=(), kept="bfloat16", constants=family.constants)
     assert {name for name, dtype in dtypes.items() if dtype == "float32"} == {BIAS.format(1), BIAS.format(2)}
@@ -105,7 +106,7 @@ def test_servers_get_the_bias_in_float32_and_know_what_they_keep_whole(model: An
 
 
 def test_sizes_that_servers_cut_are_named(model: Any) -> None:
-    family = FAMILIES["glm4v_moe"]
+    family = FAMILIES["glm4v_moe"].family
     dims = family.linear_dims(model.config, attention=2, mlp=4, experts=8)
     named = {dim.name: (dim.size, dim.ways) for dim in dims}
     assert named["n_shared_experts*moe_intermediate_size"] == (24, 4)

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from gspo_mm.config import Config, PolicyConfig, parse_config
 from gspo_mm.config.layout import PlanError
-from gspo_mm.families import HfFolderError, family_of, read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.families.gpt_oss import GptOss
+from gspo_mm.families.table import family_of
 from gspo_mm.families.write import TEMPLATE
+from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.parallel import ParallelPlan
 from gspo_mm.serving.served import check_served, served

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from gspo_mm.families import UnknownFamilyError, family_of
 from gspo_mm.families.folder import HfFolderError, read_hf
+from gspo_mm.families.table import UnknownFamilyError, family_of
 from gspo_mm.families.write import write_hf
 from tests.tiny_vl import save, tiny_vl
 
@@ -190,6 +190,19 @@ def test_folders_that_are_none_are_refused(folder: Path, tmp_path: Path) -> None
     (folder / "model.safetensors").unlink()
     with pytest.raises(HfFolderError, match=r"has no model\.safetensors"):
         read_hf(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UnknownFamilyError, match=r"model_type='llama' is not supported; use one of qwen3_vl"):
-        read_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("llama", ""),
+        ("glm4v", ", for its norms behind attention and MLP"),
+        ("kimi_k25", ", for its latent attention"),
+    ],
+)
+def test_models_of_other_families_are_refused(kind: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(
+        UnknownFamilyError, match=f"model_type='{kind}' is not supported{why}; use one of qwen3_vl"
+    ):
+        read_hf(tmp_path)

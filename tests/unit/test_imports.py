@@ -1,14 +1,17 @@
 """The stages only look to their left, megatron stays in its rooms, and nothing records routed experts."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
+from gspo_mm.families.table import FAMILIES
+
 PACKAGE = Path(__file__).parents[2] / "gspo_mm"
 # one order, without exceptions: a package knows those before it only
 ORDER = [
-    "types", "config", "runtime", "hf", "plan", "families", "serving", "data", "rollout", "reward", "advantage", "batch", "loss",
+    "types", "config", "runtime", "hf", "families", "plan", "serving", "data", "rollout", "reward", "advantage", "batch", "loss",
     "policy", "sync", "checkpoint", "observe", "evaluate", "inputs", "stages", "harness", "sft", "train",
     "commands", "cli",
 ]  # fmt: skip
@@ -56,6 +59,34 @@ def test_megatron_and_sglang_stay_in_their_rooms(path: Path) -> None:
 
 def test_every_module_has_a_place_in_the_order() -> None:
     assert {stage_of(path) for path in FILES} == set(PLACE)
+
+
+def words(path: Path) -> set[str]:
+    """Strings of a file that may be keys or parts of names: those without a blank."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {text for text in texts if not any(sign.isspace() for sign in text)}
+
+
+def test_nothing_outside_of_families_names_a_family() -> None:
+    makers = {re.split(r"\d", family)[0] for family in FAMILIES}  # qwen, glm, gpt_oss
+    named = {
+        str(path): word
+        for path in FILES
+        if stage_of(path) != "families"
+        for word in words(path)
+        if any(maker in word.lower() for maker in makers)
+    }
+    assert named == {}
+    assert any("qwen" in word for word in words(PACKAGE / "families" / "table.py"))
+
+
+def test_a_family_is_one_short_file() -> None:
+    files = [
+        PACKAGE.parent / f"{row.code.partition(':')[0].replace('.', '/')}.py" for row in FAMILIES.values()
+    ]
+    for file in [*files, PACKAGE.parent / "tests" / "toy_family.py"]:
+        assert len(file.read_text().splitlines()) < 350, file
 
 
 @pytest.mark.parametrize("word", ["routed_experts", "router_replay", "routing_replay"])

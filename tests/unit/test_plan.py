@@ -18,21 +18,21 @@ from gspo_mm.cli import app
 from gspo_mm.commands.plan import as_json, check_fits, refusal
 from gspo_mm.config import ConfigError, ParallelConfig, PolicyConfig, load_config
 from gspo_mm.config.layout import PlanError, Sizes
-from gspo_mm.families import FAMILIES
+from gspo_mm.families.published import PUBLISHED
+from gspo_mm.families.table import FAMILIES
 from gspo_mm.loss.logprobs import CHUNK_BYTES
 from gspo_mm.plan import activations
 from gspo_mm.plan.advice import changes_that_fit
 from gspo_mm.plan.hardware import GPUS, Efficiency
 from gspo_mm.plan.memory import held_by, optimizer_bytes, stages, training_memory, weight_bytes
 from gspo_mm.plan.model import model_of, read_model
-from gspo_mm.plan.published import PUBLISHED
 from gspo_mm.plan.rollout import Decoder, Shape
 from gspo_mm.plan.search import search
 from gspo_mm.plan.setup import Job, Lengths, job_of
 from gspo_mm.plan.setup import Policy as Planned
 from gspo_mm.plan.step import plan_of
 from gspo_mm.policy.engine import Policy
-from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_text, tiny_vl, tiny_windows
+from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_sinks, tiny_text, tiny_vl, tiny_windows
 from tools.bench.plan import error_of
 from tools.bench.planner.published import RUNS
 
@@ -43,10 +43,12 @@ MODELS: dict[str, Any] = {
     "every second a mixture": lambda: tiny_vl(decoder_sparse_step=2),
     "dense, biases, tied": lambda: tiny_vl(moe=False, attention_bias=True, tied=True),
     "text alone": tiny_text,
+    "text alone, dense, biases, tied": lambda: tiny_text(moe=False, attention_bias=True, tied=True),
     "linear attention, a shared expert": tiny_hybrid,
     "linear attention, dense": lambda: tiny_hybrid(moe=False),
     "windows in the tower": tiny_windows,
     "sigmoid, a convolution in the tower": tiny_glm,
+    "sinks, windows in turn": tiny_sinks,
 }
 
 
@@ -69,19 +71,33 @@ def test_a_model_has_the_parameters_that_transformers_builds(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_layouts_are_checked_against_the_sizes_that_training_checks(name: str) -> None:
+    hf = MODELS[name]().config
+    assert planned(MODELS[name]()).dims == FAMILIES[hf.model_type].family.dims(hf)
+
+
+def test_every_family_is_planned() -> None:
+    assert {MODELS[name]().config.model_type for name in MODELS} == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_of_the_family(name: str) -> None:
     model = MODELS[name]()
-    ours, theirs = planned(model), FAMILIES[model.config.model_type].flops(model.config)
+    ours, theirs = planned(model), FAMILIES[model.config.model_type].family.flops(model.config)
     assert ours.flops_token == theirs.token + theirs.router
-    assert (ours.flops_pair, ours.flops_row) == (theirs.pair, theirs.row)
-    if ours.vision and ours.kind != "qwen2_5_vl":  # windows of attention are not told apart
+    assert ours.flops_row == theirs.row
+    seen = [ours.seen(context) for context in range(1, 18)]
+    assert ours.flops_pair * sum(seen) == theirs.pairs(17)
+    assert ours.pairs(17) == sum(seen) - seen[-1] / 2  # the area below the steps' middles
+    if ours.vision and ours.traits.tower != "gated":  # windows of the tower's attention are not told apart
         assert ours.flops_image(12) == theirs.image(48)
 
 
 @pytest.mark.parametrize(
     ("name", "billions"),
     # of the models' cards on huggingface.co; Qwen3-VL's with the tower
-    [("Qwen3-30B-A3B", 30.5), ("Qwen3-235B-A22B", 235.1), ("Qwen3-32B", 32.8), ("Qwen3-8B", 8.2), ("Qwen3-VL-8B-Instruct", 8.77)],
+    [("Qwen3-30B-A3B", 30.5), ("Qwen3-235B-A22B", 235.1), ("Qwen3-32B", 32.8), ("Qwen3-8B", 8.2), ("Qwen3-VL-8B-Instruct", 8.77),
+     ("gpt-oss-20b", 20.91), ("gpt-oss-120b", 116.83)],
 )  # fmt: skip
 def test_a_published_model_has_its_published_size(name: str, billions: float) -> None:
     assert read_model(f"models/{name}").parameters / 1e9 == pytest.approx(billions, rel=0.005)
@@ -116,6 +132,11 @@ SETTINGS: dict[str, Any] = {
         "lora": {"rank": 3, "targets": ["attention", "mlp", "experts", "projector"]},
     },
 }
+# of text alone, and experts with biases, which take no adapters
+FEWER: dict[str, Any] = SETTINGS | {
+    "frozen": {"dtype": "float32", "freeze": ["router"]},
+    "adapters": {"dtype": "float32", "lora": {"rank": 3, "targets": ["attention"]}},
+}
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -125,13 +146,14 @@ SETTINGS: dict[str, Any] = {
         "mixture with a dense layer",
         "linear attention, a shared expert",
         "sigmoid, a convolution in the tower",
+        "sinks, windows in turn",
     ],
 )
 def test_weights_gradients_and_optimizer_are_those_of_a_built_policy(
     name: str, settings: str, tmp_path: Path
 ) -> None:
     folder = save(MODELS[name](), tmp_path / "hf")
-    config = PolicyConfig.model_validate(SETTINGS[settings])
+    config = PolicyConfig.model_validate((FEWER if "sinks" in name else SETTINGS)[settings])
     real = Policy.from_hf(str(folder), config, seed=0, total_steps=1)
     policy = Planned(
         sizes=Sizes(),
@@ -319,7 +341,7 @@ def test_servers_of_somebody_else_are_not_planned() -> None:
 def test_a_family_that_is_not_known_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "kimi_k25"}')
     with pytest.raises(
-        PlanError, match=r"model_type='kimi_k25' cannot be planned; those that can are qwen3,"
+        PlanError, match=r"model_type='kimi_k25' cannot be planned; those that can are qwen3_vl,"
     ):
         read_model(str(tmp_path))
 

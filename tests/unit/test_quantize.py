@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gspo_mm.config import Config, parse_config
-from gspo_mm.families import family_of, read_hf
+from gspo_mm.families.folder import read_hf
+from gspo_mm.families.table import family_of
 from gspo_mm.serving.served import (
     BLOCK,
     SCALE,

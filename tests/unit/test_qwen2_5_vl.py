@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from gspo_mm.config import PolicyConfig, load_config
-from gspo_mm.families import FAMILIES, family_of, read_hf
+from gspo_mm.families.folder import read_hf
+from gspo_mm.families.table import FAMILIES, family_of
 from gspo_mm.families.write import copy_template, write_hf
 from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.policy.engine import Policy
@@ -125,7 +126,7 @@ def test_towers_that_sglang_would_leave_out_are_not_served(vision: dict[str, Any
     hf = tiny_windows().config
     for key, value in vision.items():
         setattr(hf.vision_config, key, value)
-    family = FAMILIES["qwen2_5_vl"]
+    family = FAMILIES["qwen2_5_vl"].family
     if served:
         family.check_served(hf)
         return

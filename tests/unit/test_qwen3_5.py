@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from gspo_mm.families import family_of, read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.families.qwen3_5 import Qwen35
+from gspo_mm.families.table import family_of
 from gspo_mm.families.write import copy_template, write_hf
 from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.types import GspoError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gspo_mm.families import family_of
+from gspo_mm.families.table import family_of
 from gspo_mm.types import GspoError
 from tests.tiny_vl import save, tiny_glm, tiny_vl, tiny_windows
 

@@ -15,7 +15,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from gspo_mm.config import ParallelConfig, PolicyConfig, load_config
 from gspo_mm.config.layout import PlanError
-from gspo_mm.families import family_of
+from gspo_mm.families.table import family_of
 from gspo_mm.policy import spec, speed
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.model import transformer_config

@@ -18,8 +18,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from gspo_mm.checkpoint.export import export_hf
 from gspo_mm.config import ModelConfig, PolicyConfig, load_config
-from gspo_mm.families import family_of, read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.families.stored import SCALE, dequantize
+from gspo_mm.families.table import family_of
 from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.policy.engine import Policy
 from gspo_mm.serving.served import served

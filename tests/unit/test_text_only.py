@@ -1,6 +1,7 @@
 """Models that take text alone: no tower, no image processor, a tokenizer; and their folders' variants."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from gspo_mm.config import DataConfig, PolicyConfig
 from gspo_mm.config.layout import PlanError
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.processor import Processor
-from gspo_mm.families import HfFolderError, family_of, read_hf
+from gspo_mm.families.folder import read_hf
+from gspo_mm.families.table import family_of
 from gspo_mm.families.write import write_hf
+from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.policy.engine import Policy
 from gspo_mm.rollout.embedded import EmbeddedEngine
 from gspo_mm.types import EncodedPrompt, GspoError, Prompt, SamplingParams
@@ -63,6 +66,20 @@ def test_parts_of_a_message_are_read_as_its_text(processor: Processor, folder: P
     assert processor.encode(prompt("1 + ", "2 =")).token_ids == it.token_ids
     assert it.pixel_values is None
     assert it.image_grid_thw is None
+
+
+def test_tokens_without_rows_are_refused_and_rows_without_tokens_are_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(folder, tmp_path / "hf"))
+    tokens = len(AutoTokenizer.from_pretrained(folder))
+    configure(path, vocab_size=tokens - 1)
+    with pytest.raises(
+        HfFolderError, match=rf"tokenizer has {tokens} tokens but the model only {tokens - 1} rows"
+    ):
+        Processor(str(path), DataConfig(train=["x"]))
+    configure(path, vocab_size=tokens + 100)
+    Processor(str(path), DataConfig(train=["x"]))
 
 
 def test_positions_count_on_one_axis(processor: Processor) -> None:

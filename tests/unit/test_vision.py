@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gspo_mm.config import PolicyConfig
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.vision import deepstack_leaves, split_by_weight
 from tests.tiny_vl import save, tiny_vl

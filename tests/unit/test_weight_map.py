@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from gspo_mm.families import FAMILIES
 from gspo_mm.families.operations import (
     Copy,
     MergeGatedQkv,
@@ -16,6 +15,7 @@ from gspo_mm.families.operations import (
     StackExperts,
     VocabPad,
 )
+from gspo_mm.families.table import FAMILIES
 from gspo_mm.hf.tensors import held
 from tests.tiny_vl import tiny_glm, tiny_hybrid, tiny_sinks, tiny_vl, tiny_windows
 
@@ -172,7 +172,7 @@ def test_every_parameter_of_transformers_is_named_once(options: dict[str, Any], 
 
 
 def assert_named_once(model: Any, *, fused: bool) -> None:
-    family = FAMILIES[model.config.model_type]
+    family = FAMILIES[model.config.model_type].family
     entries = family.weight_map(model.config, padded_vocab=256, fused=fused)
     hf = [name for entry in entries for name in entry.hf]
     assert sorted(hf) == sorted(held(model))

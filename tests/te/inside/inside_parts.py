@@ -15,7 +15,7 @@ from gspo_mm.batch.packing import pack
 from gspo_mm.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
 from gspo_mm.config import ParallelConfig, PolicyConfig
-from gspo_mm.families import read_hf
+from gspo_mm.families.folder import read_hf
 from gspo_mm.policy import spec
 from gspo_mm.policy.compat import is_quantized
 from gspo_mm.policy.engine import Policy

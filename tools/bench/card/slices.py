@@ -119,7 +119,7 @@ def build(widths: str, layers: int, number_format: str, recompute: str, freeze_v
     from transformers import Qwen3VLMoeConfig
 
     from gspo_mm.config import PolicyConfig
-    from gspo_mm.families import FAMILIES
+    from gspo_mm.families.table import FAMILIES
     from gspo_mm.policy import cpu
     from gspo_mm.policy.engine import Policy
     from gspo_mm.policy.parallel import ParallelPlan
@@ -144,7 +144,7 @@ def build(widths: str, layers: int, number_format: str, recompute: str, freeze_v
     hf = Qwen3VLMoeConfig(
         text_config=text, vision_config=dims["vision"], tie_word_embeddings=False, **dims["tokens"]
     )
-    policy = Policy(FAMILIES["qwen3_vl_moe"], hf, config, plan, total_steps=1000)
+    policy = Policy(FAMILIES["qwen3_vl_moe"].family, hf, config, plan, total_steps=1000)
     generator = torch.Generator(device=next(policy.parameters()).device).manual_seed(0)
     with torch.no_grad():
         for parameter in policy.parameters():

@@ -1,6 +1,6 @@
 """Sizes of published models, for a plan where the checkpoint is not at hand: what their config.json says of size.
 
-From the config.json of each on huggingface.co/Qwen, by lower-case name; suffixes such as -Instruct have the same sizes.
+From the config.json of each on huggingface.co (Qwen, openai), by lower-case name; suffixes such as -Instruct have the same sizes.
 """
 
 from __future__ import annotations
@@ -62,6 +62,21 @@ def _vl(
     }
 
 
+def _windowed(layers: int, experts: int) -> dict[str, Any]:
+    """gpt-oss: every second layer sees a window of tokens."""
+    return {
+        "model_type": "gpt_oss",
+        **_text(2880, layers, 64, 8, 2880),
+        "head_dim": 64,
+        "vocab_size": 201088,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 4,
+        "attention_bias": True,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+    }
+
+
 _30B = _text(2048, 48, 32, 4, 6144, **_experts(128, 768))
 _235B = _text(4096, 94, 64, 4, 12288, **_experts(128, 1536))
 _8B = _text(4096, 36, 32, 8, 12288)
@@ -83,6 +98,8 @@ NAMES: dict[str, Any] = {
     "qwen3.5-27b": _vl("qwen3_5", _text(5120, 64, 24, 4, 17408, **_hybrid(16, 48)), _VISION, []),
     "qwen3.5-35b-a3b": _vl("qwen3_5_moe", _35B, _VISION, []),
     "qwen3.6-35b-a3b": _vl("qwen3_5_moe", _35B, _VISION, []),
+    "gpt-oss-20b": _windowed(24, 32),
+    "gpt-oss-120b": _windowed(36, 128),
 }
 # with the suffixes of their variants
 PUBLISHED: dict[str, Any] = NAMES | {
