@@ -1,5 +1,6 @@
 """The tiny model and a few digit shards, made once per test session by the tools a user would call."""
 
+import gc
 import logging
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gspo_mm.runtime.threads import share_of_cores
+from tests.forked import COMMANDS
 
 # read when torch is imported, by this process and by all that tests start
 os.environ.setdefault(
@@ -20,8 +22,22 @@ TOGETHER = ("sglang", "slurm")
 TOOLS = Path(__file__).parents[1] / "tools"
 
 
-def run_tool(name: str, *arguments: str | Path | int) -> None:
-    subprocess.run([sys.executable, str(TOOLS / name), *map(str, arguments)], check=True, capture_output=True)
+def run_tool(name: str, *arguments: str | Path | int, forked: bool = True) -> None:
+    command = [str(TOOLS / name), *map(str, arguments)]
+    done = (
+        COMMANDS.run(*command) if forked else subprocess.run([sys.executable, *command], capture_output=True)
+    )
+    done.check_returncode()
+
+
+def pytest_configure() -> None:
+    """Python's collector would look through all modules again and again while they are loaded, and at every save of a policy."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -153,9 +153,11 @@ def begin(program: Program) -> None:
 
 def main() -> None:
     number, *modules = sys.argv[1:]
+    gc.disable()
     for module in modules:
         importlib.import_module(module)
     gc.freeze()
+    gc.enable()
     program = serve(Connection(int(number)))
     if program is not None:
         begin(program)

@@ -66,8 +66,12 @@ WIDE: dict[str, Any] = {
 
 
 def wide_vl(*, moe: bool = True, vision: Any = None, **text: Any) -> Any:
-    """Of these widths, with weights of the size that real models have, 0.02: larger ones amplify what BF16 rounds."""
-    model = tiny_vl(moe=moe, vision=vision, **{**WIDE, **text})
+    """Of these widths, with weights of the size that real models have, 0.02: larger ones amplify what BF16 rounds.
+
+    Experts are few: their weights are what a test costs.
+    """
+    experts = {"num_experts": 4} if moe else {}
+    model = tiny_vl(moe=moe, vision=vision, **{**WIDE, **experts, **text})
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

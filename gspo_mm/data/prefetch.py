@@ -10,6 +10,7 @@ from typing import Any
 
 # waking the other thread costs as much as reading a small sample, so it is done for several at a time
 _BATCH = 32  # items that wake a waiting caller
+_MOST = 2048  # items that wait: some steps' worth, where samples are so small that their bytes would allow tens of thousands
 _LINGER = 0.005  # seconds after which it looks for fewer
 _PATIENCE = (
     2.0  # seconds that `close` waits for the thread, which may hang in a read that cannot be interrupted
@@ -33,8 +34,8 @@ class _Shared:
 class Prefetch[T]:
     """Iterator over `items`, which a thread runs through ahead of the caller.
 
-    At most `max_bytes` of items wait, as `size` counts them, and always room for one. What `items` raises is raised
-    here after the items before it, at this and every later call.
+    At most `max_bytes` of items wait, as `size` counts them, and `_MOST` items; there is always room for one. What `items`
+    raises is raised here after the items before it, at this and every later call.
     """
 
     def __init__(self, items: Iterable[T], *, size: Callable[[T], int], max_bytes: int) -> None:
@@ -79,14 +80,18 @@ def _close(shared: _Shared) -> None:
         shared.changed.notify_all()
 
 
+def _is_full(shared: _Shared, bytes_: int, max_bytes: int) -> bool:
+    return bool(shared.items) and (shared.bytes + bytes_ > max_bytes or len(shared.items) >= _MOST)
+
+
 def _read(items: Iterator[Any], size: Callable[[Any], int], max_bytes: int, shared: _Shared) -> None:
     fault: BaseException | None = None
     try:
         for item in items:
             bytes_ = size(item)
             with shared.changed:
-                while shared.items and shared.bytes + bytes_ > max_bytes and not shared.closed:
-                    shared.full = shared.bytes
+                while _is_full(shared, bytes_, max_bytes) and not shared.closed:
+                    shared.full = max(1, shared.bytes)
                     shared.changed.wait()
                 shared.full = 0
                 if shared.closed:

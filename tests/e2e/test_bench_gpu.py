@@ -1,6 +1,7 @@
 """tools/bench/gpu.py without a card: every stage runs, resumes, and survives parts that fail. Stage d: tests/sglang.
 
-About 150 s of processor time, nearly all of it in the one dry run that most tests look at.
+About 150 s of processor time, nearly all of it in the one dry run that most tests look at. Commands are forks of one process
+that holds what their parts import, but for the one that is killed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import ROOT
+from tests.forked import Forks
 from tests.waiting import eventually
 from tools.bench.card import servers
 from tools.bench.card.parts import LIMIT, PARTS, STAGES
@@ -44,12 +46,14 @@ NUMBERS = {
 }
 
 
-def command(out: Path, *arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "tools/bench/gpu.py"), "run", "--dry", "--out", str(out), *arguments]
+DRY = Forks("tests.te.dry")
+# what was set in the process that is forked; `Forks` gives this one's environment
+SET = {"TORCHDYNAMO_DISABLE": "1", "NVTE_MASKED_SOFTMAX_FUSION": "0"}
 
 
 def gpu(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(out, *arguments), capture_output=True, text=True, cwd=ROOT)
+    program = str(ROOT / "tests/te/dry.py")
+    return DRY.run(program, "run", "--dry", "--out", str(out), *arguments, timeout=1500, **SET)
 
 
 def told(done: subprocess.CompletedProcess[str]) -> set[str]:
@@ -144,10 +148,9 @@ def test_a_number_that_shows_a_fault_fails_its_part_but_keeps_the_number(tmp_pat
 
 
 def test_a_killed_command_leaves_what_it_knew_and_no_process(tmp_path: Path) -> None:
-    steps = ["--part", "slice-bf16", "--set", "steps=100000"]
-    with subprocess.Popen(
-        command(tmp_path, *steps), start_new_session=True, stdout=subprocess.PIPE
-    ) as process:
+    command = [sys.executable, str(ROOT / "tools/bench/gpu.py"), "run", "--dry", "--out", str(tmp_path)]
+    command += ["--part", "slice-bf16", "--set", "steps=100000"]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE) as process:
         eventually(lambda: any("first_update_s" in line["numbers"] for line in Results(tmp_path).lines()))
         below = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)

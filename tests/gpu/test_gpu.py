@@ -25,6 +25,7 @@ from tests.conftest import run_tool
 from tests.tiny_vl import save, wide_vl
 from tools.bench.card.parity import LIMITS, distance, policy, unmoved
 from tools.check_parity import random_batch
+from tools.make_tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
@@ -74,10 +75,9 @@ def test_the_policy_is_transformers_model(number_format: str, model: Any, folder
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of handwritten digits, and a model for them of widths that FP8 kernels take."""
     folder = tmp_path_factory.mktemp("digits")
-    widths = ("text.hidden_size=256", "text.head_dim=64", "text.moe_intermediate_size=384")
-    sets = [argument for width in widths for argument in ("--set", width)]
-    run_tool("make_shards.py", "digits", folder / "shards", "--train", 1600, "--validation", 20)
-    run_tool("make_tiny_model.py", folder / "model", *sets)
+    widths = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 384, "num_experts": 4}
+    run_tool("make_shards.py", "digits", folder / "shards", "--train", 1600, "--validation", 20, forked=False)
+    make_tiny_model(folder / "model", text=widths)
     return folder
 
 
@@ -90,7 +90,11 @@ def curve(folder: Path, run: str, *, steps: int = 50, **policy: Any) -> list[flo
         {
             "run": {"name": run, "dir": str(folder / "runs"), "resume": "never"},
             "model": {"path": str(folder / "model")},
-            "data": {"train": [str(folder / "shards/train-*.tar")], "max_prompt_tokens": 128},
+            "data": {
+                "train": [str(folder / "shards/train-*.tar")],
+                "max_prompt_tokens": 128,
+                "shuffle_buffer": 0,
+            },
             "reward": {"file": str(ROOT / "configs/rewards/digits.yaml")},
             "policy": {"optimizer": {"lr": 3e-4}, **policy},
             "sft": {"steps": steps, "batch_size": 32},

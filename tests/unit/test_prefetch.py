@@ -55,6 +55,16 @@ def test_a_large_item_counts_by_its_size() -> None:
     items.close()
 
 
+def test_of_the_smallest_items_no_more_than_some_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "_MOST", 5)
+    read: list[int] = []
+    items = Prefetch((read.append(i) or i for i in range(100)), size=lambda _: 0, max_bytes=10)
+    eventually(lambda: len(read) == 6)
+    time.sleep(0.05)
+    assert len(read) == 6
+    assert list(items) == list(range(100))
+
+
 def test_an_error_reaches_the_caller_after_the_items_before_it_and_stays() -> None:
     def failing() -> Iterator[int]:
         yield 1

@@ -34,7 +34,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(layout, format) -> what its ranks measured."""
     out = tmp_path_factory.mktemp("measured")
     model = wide_vl(
-        num_key_value_heads=4, mlp_only_layers=[1], vision={"depth": 1, "deepstack_visual_indexes": [0]}
+        num_experts=8,
+        num_key_value_heads=4,
+        mlp_only_layers=[1],
+        vision={"depth": 1, "deepstack_visual_indexes": [0]},
     )
     folder = save(model, out / "model")
 
