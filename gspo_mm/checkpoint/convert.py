@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.serialization import set_crc32_options
 
 from gspo_mm.checkpoint.distributed import CheckpointError, adapters_of, parts_of
 from gspo_mm.checkpoint.resumable import Moved, Part, files_of, make
-from gspo_mm.checkpoint.stream import Place, Reader, describe, write_value
+from gspo_mm.checkpoint.stream import Place, Reader, describe, keys_of, write_value
 from gspo_mm.config import PolicyConfig
 from gspo_mm.config.policy import LoraConfig
 from gspo_mm.families import Entry, HfFolder, family_of, read_hf
@@ -48,6 +49,7 @@ from gspo_mm.policy.weights import Weights
 from gspo_mm.serving.served import quantization_config
 from gspo_mm.sync.quantize import Quantizer
 
+_NAN = "{}: {} holds NaN or infinity, with which a model cannot be used; take an earlier checkpoint, or copy it again"
 PART_BYTES = 2 * 10**9  # of a file, roughly; what a kill costs at most, once for each thread
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -60,6 +62,9 @@ def hf_to_megatron(hf: Path, out: Path, *, experts_layout: str = "auto", check: 
     """
     source = read_hf(hf, experts_layout)
     model = _Model(hf, source)
+    set_crc32_options(
+        False
+    )  # sums that torch.load does not look at, and that take a third of torch.save's time
 
     def write(entries: list[Entry], path: Path, moved: Moved) -> list[Place]:
         places: list[Place] = []
@@ -84,7 +89,7 @@ def hf_to_megatron(hf: Path, out: Path, *, experts_layout: str = "auto", check: 
         out,
         _parts([f"policy/{name}" for name in names], groups, model, write),
         finish,
-        source=["to-megatron", str(hf.resolve()), files_of(hf)],
+        source=["to-megatron", str(hf.resolve()), files_of(hf), experts_layout],
         title=out.name,
         threads=THREADS,
     )
@@ -139,7 +144,15 @@ def megatron_to_hf(
         out,
         _parts(names, groups, model, write),
         finish,
-        source=["to-hf", str(policy.resolve()), files_of(policy), str(hf.resolve()), files_of(hf), fp8],
+        source=[
+            "to-hf",
+            str(policy.resolve()),
+            files_of(policy),
+            str(hf.resolve()),
+            files_of(hf),
+            experts_layout,
+            fp8,
+        ],
         title=out.name,
         threads=THREADS,
     )
@@ -185,8 +198,6 @@ class _Model:
         experts = range(len(entry.megatron)) if isinstance(entry.op, StackExperts) else [None]
         for expert in experts:
             tensors = [folder.tensor(name, expert) for name in entry.hf]
-            for name, tensor in zip(entry.hf, tensors, strict=True):
-                _refuse_nan(tensor, folder.path, name, expert)
             names = entry.megatron if expert is None else entry.megatron[expert : expert + 1]
             for name, whole in zip(names, entry.op.to_megatron(tensors), strict=True):
                 target = self._weights[name]
@@ -195,7 +206,13 @@ class _Model:
                         f"{folder.path}: {' + '.join(entry.hf)} gives {tuple(whole.shape)} but {name} is "
                         f"{tuple(target.shape)}; config.json does not describe these weights"
                     )
-                yield name, whole.contiguous().to(target.dtype)
+                value = whole.contiguous()
+                if _has_nan(value):
+                    names_and_tensors = zip(entry.hf, tensors, strict=True)
+                    wrong = next(name for name, tensor in names_and_tensors if _has_nan(tensor))
+                    of_expert = "" if expert is None else f" of expert {expert}"
+                    raise CheckpointError(_NAN.format(folder.path, wrong + of_expert))
+                yield name, value.to(target.dtype)
 
     def to_hf(self, reader: Reader, entry: Entry) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
         """An entry's Hugging Face tensors, in parts along their first dim: of stacked experts one by one."""
@@ -218,7 +235,8 @@ class _Model:
 
         parameter = self._weights[entry.megatron[number]]
         value = self._adapters.merged(parameter, read) if self._adapters else read(parameter)
-        _refuse_nan(value, reader.folder, entry.megatron[number])
+        if _has_nan(value):
+            raise CheckpointError(_NAN.format(reader.folder, entry.megatron[number]))
         return value
 
 
@@ -250,19 +268,15 @@ def _note_fp8(folder: Path, hf: Path, template: HfFolder | Template) -> None:
     (folder / "config.json").write_text(text + "\n")
 
 
-def _refuse_nan(tensor: torch.Tensor, folder: Path, name: str, expert: int | None = None) -> None:
-    least, most = torch.aminmax(tensor)  # NaN where one is, and many times faster than isfinite
-    if not (least.isfinite() and most.isfinite()):
-        of_expert = "" if expert is None else f" of expert {expert}"
-        raise CheckpointError(
-            f"{folder}: {name}{of_expert} holds NaN or infinity, with which a model cannot be used; take an earlier checkpoint, "
-            "or copy the folder again"
-        )
+def _has_nan(tensor: torch.Tensor) -> bool:
+    """Whether a number is NaN or infinite; many times faster than isfinite of each, for what is contiguous."""
+    least, most = torch.aminmax(tensor)
+    return not (least.isfinite() and most.isfinite())
 
 
 def _refuse_unknown(model: _Model, reader: Reader) -> None:
     """Raise CheckpointError for tensors that the model does not have, and that the result would lack."""
-    known = {part.key for part in model.parts.values()}
+    known = keys_of(model.parts.values())
     unknown = sorted(name for name in reader.names() - known if not name.startswith("optimizer."))
     if unknown:
         raise CheckpointError(

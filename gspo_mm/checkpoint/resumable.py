@@ -77,12 +77,11 @@ def make(
             shutil.rmtree(journal)
             publish(temporary, out)
             sync(out.parent)
-        except OSError as error:
+        except KeyboardInterrupt:  # a kill like any other
+            raise
+        except BaseException as error:  # torch's CheckpointException is no Exception
             shutil.rmtree(temporary, ignore_errors=True)
-            said = refusal(error, folder=out.parent)
-            raise ConversionError(f"{error.filename or out} cannot be read or written: {said}") from None
-        except Exception:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _tell(error, out)
             raise
 
 
@@ -152,11 +151,17 @@ def _write_one(folder: Path, journal: Path, part: Part, moved: Moved) -> dict[st
         record = {"size": final.stat().st_size, "result": result}
         with written_whole(_record(journal, part), on_disk=True) as file:
             file.write_text(json.dumps(record))
-    except OSError as error:
-        if error.filename is None:  # as of a write to a full disk
-            error.filename = str(final)
+    except Exception as error:
+        _tell(error, final)
         raise
     return record
+
+
+def _tell(error: BaseException, file: Path) -> None:
+    """Raise ConversionError when a disk refused, behind whatever torch.save made of that."""
+    if not isinstance(error, GspoError) and (said := refusal(error)):
+        name = getattr(error, "filename", None) or file
+        raise ConversionError(f"{name} cannot be read or written: {said}") from error
 
 
 def _done(folder: Path, journal: Path, part: Part) -> dict[str, Any] | None:

@@ -36,12 +36,17 @@ def write_value(file: BinaryIO, part: Part, value: torch.Tensor) -> Iterator[Pla
     """Append a parameter's value to a file, in the pieces that checkpoints cut it into."""
     filled = replace(part, data=value)
     for piece in nested_values([_pieces(filled)]):
-        data = piece.data.contiguous()
+        data = piece.data.contiguous().reshape(_shape(piece))
         if data.untyped_storage().nbytes() != data.nbytes:  # of a view torch saves all that is behind it
             data = data.clone()
         begin = file.tell()
         torch.save(data, file)
         yield piece.key, list(piece.global_offset), begin, file.tell() - begin
+
+
+def keys_of(parts: Iterable[Part]) -> set[str]:
+    """What checkpoints call the tensors that these are cut into."""
+    return {piece.key for part in parts for piece in nested_values([_pieces(part)])}
 
 
 def describe(model: PolicyModel, folder: Path, places: Mapping[str, Iterable[Place]]) -> None:
@@ -105,7 +110,7 @@ class Reader:
                 f"{self.folder} is a checkpoint of another model: {piece.key} is {size}, and not {tuple(piece.global_shape)}"
             )
         first = piece.global_offset
-        shape = (1,) * (len(first) - len(piece.local_shape)) + tuple(piece.local_shape)
+        shape = _shape(piece)
         whole: torch.Tensor | None = None
         for chunk in stored.chunks:
             # first and end of what both have, counted over the whole tensor
@@ -131,7 +136,7 @@ class Reader:
             with file.open("rb") as stream:
                 stream.seek(info.offset)
                 return torch.load(io.BytesIO(stream.read(info.length)), map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise CheckpointError(
                 f"{file} is damaged where {index.fqn} is ({' '.join(str(error).split())[:200]}); take another checkpoint, "
                 "or copy this one again"
@@ -140,6 +145,11 @@ class Reader:
 
 def _pieces(part: Part) -> Any:
     return part.build() if isinstance(part, ShardedTensorFactory) else part
+
+
+def _shape(piece: ShardedTensor) -> tuple[int, ...]:
+    """Of a piece as it is stored: with the axes that the whole tensor has before a parameter's own, such as that of experts."""
+    return (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
 
 
 def _box(low: Iterable[int], high: Iterable[int], origin: Iterable[int]) -> tuple[slice, ...]:

@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -56,12 +56,19 @@ def write_hf(
     Raises HfFolderError when the names are not those of `source`, or when the disk refuses.
     """
     path, origin = Path(path), template_of(source, experts_layout)
+    with whole_folder(path, durable=durable) as temporary:
+        _fill(temporary, origin, tensors, shard_bytes)
+    return path
+
+
+@contextmanager
+def whole_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """An empty folder to fill in the block, which then takes the place of `path`. Raises HfFolderError when the disk refuses."""
     temporary = path.with_name(f".tmp-{path.name}")
-    _warn_of_square_experts(origin)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _fill(temporary, origin, tensors, shard_bytes)
+        yield temporary
         if durable:
             for item in [*temporary.iterdir(), temporary]:
                 sync(item)
@@ -72,7 +79,6 @@ def write_hf(
         raise HfFolderError(f"{path} cannot be written: {refusal(error, folder=path.parent)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return path
 
 
 class Template:
@@ -156,6 +162,7 @@ def shard_names(count: int) -> list[str]:
 
 def complete(folder: Path, origin: HfFolder | Template, shards: dict[str, Shard]) -> None:
     """All that belongs beside the files of weights, `shards` by name."""
+    _warn_of_square_experts(origin)
     if len(shards) > 1:
         weight_map = {name: file for file, (_, names) in shards.items() for name in names}
         index = {

@@ -17,12 +17,17 @@ from safetensors.torch import load_file, save_file
 
 from gspo_mm.checkpoint import convert, resumable
 from gspo_mm.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from gspo_mm.checkpoint.distributed import load_weights
+from gspo_mm.config import PolicyConfig
 from gspo_mm.families import family_of, read_hf
 from gspo_mm.families.stored import dequantize
+from gspo_mm.families.write import write_hf
+from gspo_mm.policy.engine import Policy
 from gspo_mm.serving.served import quantization_config
 from gspo_mm.sync.quantize import quantize
 from gspo_mm.types import GspoError
 from tests.tiny_vl import save, tiny_vl
+from tools.make_tiny_model import make_tiny_model
 
 EXPERTS = "model.language_model.layers.1.mlp.experts.gate_up_proj"
 
@@ -75,6 +80,26 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, *, after: int) -> Iterator[None
         context.setattr(resumable, "_write_one", write_one)
         with pytest.raises(KeyboardInterrupt):
             yield
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe", "qwen2_5_vl", "gpt_oss"])
+def test_megatron_core_reads_what_is_written_of_a_family_and_it_comes_back(
+    family: str, tmp_path: Path
+) -> None:
+    make_tiny_model(tmp_path / "hf", family=family)
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    config = PolicyConfig.model_validate({"dtype": "float32"})
+    policy = Policy.from_hf(str(tmp_path / "hf"), config, seed=0, total_steps=1)
+    before = read_hf(tmp_path / "hf")
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(torch.nan)
+    load_weights(policy.chunks, tmp_path / "megatron" / "policy")
+    assert [name for name, tensor in policy.export() if not torch.equal(tensor, before.tensor(name))] == []
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "out", hf=tmp_path / "megatron" / "hf")
+    after = read_hf(tmp_path / "out")
+    assert set(after.names()) == set(before.names())
+    assert [name for name in before.names() if not torch.equal(after.tensor(name), before.tensor(name))] == []
 
 
 @pytest.mark.usefixtures("many_files")
@@ -134,6 +159,15 @@ def test_a_disk_that_refuses_is_one_sentence_and_leaves_nothing(conversion: Conv
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_refuses_at_the_end_of_a_run_is_one_sentence_too(folder: Path, tmp_path: Path) -> None:
+    with (
+        files_of_at_most(100_000),
+        pytest.raises(GspoError, match=r"out cannot be written: file too large; raise"),
+    ):
+        write_hf(tmp_path / "out", folder, read_hf(folder))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
 def test_what_is_no_number_is_named(
     number: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -145,7 +179,7 @@ def test_what_is_no_number_is_named(
     with pytest.raises(GspoError, match=rf"{re.escape(EXPERTS)} of expert 2 holds NaN or infinity"):
         hf_to_megatron(source, tmp_path / "megatron")
     with monkeypatch.context() as context:
-        context.setattr(convert, "_refuse_nan", lambda *_: None)
+        context.setattr(convert, "_has_nan", lambda _: False)
         hf_to_megatron(source, tmp_path / "megatron")
     with pytest.raises(
         GspoError, match=r"layers\.1\.mlp\.experts\.local_experts\.2\.linear_fc1\.weight holds NaN"

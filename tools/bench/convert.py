@@ -63,7 +63,7 @@ def main(
             row(name, measured(command), copy)
             shutil.rmtree(out)
             for number in range(kills):
-                kill(command, random.Random(number).uniform(0.2, 1.0) * copy[0] + 8)
+                kill(command, random.Random(number).random(), size)
             done = subprocess.run([*command, "--check"], cwd=ROOT, text=True, capture_output=True, check=True)
             typer.echo(f"{done.stdout.strip()} {done.stderr.strip().splitlines()[-1]}", err=True)
             if name == "to megatron" and not keep_source:
@@ -140,19 +140,26 @@ def row(name: str, cost: Cost, copy: Cost) -> None:
     )
 
 
-def kill(command: list[str], seconds: float) -> None:
-    """Run a command for so long and kill it."""
+def kill(command: list[str], share: float, size: int) -> None:
+    """Run a command and kill it when it has written that share of what an earlier one left to do."""
+    out = Path(command[-1])
+    rest = out.with_name(f".tmp-{out.name}")
+    before = written(rest)
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        process.wait(seconds)
-        typer.echo(f"ended before {seconds:.1f} s", err=True)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        out = Path(command[-1])
-        left = sorted(out.with_name(f".tmp-{out.name}").rglob("*")) if not out.exists() else []
-        whole = [file.name for file in left if file.suffix in (".distcp", ".safetensors")]
-        typer.echo(f"killed after {seconds:.1f} s: {len(whole)} files whole", err=True)
+    while process.poll() is None and written(rest) < before + share * (size - before):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    whole = len([path for path in rest.rglob("*.json") if path.parent.name == ".parts"]) - 1
+    typer.echo(f"killed with {written(rest) / GB:.1f} GB written, {whole} files whole", err=True)
+
+
+def written(folder: Path) -> int:
+    return sum(
+        path.stat().st_size
+        for path in list(folder.rglob("*"))
+        if path.suffix in (".half", ".distcp", ".safetensors")
+    )
 
 
 if __name__ == "__main__":
