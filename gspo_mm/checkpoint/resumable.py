@@ -110,10 +110,12 @@ def _owned(temporary: Path, source: Any) -> Iterator[Path]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConversionError(
                 f"another process writes {temporary}: wait for it, or choose another folder"
             ) from None
+        except OSError:  # some shared file systems have no locks
+            pass
         if lock.read() != text:
             raise ConversionError(
                 f"{temporary} is the unfinished rest of another conversion, or its source has changed since: remove it, or "

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from torch.distributed.checkpoint.storage import WriteResult
 
 from gspo_mm.checkpoint.distributed import CheckpointError, common_of, finalize, request_of
-from gspo_mm.policy.compat import StorageInfo
+from gspo_mm.policy.compat import StorageInfo, is_quantized
 from gspo_mm.policy.model import PolicyModel
 
 _OBJECTS = "objects.distcp"  # what is not a tensor
@@ -135,7 +135,9 @@ class Reader:
         try:
             with file.open("rb") as stream:
                 stream.seek(info.offset)
-                return torch.load(io.BytesIO(stream.read(info.length)), map_location="cpu", weights_only=True)
+                content = io.BytesIO(stream.read(info.length))
+            value = torch.load(content, map_location="cpu", weights_only=True)
+            return value.dequantize() if is_quantized(value) else value
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise CheckpointError(
                 f"{file} is damaged where {index.fqn} is ({' '.join(str(error).split())[:200]}); take another checkpoint, "

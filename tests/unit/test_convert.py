@@ -1,5 +1,6 @@
 """Conversions go on after a kill, refuse what is not right in one sentence, and leave nothing half-written."""
 
+import fcntl
 import json
 import os
 import re
@@ -138,6 +139,10 @@ def test_the_rest_of_another_conversion_is_not_gone_on_with(
     ):
         hf_to_megatron(source, tmp_path / "out")
     assert bytes_of(tmp_path / ".tmp-out") == before
+    with (tmp_path / ".tmp-out" / ".parts" / "source.json").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(GspoError, match=r"another process writes .*\.tmp-out: wait for it"):
+            hf_to_megatron(source, tmp_path / "out")
 
 
 @contextmanager
