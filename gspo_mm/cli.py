@@ -136,6 +136,51 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(help="RUN, RUN/checkpoints/step-..., or a folder of tools/hf_to_megatron.py"),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="Hugging Face folder to write; it appears only when it is whole")
+    ],
+    step: Annotated[int | None, typer.Option(help="of RUN's checkpoints; default: the newest", min=0)] = None,
+    hf: Annotated[
+        Path | None,
+        typer.Option(
+            help="the folder that the run started from: its tokenizer and dtypes; default: model.path of the run, as it is "
+            "seen from the current folder"
+        ),
+    ] = None,
+    experts_layout: Annotated[
+        str, typer.Option(help="of --hf: auto, published or transformers; written is the published one")
+    ] = "auto",
+    fp8: Annotated[
+        bool,
+        typer.Option("--fp8", help="the decoder's matrices in FP8 blocks, as Qwen's -FP8 folders have them"),
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="read the result back and compare every bit")
+    ] = False,
+) -> None:
+    """Write a checkpoint as a folder that transformers and SGLang load, adapters merged.
+
+    Memory for a few matrices is enough, and no GPU is used. Killed, the same command goes on with the files that are missing.
+
+    Example: gspo-mm export runs/a a-hf --step 100
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from gspo_mm.checkpoint.origin import checkpoint_of, origin_of
+
+    checkpoint = checkpoint_of(source, step)
+    origin = origin_of(checkpoint, hf)
+    from gspo_mm.checkpoint.convert import megatron_to_hf
+
+    count = megatron_to_hf(checkpoint, out, hf=origin, experts_layout=experts_layout, fp8=fp8, check=check)
+    typer.echo(f"{out}: {count} tensors" + (", every bit checked" if check else ""))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run folders, such as runs/quickstart")],
     png: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,39 +19,27 @@ def main(
         Path, typer.Argument(help="Hugging Face folder: config.json, *.safetensors, tokenizer ...")
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write; it appears only when it is whole.")],
-    plan: Annotated[
-        str, typer.Option(help="Layout to write under, such as tp=2,ep=2,etp=1; its ranks are started here.")
-    ] = "",
     experts_layout: Annotated[str, typer.Option(help="auto, published or transformers.")] = "auto",
     check: Annotated[
         bool, typer.Option("--check", help="Read the result back and compare every bit.")
     ] = False,
 ) -> None:
-    """Convert weights **tensor by tensor**: each rank reads what it holds and writes that.
+    """Convert weights **expert by expert**: memory for a few matrices is enough, and no GPU is used.
 
     The result holds `policy/`, a distributed checkpoint that any layout can read, and `hf/`: configuration, tokenizer,
-    processor, chat template, generation config. More ranks need less memory each.
+    processor, chat template, generation config. Killed, the same command goes on with the files that are missing.
 
     Examples:
 
         python tools/hf_to_megatron.py data/tiny-model data/tiny-megatron --check
 
-        python tools/hf_to_megatron.py Qwen3-VL-30B-A3B-Instruct qwen-megatron --plan tp=2,ep=4
+        python tools/hf_to_megatron.py Qwen3-VL-30B-A3B-Instruct qwen-megatron
     """
-    from gspo_mm.families.folder import read_hf
-    from gspo_mm.policy.parallel import check_layout
-    from gspo_mm.runtime.launch import parse_plan, ranks_needed, start_ranks
-
-    parallel = parse_plan(plan)
-    read_hf(hf, experts_layout)
-    check_layout(str(hf), parallel, ranks_needed(parallel))
-    start_ranks(ranks_needed(parallel))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from gspo_mm.checkpoint.convert import hf_to_megatron
-    from gspo_mm.runtime.dist import Ranks
 
-    count = hf_to_megatron(hf, out, parallel, experts_layout=experts_layout, check=check)
-    if Ranks().main:
-        typer.echo(f"{out}: {count} tensors" + (", every bit checked" if check else ""))
+    count = hf_to_megatron(hf, out, experts_layout=experts_layout, check=check)
+    typer.echo(f"{out}: {count} tensors" + (", every bit checked" if check else ""))
 
 
 if __name__ == "__main__":

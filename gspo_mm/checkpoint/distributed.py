@@ -32,7 +32,6 @@ from gspo_mm.config.policy import LoraConfig
 from gspo_mm.policy.compat import is_quantized, make_optimizer_state, write_checkpoints_by_thread
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.model import PolicyModel, quiet_megatron
-from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import GspoError
 
 _EXTRA = "._extra_state"  # in the names of what Transformer Engine keeps beside weights, one for each of grouped experts
@@ -84,9 +83,7 @@ class Saving:
     def finish(self) -> None:
         """Wait for the files of all ranks and write the metadata. Raises CheckpointException on every rank."""
         self._thread.join()
-        with _quiet():
-            for step in self._request.finalize_fns:
-                step()
+        finalize(self._request)
 
 
 def save_policy(policy: Policy, folder: Path, *, background: bool = False) -> Saving:
@@ -104,13 +101,24 @@ def save_policy(policy: Policy, folder: Path, *, background: bool = False) -> Sa
         content["optimizer"] = policy.optimizer.inner.sharded_state_dict(
             model, is_loading=False, metadata=metadata
         )
-    return _begin(policy.ranks, content, folder, metadata, background=background)
+    if policy.ranks.main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    policy.ranks.barrier()
+    return Saving(_request(content, folder, metadata), background=background)
 
 
-def save_weights(ranks: Ranks, chunks: list[PolicyModel], folder: Path) -> None:
-    """Write weights only, as `tools/hf_to_megatron.py` does."""
+def request_of(chunks: list[PolicyModel], folder: Path) -> AsyncRequest:
+    """What megatron-core would write into `folder` of weights alone."""
     metadata = _metadata()
-    _begin(ranks, _model_part(chunks, metadata), folder, metadata, background=False).finish()
+    return _request(_model_part(chunks, metadata), folder, metadata)
+
+
+def finalize(request: AsyncRequest) -> None:
+    """Write the metadata of what was requested, and is on disk."""
+    with _quiet():
+        for step in request.finalize_fns:
+            step()
 
 
 def load_policy(policy: Policy, folder: Path) -> None:
@@ -118,7 +126,7 @@ def load_policy(policy: Policy, folder: Path) -> None:
 
     Raises CheckpointError when the folder is not a checkpoint of this model.
     """
-    steps = _common(folder).get("optimizer_steps", 0)
+    steps = common_of(folder).get("optimizer_steps", 0)
     if not steps:
         load_weights(policy.chunks, folder)
         policy.optimizer.take_over_parameters()
@@ -181,13 +189,7 @@ def _of_chunk(chunk: PolicyModel, metadata: dict[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in whole.items() if _EXTRA not in name}
 
 
-def _begin(
-    ranks: Ranks, content: dict[str, Any], folder: Path, metadata: dict[str, Any], *, background: bool
-) -> Saving:
-    if ranks.main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    ranks.barrier()
+def _request(content: dict[str, Any], folder: Path, metadata: dict[str, Any]) -> AsyncRequest:
     plain = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
     write_checkpoints_by_thread()
     with _quiet():
@@ -195,16 +197,21 @@ def _begin(
             content, str(folder), content_metadata=plain, async_sharded_save=True, async_strategy="mcore"
         )
     assert request is not None
-    return Saving(request, background=background)
+    return request
+
+
+def parts_of(chunk: PolicyModel) -> dict[str, Any]:
+    """How checkpoints name and cut the tensors of a model chunk."""
+    return _of_chunk(chunk, _metadata())
 
 
 def adapters_of(folder: Path) -> LoraConfig | None:
     """`policy.lora` of the run that wrote a checkpoint. Raises CheckpointError when it is none."""
-    found = _common(folder).get("lora")
+    found = common_of(folder).get("lora")
     return LoraConfig.model_validate(found) if found else None
 
 
-def _common(folder: Path) -> dict[str, Any]:
+def common_of(folder: Path) -> dict[str, Any]:
     """What is not a tensor: the optimizer's step count among it."""
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(f"{folder} is no distributed checkpoint (no metadata.json in it); name another")
@@ -213,7 +220,7 @@ def _common(folder: Path) -> dict[str, Any]:
 
 
 def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    _common(folder)
+    common_of(folder)
     try:
         with _quiet():
             return cast(dict[str, Any], dist_checkpointing.load(wanted, str(folder)))

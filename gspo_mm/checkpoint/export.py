@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from gspo_mm.config import ModelConfig
-from gspo_mm.families.write import write_hf
+from gspo_mm.families.write import whole_folder, write_hf
+from gspo_mm.hf.shard import ShardWriter
 from gspo_mm.policy.engine import Policy
 
 
@@ -55,13 +54,12 @@ def export_adapters(policy: Policy, path: Path, model: ModelConfig) -> None:
             "target_modules": [key.removesuffix(".weight") for key in pairs if key.endswith(".weight")],
             "target_parameters": list(stacks),
         }
-        temporary = path.with_name(f".tmp-{path.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        (temporary / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        with whole_folder(path) as folder:
+            with ShardWriter(folder / "adapter_model.safetensors", room=2**12 + 512 * len(tensors)) as file:
+                for name, tensor in tensors.items():
+                    file.add(name, [tensor])
+                file.finish()
+            (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _under(module: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,11 +1,32 @@
-"""Which Hugging Face folder a checkpoint came from, found without loading anything."""
+"""Which checkpoint of a run is meant, and which Hugging Face folder it came from, found without loading anything."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from gspo_mm.checkpoint.store import Store
 from gspo_mm.config import load_config
 from gspo_mm.types import GspoError
+
+
+def checkpoint_of(source: Path, step: int | None) -> Path:
+    """`source` itself, or where it is a run folder its newest checkpoint or that of `step`. Raises GspoError without one."""
+    folder = source / "checkpoints"
+    if not folder.is_dir():
+        if step is not None:
+            raise GspoError(f"{source} is no run folder (no checkpoints/ in it), so leave out --step")
+        return source
+    store = Store(folder, keep=1)
+    if step is None:
+        if (newest := store.latest()) is None:
+            raise GspoError(f"{folder} holds no whole checkpoint; let the run write one, or name another run")
+        return newest
+    if not store.is_whole(store.path(step)):
+        there = ", ".join(
+            str(int(path.name[5:])) for path in sorted(folder.glob("step-*")) if store.is_whole(path)
+        )
+        raise GspoError(f"{folder} has no whole checkpoint of step {step}; there are {there or 'none'}")
+    return store.path(step)
 
 
 def origin_of(checkpoint: Path, hf: Path | None) -> Path:

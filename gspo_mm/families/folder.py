@@ -71,12 +71,16 @@ class HfFolder:
     def names(self) -> list[str]:
         return list(self._headers)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor. Raises HfFolderError for a name that the folder does not have."""
+    def tensor(self, name: str, expert: int | None = None) -> torch.Tensor:
+        """One tensor, or of a fused one that expert as [1, ...]. Raises HfFolderError for a name that is not in the folder."""
         self._header(name)
-        tensor = self._stored.tensor(name)
+        tensor = self._stored.tensor(name, expert)
         stacked = expert_kind(name) in self.expert_shapes and name not in self._stored.apart
         return tensor.transpose(1, 2) if stacked and self.experts_layout == "published" else tensor
+
+    def close(self) -> None:
+        """Give back the memory that files are mapped to; reading goes on as before."""
+        self._stored.close()
 
     def dtype(self, name: str) -> torch.dtype:
         return _DTYPES[self._header(name).dtype]

@@ -212,7 +212,7 @@ class StackExperts:
         return list(stacked.unbind(0))
 
     def to_hf(self, megatron: list[torch.Tensor]) -> list[torch.Tensor]:
-        stacked = torch.stack(megatron)
+        stacked = torch.stack(megatron) if len(megatron) > 1 else megatron[0][None]
         if self.in_turns:
             stacked = torch.stack(stacked.chunk(2, 1), 2).flatten(1, 2)
         return [stacked.transpose(1, 2).contiguous() if self.turned else stacked]

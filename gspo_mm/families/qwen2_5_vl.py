@@ -79,7 +79,7 @@ class Qwen25VL(Qwen3Decoder, QwenImages):
 
     def build_rotary(self, hf: Any) -> torch.nn.Module:
         text = hf.text_config
-        axis = torch.arange(3).repeat_interleave(torch.tensor(_section(text)))
+        axis = torch.tensor([axis for axis, count in enumerate(_section(text)) for _ in range(count)])
         return MultiAxisRotary(head_dim(text), base=text.rope_parameters["rope_theta"], axis=axis)
 
     def check_served(self, hf: Any) -> None:

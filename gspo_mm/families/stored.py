@@ -54,25 +54,33 @@ class Stored:
             if isinstance(op, StackExperts) and not op.together and entry.hf[0] not in self.headers:
                 self._join_experts(entry.hf[0], op, len(entry.megatron))
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, expert: int | None = None) -> torch.Tensor:
+        """With `expert` that one of a fused tensor, as [1, ...]."""
         if name in self.apart:
-            experts = self.apart[name]
+            experts = self.apart[name] if expert is None else [self.apart[name][expert]]
             return torch.stack([torch.cat([self._read(part) for part in parts]) for parts in experts])
-        return self._read(name)
+        return self._read(name, expert)
 
-    def _read(self, name: str) -> torch.Tensor:
+    def close(self) -> None:
+        """Give back the memory that files are mapped to; they are opened again where they are needed."""
+        self._handles.clear()
+
+    def _read(self, name: str, expert: int | None = None) -> torch.Tensor:
         if name in self._packed:
-            return unpack(self._from_file(name + _BLOCKS), self._from_file(name + _SCALES))
-        tensor = self._from_file(name)
+            return unpack(self._from_file(name + _BLOCKS, expert), self._from_file(name + _SCALES, expert))
+        tensor = self._from_file(name, expert)
         if self._block and name + SCALE in self._files:
             return dequantize(tensor, self._from_file(name + SCALE), self._block)
         return tensor
 
-    def _from_file(self, name: str) -> torch.Tensor:
+    def _from_file(self, name: str, expert: int | None = None) -> torch.Tensor:
         file = self._files[name].file
-        if file not in self._handles:
-            self._handles[file] = safe_open(file, framework="pt")
-        return self._handles[file].get_tensor(self._name_in_file[name])
+        handle = self._handles.get(file)
+        if handle is None:
+            handle = self._handles[file] = safe_open(file, framework="pt")
+        if expert is None:
+            return handle.get_tensor(self._name_in_file[name])
+        return handle.get_slice(self._name_in_file[name])[expert : expert + 1]
 
     def _without_scales(self) -> dict[str, Header]:
         """Headers of what is read: FP8 as BF16, its scales left out."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,12 +21,17 @@ from gspo_mm.families.folder import HfFolder, expert_kind, read_hf
 from gspo_mm.families.operations import StackExperts
 from gspo_mm.families.table import family_of
 from gspo_mm.hf.headers import INDEX, SINGLE, HfFolderError, read_json
-from gspo_mm.runtime.disk import refusal, sync
+from gspo_mm.hf.shard import ShardWriter
+from gspo_mm.runtime.disk import publish, refusal, sync
 
 logger = logging.getLogger(__name__)
 
 TEMPLATE = "tensors.json"
 CARRIED = "carried.safetensors"
+
+type Named = tuple[str, torch.Tensor]
+# what a tensor is written as, by name
+type Change = Callable[[str, torch.Tensor], Iterator[Named]]
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
@@ -50,23 +56,29 @@ def write_hf(
     Raises HfFolderError when the names are not those of `source`, or when the disk refuses.
     """
     path, origin = Path(path), template_of(source, experts_layout)
+    with whole_folder(path, durable=durable) as temporary:
+        _fill(temporary, origin, tensors, shard_bytes)
+    return path
+
+
+@contextmanager
+def whole_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """An empty folder to fill in the block, which then takes the place of `path`. Raises HfFolderError when the disk refuses."""
     temporary = path.with_name(f".tmp-{path.name}")
-    _warn_of_square_experts(origin)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _fill(temporary, origin, tensors, shard_bytes)
+        yield temporary
         if durable:
             for item in [*temporary.iterdir(), temporary]:
                 sync(item)
-        _publish(temporary, path)
+        publish(temporary, path)
         if durable:
             sync(path.parent)
     except OSError as error:
         raise HfFolderError(f"{path} cannot be written: {refusal(error, folder=path.parent)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return path
 
 
 class Template:
@@ -128,16 +140,36 @@ def unquantize_config(folder: Path) -> None:
         file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _fill(
-    folder: Path, origin: HfFolder | Template, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
-) -> None:
+def _fill(folder: Path, origin: HfFolder | Template, tensors: Iterable[Named], shard_bytes: int) -> None:
     shards, written = _write_shards(folder, origin, tensors, shard_bytes)
     missing = set(origin.names()) - written - _tied_names(origin.path)
     if missing:
         raise HfFolderError(
             f"{len(missing)} tensors of {origin.path} were not given, first {min(missing)}; export the whole model"
         )
-    _name_shards(folder, shards)
+    files = shard_names(len(shards))
+    for number, file in enumerate(files):
+        (folder / f"part-{number:05d}").rename(folder / file)
+    complete(folder, origin, dict(zip(files, shards, strict=True)))
+
+
+def shard_names(count: int) -> list[str]:
+    """Names of a folder's files of weights, where there are that many."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def complete(folder: Path, origin: HfFolder | Template, shards: dict[str, Shard]) -> None:
+    """All that belongs beside the files of weights, `shards` by name."""
+    _warn_of_square_experts(origin)
+    if len(shards) > 1:
+        weight_map = {name: file for file, (_, names) in shards.items() for name in names}
+        index = {
+            "metadata": {"total_size": sum(size for size, _ in shards.values())},
+            "weight_map": weight_map,
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     copy_files(origin.path, folder)
     if isinstance(origin, HfFolder):
         unquantize_config(folder)
@@ -154,77 +186,75 @@ def _warn_of_square_experts(origin: HfFolder | Template) -> None:
         )
 
 
-type _Shard = tuple[str, int, list[str]]  # file name, bytes, tensor names
+# bytes, tensor names
+type Shard = tuple[int, list[str]]
+
+
+def published(
+    origin: HfFolder | Template, name: str, parts: Iterable[torch.Tensor], change: Change | None = None
+) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
+    """What published checkpoints hold of a tensor in transformers' in-memory layout, in the dtypes of `origin`.
+
+    `parts` make up the tensor along its first dim, and are one for each of fused experts; those of what comes out are made
+    when they are asked for. `change` gets whole matrices, experts one by one. Raises HfFolderError for a name that is not in
+    `origin`.
+    """
+    if name not in origin:
+        raise HfFolderError(f"{name} is not in {origin.path}, so a folder like it cannot hold it")
+    dtype, kind = origin.dtype(name), expert_kind(name)
+    cast = (part.detach().to("cpu", dtype) for part in parts)
+    named = origin.prefixes.published
+    if kind in origin.expert_shapes and (origin.published_experts == "apart" or change):
+        op = StackExperts(gated=kind == "gate_up_proj")
+        for expert, one in enumerate(cast):
+            for apart, matrix in zip(op.names_apart(name, expert), op.apart(one[0]), strict=True):
+                for last, value in change(apart, matrix) if change else [(apart, matrix)]:
+                    yield named(last), [value]
+    elif kind in origin.expert_shapes and origin.published_experts == "exchanged":
+        # torch turns a matrix five times as fast as a stack of them
+        yield named(name), (one[0].T.contiguous()[None] for one in cast)
+    elif change:
+        (whole,) = cast
+        yield from ((named(last), [value]) for last, value in change(name, whole))
+    else:
+        yield named(name), cast
 
 
 def _write_shards(
-    folder: Path, origin: HfFolder | Template, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int
-) -> tuple[list[_Shard], set[str]]:
-    shards: list[_Shard] = []
-    pending: dict[str, torch.Tensor] = {}
-    size = 0
+    folder: Path, origin: HfFolder | Template, tensors: Iterable[Named], shard_bytes: int
+) -> tuple[list[Shard], set[str]]:
+    """Files `part-NUMBER` as tensors come; none is kept in memory."""
+    shards: list[Shard] = []
+    with ExitStack() as files:
 
-    def flush() -> None:
-        name = f"part-{len(shards):05d}"
-        save_file(pending, folder / name, metadata={"format": "pt"})
-        shards.append((name, size, list(pending)))
-        pending.clear()
+        def begin() -> ShardWriter:
+            room = min(
+                2**18, 2**13 + shard_bytes // 32
+            )  # for the header: more tensors than that go into the next file
+            return files.enter_context(ShardWriter(folder / f"part-{len(shards):05d}", room=room))
 
-    def add(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-        nonlocal size
-        tensor = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        if pending and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        pending[name] = tensor
-        size += tensor.nbytes
+        def add(name: str, size: int, parts: Iterable[torch.Tensor]) -> None:
+            nonlocal file
+            if not file.takes(name) or (file.size and file.size + size > shard_bytes):
+                shards.append(file.finish())
+                file = begin()
+            file.add(name, parts)
 
-    written: set[str] = set()
-    for name, tensor in tensors:
-        if name not in origin:
-            raise HfFolderError(f"{name} is not in {origin.path}, so a folder like it cannot hold it")
-        for published, part in _published(origin, name, tensor):
-            add(origin.prefixes.published(published), part, origin.dtype(name))
-        written.add(name)
-    for name, tensor in origin.carried():
-        add(name, tensor, tensor.dtype)
-    flush()
+        file, written = begin(), set[str]()
+        for name, tensor in tensors:
+            stack = expert_kind(name) in origin.expert_shapes
+            for last, parts in published(origin, name, tensor.split(1) if stack else [tensor]):
+                size = (
+                    parts[0].nbytes
+                    if isinstance(parts, list)
+                    else tensor.numel() * origin.dtype(name).itemsize
+                )
+                add(last, size, parts)
+            written.add(name)
+        for name, tensor in origin.carried():
+            add(name, tensor.nbytes, [tensor])
+        shards.append(file.finish())
     return shards, written
-
-
-def _published(
-    origin: HfFolder | Template, name: str, tensor: torch.Tensor
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """What published checkpoints hold of a tensor that transformers has."""
-    kind = expert_kind(name)
-    if kind not in origin.expert_shapes:
-        yield name, tensor
-    elif origin.published_experts == "apart":
-        yield from StackExperts(gated=kind == "gate_up_proj").all_apart(name, tensor)
-    else:
-        yield name, tensor.transpose(1, 2) if origin.published_experts == "exchanged" else tensor
-
-
-def _name_shards(folder: Path, shards: list[_Shard]) -> None:
-    if len(shards) == 1:
-        (folder / shards[0][0]).rename(folder / SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for number, (part, _, names) in enumerate(shards, start=1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / part).rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": sum(size for _, size, _ in shards)}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    old = path.with_name(f".old-{path.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    temporary.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _tied_names(path: Path) -> set[str]:

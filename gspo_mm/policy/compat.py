@@ -12,6 +12,9 @@ from typing import Any, cast
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.fp8_utils import post_all_gather_processing
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+StorageInfo = _StorageInfo  # where a file of a distributed checkpoint has a piece: name, first byte, bytes
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:

@@ -35,7 +35,7 @@ from gspo_mm.families.base import Family
 from gspo_mm.families.operations import Entry, StackExperts
 from gspo_mm.policy.model import PolicyModel
 from gspo_mm.policy.parallel import Groups
-from gspo_mm.policy.weights import Weights, value_of
+from gspo_mm.policy.weights import Take, Weights, value_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +85,12 @@ class Adapters(MegatronModule):
         return parameter in self._places
 
     @torch.no_grad()
-    def merged(self, parameter: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a weight with its pairs added, rounded once to the weight's format."""
-        value, place = value_of(parameter), self._places.get(parameter)
+    def merged(self, parameter: torch.Tensor, read: Take = value_of) -> torch.Tensor:
+        """This rank's part of a weight with its pairs added, rounded once to the weight's format; `read`: a parameter's value."""
+        value, place = read(parameter), self._places.get(parameter)
         if place is None:
             return value
-        pairs = [self.pair(key) for key in place.keys]
+        pairs = [tuple(map(read, self.pair(key))) for key in place.keys]
         products = [self._scale * (b.float() @ a.float()) for a, b in pairs]
         if isinstance(place.entry.op, StackExperts):
             (whole,) = products

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -115,6 +116,16 @@ def written_whole(path: Path, *, private: bool = False, on_disk: bool = False) -
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Have a whole folder take the place of `path`."""
+    old = path.with_name(f".old-{path.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

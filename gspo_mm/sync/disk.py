@@ -66,7 +66,7 @@ def exchange_folder(config: Config) -> Path:
 def write_served(
     path: Path, template: Path, tensors: Iterable[tuple[str, torch.Tensor]], *, bucket_mb: int
 ) -> None:
-    """A folder of these weights for servers to load, in files of half a bucket: safetensors copies what it writes."""
+    """A folder of these weights for servers to load, in files of half a bucket: SGLang reads a file at a time."""
     write_hf(path, template, tensors, durable=False, shard_bytes=bucket_mb * MIB // 2)
 
 

@@ -52,12 +52,16 @@ class Quantizer:
     def __call__(self, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
         for whole_name, whole in tensors:
             for name, tensor in self._apart(whole_name, whole):
-                if name in self._quantized:
-                    weight, scales = quantize(tensor)
-                    yield name, weight
-                    yield name + SCALE, scales
-                else:
-                    yield name, tensor
+                yield from self.one(name, tensor)
+
+    def one(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """A matrix, or anything else but stacked experts."""
+        if name in self._quantized:
+            weight, scales = quantize(tensor)
+            yield name, weight
+            yield name + SCALE, scales
+        else:
+            yield name, tensor
 
     def _apart(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         op = self._stacks.get(name)

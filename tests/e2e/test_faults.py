@@ -63,7 +63,7 @@ def test_a_tensor_that_training_would_lose_is_refused_by_every_command(
         assert "holds mtp.norm.weight, which the model of its config.json does not have" in str(
             result.exception
         )
-    result = CliRunner().invoke(hf_to_megatron.app, [str(folder), str(tmp_path / "out"), "--plan", "tp=2"])
+    result = CliRunner().invoke(hf_to_megatron.app, [str(folder), str(tmp_path / "out")])
     assert "holds mtp.norm.weight" in str(result.exception)
     result = CliRunner().invoke(check_parity.app, ["--hf", str(folder)])
     assert result.exit_code == 2

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from gspo_mm.checkpoint.convert import megatron_to_hf
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
 from gspo_mm.checkpoint.export import export_adapters
-from gspo_mm.config import ModelConfig, ParallelConfig, PolicyConfig
+from gspo_mm.config import ModelConfig, PolicyConfig
 from gspo_mm.config.layout import PlanError
 from gspo_mm.families.folder import read_hf
 from gspo_mm.policy.engine import Policy
@@ -198,6 +198,6 @@ def test_a_checkpoint_is_continued_and_converted_with_its_adapters(tmp_path: Pat
     second = adapted(folder, targets)
     load_policy(second, tmp_path / "checkpoint" / "policy")
     assert train(second, 2) == expected
-    megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", ParallelConfig(), hf=folder, check=True)
+    megatron_to_hf(tmp_path / "checkpoint", tmp_path / "out", hf=folder, check=True)
     converted = dict(read_hf(tmp_path / "out"))
     assert all(torch.equal(converted[name], tensor) for name, tensor in merged.items())

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gspo_mm.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from gspo_mm.config import ParallelConfig, PolicyConfig
+from gspo_mm.config import PolicyConfig
 from gspo_mm.families.folder import read_hf
 from gspo_mm.families.table import FAMILIES
 from gspo_mm.families.write import write_hf
@@ -79,13 +79,11 @@ def test_updates_of_a_policy_in_bf16_leave_the_bias_to_the_bit(
 def test_a_folder_of_bf16_and_biases_is_converted_in_bf16_there_and_back(
     model: Any, folder: Path, tmp_path: Path
 ) -> None:
-    hf_to_megatron(folder, tmp_path / "megatron", ParallelConfig(), check=True)
+    hf_to_megatron(folder, tmp_path / "megatron", check=True)
     stored = sum(f.stat().st_size for f in (tmp_path / "megatron/policy").iterdir())
     weights = sum(p.numel() for p in model.parameters())
     assert stored < 3.5 * weights  # bytes; in float32 they would be 4 each
-    megatron_to_hf(
-        tmp_path / "megatron", tmp_path / "out", ParallelConfig(), hf=tmp_path / "megatron/hf", check=True
-    )
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "out", hf=tmp_path / "megatron/hf", check=True)
     found = load_file(tmp_path / "out/model.safetensors")
     assert "model.language_model.layers.1.mlp.experts.7.down_proj.weight" in found
     assert_kept(biases(found), model)

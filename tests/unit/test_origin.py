@@ -1,12 +1,13 @@
 """A checkpoint knows the folder that it came from, or the tool says at once that --hf is missing."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from gspo_mm.checkpoint.origin import origin_of
+from gspo_mm.checkpoint.origin import checkpoint_of, origin_of
 from gspo_mm.config import parse_config, save_config
 from gspo_mm.types import GspoError
 
@@ -65,11 +66,11 @@ def test_a_checkpoint_without_a_run_is_refused_before_anything_is_loaded(tmp_pat
     (tmp_path / "step" / "policy").mkdir(parents=True)
     script = (
         "import sys\n"
-        "from tools.megatron_to_hf import main\n"
+        "from gspo_mm.cli import export\n"
         "from gspo_mm.types import GspoError\n"
         "from pathlib import Path\n"
         "try:\n"
-        f"    main(Path({str(tmp_path / 'step')!r}), Path('out'))\n"
+        f"    export(Path({str(tmp_path / 'step')!r}), Path('out'))\n"
         "except GspoError as error:\n"
         "    print(error)\n"
         "print([m for m in ('torch', 'transformers', 'megatron') if m in sys.modules])"
@@ -84,3 +85,19 @@ def test_a_checkpoint_without_a_run_is_refused_before_anything_is_loaded(tmp_pat
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GspoError, match=r"has no policy/ in it; name a checkpoint such as"):
         origin_of(tmp_path, None)
+
+
+def test_of_a_run_the_newest_whole_checkpoint_is_meant_or_that_of_a_step(checkpoint: Path) -> None:
+    run = checkpoint.parents[1]
+    for step in (2, 7, 9):
+        path = checkpoint.with_name(f"step-{step:08d}")
+        (path / "policy").mkdir(parents=True, exist_ok=True)
+        (path / "policy" / "x").write_text("")
+        if step != 9:  # that one has not been finished
+            (path / "state.json").write_text(json.dumps({"step": step}))
+    assert checkpoint_of(run, None).name == "step-00000007"
+    assert checkpoint_of(run, 2) == checkpoint_of(checkpoint, None) == checkpoint
+    with pytest.raises(GspoError, match="has no whole checkpoint of step 9; there are 2, 7"):
+        checkpoint_of(run, 9)
+    with pytest.raises(GspoError, match=r"is no run folder .* leave out --step"):
+        checkpoint_of(checkpoint, 2)

@@ -14,7 +14,7 @@ import torch
 from gspo_mm.batch.packing import pack
 from gspo_mm.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
-from gspo_mm.config import ParallelConfig, PolicyConfig
+from gspo_mm.config import PolicyConfig
 from gspo_mm.families.folder import read_hf
 from gspo_mm.policy import spec
 from gspo_mm.policy.compat import is_quantized
@@ -196,7 +196,7 @@ def test_there_and_back_by_way_of_a_run(
     def locally(convert: Any, *args: Any, **kwargs: Any) -> None:
         with monkeypatch.context() as context:
             context.setattr(spec, "FUSED", False)
-            convert(*args, ParallelConfig(), check=True, **kwargs)
+            convert(*args, check=True, **kwargs)
 
     locally(hf_to_megatron, folder, tmp_path / "start")
     trained, before = policy(folder, form, freeze=["vision", "router"]), read_hf(folder)
