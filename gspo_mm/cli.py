@@ -5,11 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.runtime.reporting import run_reporting_faults
 from gspo_mm.types import GspoError
 
 app = typer.Typer(
@@ -325,47 +323,6 @@ def plan(
 def main() -> None:
     """Entry point of `gspo-mm`."""
     run_reporting_faults(app)
-
-
-def run_reporting_faults(command: Callable[[], Any]) -> None:
-    """Run `command`; a user's mistake or a disk that refuses ends it with one sentence and status 2.
-
-    Of many ranks with the same fault one per node reports it, or the one that had it.
-    """
-    try:
-        command()
-        return
-    except GspoError as error:
-        message = str(error)
-        _tell_launcher(message)
-        if error.told_elsewhere or os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(2)
-    except Exception as error:
-        from gspo_mm.runtime.disk import refusal
-
-        if not isinstance(error, OSError) or (said := refusal(error)) is None:
-            _log_to_file(traceback.format_exc())  # a terminal's text may be lost
-            raise
-        message = f"{error.filename or 'a file of the run'} cannot be read or written: {said}"
-        _tell_launcher(message)
-    _log_to_file(message)
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
-    sys.exit(2)
-
-
-def _log_to_file(message: str) -> None:
-    from gspo_mm.runtime.log import log_to_file
-
-    log_to_file(message)
-
-
-def _tell_launcher(message: str) -> None:
-    """Have torchrun end its report of a failed rank with our sentence; it cannot be kept from writing one."""
-    if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
-        return
-    extra = {"timestamp": str(int(time.time()))}  # torchrun takes the earliest for the root cause
-    with suppress(OSError):
-        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gspo_mm.cli import run_reporting_faults
+from gspo_mm.runtime.reporting import run_reporting_faults
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 

@@ -12,7 +12,7 @@ parallel) are given the same ones; data-parallel ranks have their own, and equal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -26,13 +26,13 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from gspo_mm.config import PolicyConfig
-from gspo_mm.config.layout import PlanError
 from gspo_mm.families.base import Family
 from gspo_mm.families.folder import HfFolder, read_hf
 from gspo_mm.families.table import family_of
 from gspo_mm.loss.metrics import Metrics
 from gspo_mm.policy import cpu
 from gspo_mm.policy.expert_load import ExpertLoad
+from gspo_mm.policy.frozen import check_frozen, freeze
 from gspo_mm.policy.layout import padded_tokens
 from gspo_mm.policy.lora import Adapters, add_adapters, check_targets
 from gspo_mm.policy.model import PolicyModel, padded_vocab, quiet_megatron
@@ -378,23 +378,6 @@ def build_chunks(
     """This rank's part of the model: one module, or plan.vpp of them. Weights are arbitrary."""
     stages = list(range(plan.vpp)) if plan.vpp > 1 else [None]
     return [PolicyModel(family, hf, config, plan, groups, vp_stage=stage).to(device()) for stage in stages]
-
-
-def check_frozen(family: Family, hf: Any, parts: Sequence[str]) -> None:
-    """Raise PlanError for parts that the model does not have."""
-    absent = [part for part in parts if part in ("vision", "projector")]
-    if absent and family.image_token_id(hf) is None:
-        raise PlanError(
-            f"policy.freeze names {' and '.join(absent)}, and models of type {hf.model_type} take text alone; take it off "
-            "the list"
-        )
-
-
-def freeze(module: PolicyModel, parts: Sequence[str]) -> None:
-    """Switch off gradients of parts: vision (tower), projector (mergers), router, language (router included)."""
-    frozen = {*parts, "router"} if "language" in parts else set(parts)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(module.family.part_of(name) not in frozen)
 
 
 def _gather_buffer(buffer: Any) -> None:

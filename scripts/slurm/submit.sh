@@ -149,7 +149,7 @@ import sys
 gpu, nodes, per_node, rollout_nodes = sys.argv[-4], *map(int, sys.argv[-3:])
 del sys.argv[-4:]
 from gspo_mm.checkpoint.owner import check_free
-from gspo_mm.cli import run_reporting_faults
+from gspo_mm.runtime.reporting import run_reporting_faults
 from gspo_mm.config import load_config
 from gspo_mm.inputs import check_files
 from gspo_mm.types import GspoError

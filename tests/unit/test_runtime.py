@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from gspo_mm.cli import run_reporting_faults
 from gspo_mm.observe.progress import Progress
 from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.phases import Busy, Phases
 from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.runtime.reporting import run_reporting_faults
 from gspo_mm.runtime.seeds import derive_seed
 from tests.waiting import eventually
 
