@@ -43,6 +43,7 @@ class Fleet:
         self._back = 0  # servers that came back
         self._changed = asyncio.Condition()
         self._router: Router | None = None
+        self._routers = 1  # started
         self._complete = False  # whether all servers have been up
         self._fault: ServerError | None = None
         self._task: asyncio.Task[None] | None = None
@@ -167,6 +168,7 @@ class Fleet:
             if time.monotonic() - beaten > _BEAT:
                 beat(self._folder)
                 beaten = time.monotonic()
+            await self._look_at_router()
             before = dict(self._up)
             gone = await self._look()
             if before != self._up or not self._is_routed():
@@ -181,6 +183,25 @@ class Fleet:
                     ServerError(f"{len(gone)} of {self._wanted} servers have stopped for good: {reasons}")
                 )
             await asyncio.sleep(_POLL)
+
+    async def _look_at_router(self) -> None:
+        """Start another when it has ended."""
+        if self._router is None or (status := self._router.ended()) is None:
+            return
+        self._routers += 1
+        if self._routers > 1 + self._sglang.max_restarts:
+            await self._fail(
+                ServerError(
+                    f"sglang-router has ended {self._routers - 1} times, rollout.sglang.max_restarts="
+                    f"{self._sglang.max_restarts}; its log is {self._router.log}"
+                )
+            )
+            return
+        logger.warning(
+            "sglang-router has ended with status %d: starting another, log in %s", status, self._router.log
+        )
+        self._router.close()
+        self._router = Router(self._router.log)
 
     async def _look(self) -> list[Server]:
         """Bring `_up` up to date; returns servers that will not come back."""
@@ -222,7 +243,8 @@ class Fleet:
 
     def _serving(self) -> list[Server]:
         """Servers that can be asked: current and, where there is a router, known to it."""
-        return self._current() if self._router is None or self._router.workers else []
+        routed = self._router is None or (self._router.workers and self._router.ended() is None)
+        return self._current() if routed else []
 
     def _current(self) -> list[Server]:
         return [server for server in self.up() if self._is_current(server)]

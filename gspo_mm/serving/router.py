@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_fixed
 
 from gspo_mm.runtime.net import LOOPBACK, free_port
 from gspo_mm.serving.admin import is_alive
@@ -55,7 +55,7 @@ class Router:
             "--balance-rel-threshold", "1.0", "--disable-retries",
             "--request-timeout-secs", "86400", "--log-level", "warn",
         ]  # fmt: skip
-        self._log = log
+        self.log = log
         log.touch(mode=0o600)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -78,7 +78,13 @@ class Router:
             try:
                 await self._change()
             except (httpx.HTTPError, _NotYetError) as error:
-                raise ServerError(f"sglang-router failed, see {self._log}: {error!r}") from None
+                if self.ended() is not None:  # the fleet starts another
+                    return
+                raise ServerError(f"sglang-router failed, see {self.log}: {error!r}") from None
+
+    def ended(self) -> int | None:
+        """The status of its process; None while it runs."""
+        return self._process.poll()
 
     def close(self) -> None:
         self._process.terminate()
@@ -129,9 +135,12 @@ class Router:
                     response.raise_for_status()
 
     def _patiently(self) -> AsyncRetrying:
+        def is_in_vain(state: RetryCallState) -> bool:
+            return (state.seconds_since_start or 0.0) >= _PATIENCE or self.ended() is not None
+
         return AsyncRetrying(
             retry=retry_if_exception_type((httpx.HTTPError, _NotYetError)),
             wait=wait_fixed(0.2),
-            stop=stop_after_delay(_PATIENCE),
+            stop=is_in_vain,
             reraise=True,
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 
 from gspo_mm.config import parse_config
@@ -341,3 +344,42 @@ def test_a_server_that_pauses_for_weights_is_still_there(
     server.said["/ready"] = (503, "")
     loop.run(fleet.suspect(server.url))
     assert fleet.up()
+
+
+# --- the router in front of them
+
+
+def kill_routers() -> None:
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if "sglang_router" in " ".join(process.cmdline()):
+                process.kill()
+
+
+@pytest.mark.slow
+def test_a_router_that_is_killed_is_replaced(loop: Background, folder: Path, new_server: Servers) -> None:
+    pytest.importorskip("sglang_router")
+    servers = [up(new_server(), "a"), up(new_server(), "b")]
+    for server in servers:
+        register(folder, server)
+    fleet = new_fleet(folder, servers=2, max_restarts=1)
+    loop.run(fleet.open())
+    try:
+        loop.run(fleet.hold(1, servers))
+        first, _ = loop.run(fleet.url())
+        kill_routers()
+
+        def next_url() -> str:
+            return url if (url := loop.run(fleet.url())[0]) != first else ""
+
+        second = eventually(next_url)
+        assert second.startswith("http://127.0.0.1:")
+        answer = httpx.get(second + "/health", timeout=PATIENCE)
+        assert answer.status_code == 200
+        kill_routers()
+        with pytest.raises(
+            ServerError, match=r"sglang-router has ended 2 times, rollout.sglang.max_restarts=1"
+        ):
+            eventually(lambda: loop.run(fleet.url())[0] not in (first, second))
+    finally:
+        fleet.close("the test is over")

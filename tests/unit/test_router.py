@@ -173,9 +173,11 @@ def test_a_router_that_does_not_answer_is_a_sentence(
 ) -> None:
     monkeypatch.setattr("gspo_mm.serving.router._PATIENCE", 0.5)
     router = Router(tmp_path / "router.log")
-    router.close()
+    monkeypatch.setattr(router, "_client", httpx.AsyncClient(base_url="http://127.0.0.1:9"))
     with pytest.raises(ServerError, match=r"sglang-router failed, see .*router\.log"):
         do(router.serve([registration(servers[0])]))
+    router.close()
+    do(router.serve([registration(servers[0])]))  # of one that has ended nothing is expected
 
 
 def test_closing_ends_its_processes(tmp_path: Path, servers: list[FakeServer], do: Do) -> None:
