@@ -92,23 +92,23 @@ def judge(reports: Mapping[int, Report | None], nodes: Sequence[str]) -> dict[st
 
 
 def look(own: Report, *, timeout: float) -> tuple[dict[str, str], float]:
-    """The bad nodes; where there are none, how fast the ring is (`ring`). Every rank calls it with its own report."""
-    rank, size = int(os.environ.get("RANK", "0")), world_size()
+    """The bad nodes; where there are none, how fast the ring is (`ring`). Every rank calls it with its own report.
+
+    Raises DistError where rank 0 does not answer.
+    """
+    rank, size = _rank(), world_size()
     address, port = os.environ.get("MASTER_ADDR", LOOPBACK), int(os.environ.get("MASTER_PORT", "29500"))
     patience = timedelta(seconds=2 * timeout)  # rank 0 needs some of it to find out who is silent
-    try:
-        store = dist.TCPStore(address, port, size, rank == 0, patience, wait_for_workers=False)
-        store.set(f"report {rank}", json.dumps(own))
-        if rank == 0:
-            _judge_all(store, size, timeout=timeout)
-        bad = json.loads(store.get("bad"))
-        speed = 0.0 if bad else ring(store, rank, size)
-        store.add("left", 1)
-        deadline = time.monotonic() + 10
-        while rank == 0 and store.add("left", 0) < size and time.monotonic() < deadline:  # the store is there
-            time.sleep(0.05)
-    except dist.DistError as error:
-        return {_nodes_of_ranks(size)[0]: f"rank 0 does not answer rank {rank}: {error}"}, 0.0
+    store = dist.TCPStore(address, port, size, rank == 0, patience, wait_for_workers=False)
+    store.set(f"report {rank}", json.dumps(own))
+    if rank == 0:
+        _judge_all(store, size, timeout=timeout)
+    bad = json.loads(store.get("bad"))
+    speed = 0.0 if bad else ring(store, rank, size)
+    store.add("left", 1)
+    deadline = time.monotonic() + 10
+    while rank == 0 and store.add("left", 0) < size and time.monotonic() < deadline:  # the store is there
+        time.sleep(0.05)
     return bad, speed
 
 
@@ -160,17 +160,24 @@ def main(
     timeout: Annotated[float, typer.Option(help="seconds to wait for silent ranks")] = 120.0,
 ) -> None:
     """Look at the job's nodes; every rank calls it."""
-    found, speed = look(own_report(folder, gpus=gpus), timeout=timeout)
-    main_rank = os.environ.get("RANK", "0") == "0"
-    if found:
-        if main_rank:
-            for node, why in found.items():
-                typer.echo(f"bad node {node}: {why}", err=True)
-            typer.echo("bad nodes: " + ",".join(found))
-    elif main_rank:
+    speaks = _rank() == 0
+    try:
+        found, speed = look(own_report(folder, gpus=gpus), timeout=timeout)
+    except dist.DistError as error:
+        found, speed = {_nodes_of_ranks(world_size())[0]: f"rank 0 does not answer: {error}"}, 0.0
+        speaks = _rank() == world_size() - 1
+    if speaks and found:
+        for node, why in found.items():
+            typer.echo(f"bad node {node}: {why}", err=True)
+        typer.echo("bad nodes: " + ",".join(found))
+    elif speaks:
         typer.echo(f"all nodes are fit; a sum over {world_size()} ranks goes at {speed:.2f} GiB/s")
     sys.stdout.flush()
     os._exit(STATUS if found else 0)  # threads of gloo or NCCL can keep Python from ending
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 if __name__ == "__main__":
