@@ -140,7 +140,7 @@ def test_servers_know_tensors_by_their_published_names(model: Any, folder: Path)
     assert of_server < stored.keys()
     assert {"model.norm.weight", "visual.merger.ln_q.weight", "visual.patch_embed.proj.weight"} < of_server
     kept = quantization_config(family, model.config)["modules_to_not_convert"]
-    assert {f"{name}.weight" for name in kept} < stored.keys()
+    assert all(any(key.startswith(f"{name}.") for key in stored) for name in kept)
     listed = {name for names in family.linear_layers(model.config).values() for name in names}
     matrices = {n for n, t in model.named_parameters() if t.dim() == 2 and ".language_model.layers." in n}
     assert listed == matrices
