@@ -30,14 +30,14 @@ def watched(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> Config:
-    """Every eighth picture is turned; only the first sample, which is not, is looked at before the first step."""
+    """Every fourth picture is turned; only the first sample, which is not, is looked at before the first step."""
     (server,) = engine.fleet.up()
     monkeypatch.setenv("GSPO_MM_API_KEY", server.api_key)
     monkeypatch.setenv("GSPO_MM_ADMIN_KEY", server.admin_key)
     monkeypatch.setattr(stages, "_LOOKED_AT", 1)
     members = []
     for number in range(SAMPLES):
-        odd = number % 8 == 5
+        odd = number % 4 == 1
         data = turned("PNG", 6, "exif") if odd else image_bytes(scene(40, 24 + number % 5))
         name = f"{'turned' if odd else 'usual'}-{number}"
         members += [(f"{name}.png", data), (f"{name}.json", record(f"What is it? {number}"))]
