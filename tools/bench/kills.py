@@ -199,7 +199,7 @@ def check_checkpoints(run: Run) -> int:
 def check_run(run: Run) -> None:
     """After it has ended in order: every step once, every group once, no prompt twice in an epoch, nothing left over."""
     steps = [line["step"] for line in read_metrics(run.path)]
-    assert steps == list(range(steps[-1] + 1)), steps
+    assert steps == list(range(1, steps[-1] + 1)), steps
     groups = [group for step in list_steps(run.path) for group in load_rollouts(run.path, step)]
     assert len(groups) == GROUPS * steps[-1]
     assert sorted(group.id for group in groups) == list(range(len(groups)))
