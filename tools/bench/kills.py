@@ -28,11 +28,15 @@ import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from gspo_mm.checkpoint.store import Store
+from gspo_mm.checkpoint.store import Store, read_state
+from gspo_mm.config import load_config
+from gspo_mm.data.processor import Processor
+from gspo_mm.data.source import PromptSource
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.rollout.saved import list_steps, load_rollouts
 from gspo_mm.runtime.net import LOOPBACK, free_port
 from gspo_mm.serving.registry import registered
+from gspo_mm.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS, GROUPS, RANKS = 400, 4, 2
@@ -72,6 +76,17 @@ class Run:
         _, alive = psutil.wait_procs(family, timeout=ENDS)
         assert not alive, f"left over: {alive}"
         self.ranks.clear()
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """The first ones that a run of this config is to train on."""
+        settings = load_config(self._config, [], any_world=True)
+        source = PromptSource(
+            settings.data,
+            Processor(settings.model.path, settings.data),
+            seed=settings.run.seed,
+            split="train",
+        )
+        return [encoded.prompt for encoded in source.take(count)]
 
     def saved(self) -> int:
         latest = Store(self.path / "checkpoints", keep=1).latest()
@@ -197,18 +212,20 @@ def check_checkpoints(run: Run) -> int:
 
 
 def check_run(run: Run) -> None:
-    """After it has ended in order: every step once, every group once, no prompt twice in an epoch, nothing left over."""
+    """After it has ended in order: every step once, every prompt once and in its turn, nothing left over."""
     steps = [line["step"] for line in read_metrics(run.path)]
     assert steps == list(range(1, steps[-1] + 1)), steps
     groups = [group for step in list_steps(run.path) for group in load_rollouts(run.path, step)]
     assert len(groups) == GROUPS * steps[-1]
-    assert sorted(group.id for group in groups) == list(range(len(groups)))
-    times = Counter(group.prompt.key for group in groups)
-    assert max(times.values()) - (min(times.values()) if len(times) == PROMPTS else 0) <= 1, (
-        times.most_common(3)
-    )
-    hidden = [path for path in run.path.rglob(".*") if not path.name.startswith(".node-")]
-    assert not hidden, hidden
+    assert len({group.id for group in groups}) == len(groups)
+    latest = Store(run.path / "checkpoints", keep=1).latest()
+    assert latest
+    waiting = len((read_state(latest).get("scheduler") or {}).get("pending", ()))
+    trained = [group.prompt.key for group in groups]
+    due = [prompt.key for prompt in run.prompts(len(trained) + waiting)]
+    assert not Counter(trained) - Counter(due), "a prompt came twice, or before its turn"
+    rests = [path for path in run.path.rglob(".*") if path.name != ".metadata"]
+    assert not [*rests, *run.path.glob("sync/*")], rests
 
 
 def main(
