@@ -38,7 +38,7 @@ from gspo_mm.families.write import (
     template_of,
 )
 from gspo_mm.hf.headers import HfFolderError, read_json
-from gspo_mm.hf.shard import ShardWriter
+from gspo_mm.hf.shard import ShardWriter, room_for
 from gspo_mm.hf.tensors import held
 from gspo_mm.policy.engine import prepare
 from gspo_mm.policy.lora import add_adapters
@@ -121,7 +121,7 @@ def megatron_to_hf(
     def write(entries: list[Entry], path: Path, moved: Moved) -> tuple[int, list[str]]:
         carried = list(template.carried()) if entries is groups[-1] else []
         tensors = len(carried) + sum(len(entry.hf) + 4 * len(entry.megatron) for entry in entries)
-        with ShardWriter(path, room=2**12 + 512 * tensors) as file:
+        with ShardWriter(path, room=room_for(tensors)) as file:
             for entry in entries:
                 for name, parts in model.to_hf(reader, entry):
                     for last, written in published(template, name, parts, change):

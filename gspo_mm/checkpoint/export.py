@@ -9,7 +9,7 @@ import torch
 
 from gspo_mm.config import ModelConfig
 from gspo_mm.families.write import whole_folder, write_hf
-from gspo_mm.hf.shard import ShardWriter
+from gspo_mm.hf.shard import ShardWriter, room_for
 from gspo_mm.policy.engine import Policy
 
 
@@ -55,7 +55,7 @@ def export_adapters(policy: Policy, path: Path, model: ModelConfig) -> None:
             "target_parameters": list(stacks),
         }
         with whole_folder(path) as folder:
-            with ShardWriter(folder / "adapter_model.safetensors", room=2**12 + 512 * len(tensors)) as file:
+            with ShardWriter(folder / "adapter_model.safetensors", room=room_for(len(tensors))) as file:
                 for name, tensor in tensors.items():
                     file.add(name, [tensor])
                 file.finish()

@@ -22,9 +22,7 @@ def checkpoint_of(source: Path, step: int | None) -> Path:
             raise GspoError(f"{folder} holds no whole checkpoint; let the run write one, or name another run")
         return newest
     if not store.is_whole(store.path(step)):
-        there = ", ".join(
-            str(int(path.name[5:])) for path in sorted(folder.glob("step-*")) if store.is_whole(path)
-        )
+        there = ", ".join(str(number) for number, _ in store.whole())
         raise GspoError(f"{folder} has no whole checkpoint of step {step}; there are {there or 'none'}")
     return store.path(step)
 

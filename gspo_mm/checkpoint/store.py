@@ -45,6 +45,10 @@ class Store:
         """The newest whole checkpoint."""
         return next((path for _, path in reversed(self._named()) if self.is_whole(path)), None)
 
+    def whole(self) -> list[tuple[int, Path]]:
+        """All whole checkpoints, by step."""
+        return [(step, path) for step, path in self._named() if self.is_whole(path)]
+
     def is_whole(self, path: Path) -> bool:
         """Whether it is a checkpoint, of the step that its name says."""
         try:
@@ -88,9 +92,7 @@ class Store:
             self._move_away(final)
         temporary.rename(final)
         sync(self.folder)
-        passing = [
-            path for number, path in self._named() if self.is_whole(path) and not self._stays(number, path)
-        ]
+        passing = [path for number, path in self.whole() if not self._stays(number, path)]
         for old in passing[: -self._keep]:
             self._remove(old)
 

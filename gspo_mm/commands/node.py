@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import psutil
@@ -26,7 +25,7 @@ import typer
 
 from gspo_mm.runtime.dist import device, ranks_here, world_size
 from gspo_mm.runtime.net import LOOPBACK, machine_name
-from gspo_mm.runtime.probe import SLOW, matmul_rate
+from gspo_mm.runtime.probe import SLOW, matmul_rate, relative
 
 STATUS = 4
 _IDLE = 2 * 2**30  # bytes that a GPU may hold when nobody uses it
@@ -77,17 +76,14 @@ def _gpu_faults() -> list[str]:
 def judge(reports: Mapping[int, Report | None], nodes: Sequence[str]) -> dict[str, str]:
     """What is wrong with each bad node. `reports` by rank, None of a silent one; `nodes`: that of each rank, if known."""
     bad: dict[str, str] = {}
-    rates = [report["rate"] for report in reports.values() if report and report["rate"]]
-    usual = median(rates) if rates else 0.0
+    speeds = relative({rank: report["rate"] for rank, report in reports.items() if report and report["rate"]})
     for rank, report in reports.items():
         if report is None:
             bad.setdefault(nodes[rank], f"rank {rank} does not answer")
         elif report["faults"]:
             bad.setdefault(report["node"], "; ".join(report["faults"]))
-        elif report["rate"] < SLOW * usual:
-            bad.setdefault(
-                report["node"], f"rank {rank} computes at {report['rate'] / usual:.0%} of the others' speed"
-            )
+        elif speeds[rank] < SLOW:
+            bad.setdefault(report["node"], f"rank {rank} computes at {speeds[rank]:.0%} of the others' speed")
     return bad
 
 

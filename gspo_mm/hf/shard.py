@@ -25,6 +25,11 @@ _DTYPES = {
 }
 
 
+def room_for(tensors: int) -> int:
+    """Bytes of a header that names so many tensors."""
+    return 2**12 + 512 * tensors
+
+
 class ShardWriter:
     """A context; the file can be read when `finish` has returned, and not before. Raises OSError when the disk refuses."""
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from statistics import median
 
-from gspo_mm.runtime.probe import SLOW
+from gspo_mm.runtime.probe import SLOW, relative
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +21,9 @@ class SlowRanks:
 
     def look(self, rates: Sequence[float], nodes: Sequence[str]) -> None:
         """`rates` and names of the nodes by rank."""
-        usual = median(rates)
-        self.slowest = min(rates) / usual
-        behind = [rank for rank, rate in enumerate(rates) if rate < SLOW * usual]
+        speeds = relative(dict(enumerate(rates)))
+        self.slowest = min(speeds.values())
+        behind = [rank for rank, speed in speeds.items() if speed < SLOW]
         self._seen = {rank: self._seen.get(rank, 0) + 1 for rank in behind}
         for rank in behind:
             if self._seen[rank] == _TIMES:
@@ -33,5 +32,5 @@ class SlowRanks:
                     "node, or leave it out (GSPO_EXCLUDE)",
                     rank,
                     nodes[rank],
-                    100 * rates[rank] / usual,
+                    100 * speeds[rank],
                 )

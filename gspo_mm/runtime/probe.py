@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from statistics import median
 
 import torch
 
@@ -10,6 +12,12 @@ from gspo_mm.runtime.dist import device
 
 SLOW = 0.7  # of the median rank's speed
 _SIZES = {"cuda": 8192, "cpu": 512}
+
+
+def relative(rates: Mapping[int, float]) -> dict[int, float]:
+    """Each rank's rate over the median of all; below SLOW it holds the others up."""
+    usual = median(rates.values()) if rates else 1.0
+    return {rank: rate / usual for rank, rate in rates.items()}
 
 
 def matmul_rate(seconds: float = 0.02, *, rounds: int = 5) -> float:

@@ -188,15 +188,15 @@ class Fleet:
         """Start another when it has ended."""
         if self._router is None or (status := self._router.ended()) is None:
             return
-        self._routers += 1
-        if self._routers > 1 + self._sglang.max_restarts:
+        if self._routers > self._sglang.max_restarts:
             await self._fail(
                 ServerError(
-                    f"sglang-router has ended {self._routers - 1} times, rollout.sglang.max_restarts="
+                    f"sglang-router has ended {self._routers} times, rollout.sglang.max_restarts="
                     f"{self._sglang.max_restarts}; its log is {self._router.log}"
                 )
             )
             return
+        self._routers += 1
         logger.warning(
             "sglang-router has ended with status %d: starting another, log in %s", status, self._router.log
         )

@@ -26,6 +26,14 @@ from tests.tiny_vl import (
 from tools.check_parity import compare, random_batch, reference_logprobs
 
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
+ODD_WIDTHS: dict[str, Any] = {
+    "hidden_size": 60,
+    "intermediate_size": 100,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "rms_norm_eps": 1e-3,
+}
 
 MODELS: dict[str, dict[str, Any]] = {
     "grouped queries 2": {},
@@ -69,12 +77,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "dense, odd widths": {
         "moe": False,
-        "hidden_size": 60,
-        "intermediate_size": 100,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 5,
-        "rms_norm_eps": 1e-3,
+        **ODD_WIDTHS,
     },
 }
 
@@ -94,12 +97,7 @@ TEXT_ALONE: dict[str, dict[str, Any]] = {
     },
     "text, dense, odd widths, other angles": {
         "moe": False,
-        "hidden_size": 60,
-        "intermediate_size": 100,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 5,
-        "rms_norm_eps": 1e-3,
+        **ODD_WIDTHS,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e6},
     },
     "text, weights sum to 1": {"norm_topk_prob": True},

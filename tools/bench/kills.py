@@ -197,10 +197,7 @@ SGLANG = [*EMBEDDED, kill_rank_in_a_push, kill_server, kill_server_in_a_push, ki
 def check_checkpoints(run: Run) -> int:
     """Read everything of every published checkpoint; returns how many there are."""
     count = 0
-    store = Store(run.path / "checkpoints", keep=1)
-    for path in sorted(store.folder.glob("step-*")):
-        if not store.is_whole(path):  # it was removed meanwhile
-            continue
+    for _, path in Store(run.path / "checkpoints", keep=1).whole():
         with TemporaryDirectory() as out:
             try:
                 dcp_to_torch_save(path / "policy", Path(out) / "all.pt")
