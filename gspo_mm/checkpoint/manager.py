@@ -3,7 +3,7 @@
     RUN/config.yaml                      resolved configuration
     RUN/checkpoints/step-00000050/       policy/ (distributed.py: weights, optimizer), answers.jsonl (not yet trained on),
                                          state.json (the rest)
-    RUN/owner.json                       who trains here: owner.py
+    RUN/owners/NUMBER.json               who trained here, and who does: owner.py
     RUN/reward-files.json                hashes of the reward files, when the last checkpoint was made
     RUN/metrics.jsonl, rollouts/, quarantine-*.jsonl, log.txt, tensorboard/, summary.json, report.html, hf/
 

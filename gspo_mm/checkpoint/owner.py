@@ -1,13 +1,12 @@
-"""Who trains in a run folder: one process at a time, named in RUN/owner.json.
+"""Who trains in a run folder: one process at a time, the one that RUN/owners names last.
 
-The file is created with O_EXCL, which shared file systems keep to, and written again every BEAT seconds through the
-descriptor that created it, so that a former owner cannot touch the file of the next. Whether another owner lives:
+The files there are numbered, and stay. Whoever creates the next number with O_EXCL, which shared file systems keep to, is
+the owner: of all that find the same one before them, one can. It writes its file again every BEAT seconds, through the
+descriptor that created it, and at its end that it ended. Whether one that did not say so lives:
 
     the same machine   its process is there, or it is not
     another machine    the file changes within PATIENCE seconds, or it does not; clocks are not compared
     this Slurm job, before it was requeued: it does not
-
-A file whose owner does not live is taken over.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ from gspo_mm.types import GspoError
 
 logger = logging.getLogger(__name__)
 
-FILE = "owner.json"
+FOLDER = "owners"
 BEAT = 2.0  # seconds between signs of life
 PATIENCE = 20.0  # seconds without one until an owner on another machine is taken for dead
+_ENDED = f"{'ended':12}"  # in place of a sign of life, and as long
 
 type _Record = dict[str, Any]
 
@@ -43,24 +43,22 @@ class Owner:
     """This process as the owner of a run folder, until `release`."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises OwnerError naming the one who lives, FileExistsError when another was faster, or another OSError."""
-        self._path = folder / FILE
-        self.note = ""  # what there is to say about a former owner
+        """Raises OwnerError naming the one who lives, or OSError."""
+        self._folder = folder / FOLDER
         self._record = _this_process() | {
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "token": uuid.uuid4().hex,
         }
-        self._beats = 0
         self._ended = threading.Event()
-        for _ in range(3):  # another that starts now may be faster, and is looked at then
-            if (former := check_free(folder)) is not None:
-                self.note = f"{folder} was in use by {_named(former)}, which no longer runs: it is taken over"
-                _put_away(self._path, former)
-            with suppress(FileExistsError):
-                self._create()
+        self._folder.mkdir(exist_ok=True)
+        while True:
+            number, former = check_free(folder)
+            with suppress(FileExistsError):  # another was faster, and is looked at now
+                self._create(number + 1)
                 break
-        else:
-            raise OwnerError(f"other runs are starting in {folder}; start one of them again")
+        self.note = ""  # what there is to say about a former owner
+        if number and not _has_ended(former):
+            self.note = f"{folder} was in use by {_named(former)}, which no longer runs: it is taken over"
         self._thread = threading.Thread(target=self._live, name="owner", daemon=True)
         self._thread.start()
         atexit.register(self.release)
@@ -79,14 +77,16 @@ class Owner:
         """Raises OwnerError when another process took the folder over, as it may when this one was suspended."""
         if self._is_named():
             return
-        if (other := _read(self._path)) is not None:
+        if (number := _last(self._folder)) and (other := _read(_file(self._folder, number))):
             self._ended.set()
             raise OwnerError(
-                f"{self._path.parent} was taken over by {_named(other)} while this run gave no sign of life for "
+                f"{self._folder.parent} was taken over by {_named(other)} while this run gave no sign of life for "
                 f"{PATIENCE:g} s; this one stops"
             )
+        self._folder.mkdir(exist_ok=True)
         with suppress(FileExistsError):  # it is there and cannot be read at this moment
-            self._create()  # it was removed by hand; the thread may still write to the file before
+            # It was removed by hand; the thread may still write to the file before.
+            self._create(self._number)
 
     def release(self) -> None:
         """Leave the folder to others."""
@@ -94,69 +94,98 @@ class Owner:
             return
         self._ended.set()
         self._thread.join()
-        if self._is_named():
-            with suppress(OSError):
-                self._path.unlink()
+        with suppress(OSError):
+            self._write(_ENDED)
         os.close(self._file)
         atexit.unregister(self.release)
 
-    def _create(self) -> None:
-        self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        self._write()
+    def _create(self, number: int) -> None:
+        path = _file(self._folder, number)
+        self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        self._number = number
+        try:
+            self._write(_beat(0))
+        except OSError:
+            path.unlink()
+            raise
 
-    def _write(self) -> None:
-        text = json.dumps(self._record | {"beat": f"{self._beats:012d}"}) + "\n"  # of a fixed length
+    def _write(self, beat: str) -> None:
+        text = json.dumps(self._record | {"beat": beat}) + "\n"
         os.pwrite(self._file, text.encode(), 0)
         os.fsync(self._file)
 
     def _live(self) -> None:
+        beats = 0
         while not self._ended.wait(BEAT):
-            self._beats += 1
+            beats += 1
             with suppress(OSError):  # a full disk, a lost server: the next one may be written
-                self._write()
+                self._write(_beat(beats))
 
     def _is_named(self) -> bool:
-        return (_read(self._path) or {}).get("token") == self._record["token"]
+        found = _read(_file(self._folder, self._number)) or {}
+        followed = _file(self._folder, self._number + 1).exists()
+        return found.get("token") == self._record["token"] and not followed
 
 
 _OWNED: dict[Path, Owner] = {}
 
 
-def check_free(folder: Path) -> _Record | None:
-    """The dead owner that the folder names, None when it names none. Raises OwnerError for one that lives."""
-    path = folder / FILE
-    if not path.exists():
-        return None
-    owner = _read(path)
-    if owner is None:  # another is writing it at this moment, or it was cut off
-        time.sleep(BEAT / 2)
-        owner = _read(path) or {}
+def check_free(folder: Path) -> tuple[int, _Record]:
+    """Number and record of the last owner, 0 and nothing where there was none. Raises OwnerError for one that lives."""
+    if not (number := _last(folder / FOLDER)):
+        return 0, {}
+    path = _file(folder / FOLDER, number)
+    owner = _read(path) or {}  # another is writing it at this moment, or it was cut off
     lives = _lives_here(owner)
     if lives is None:
         logger.warning("%s: looking for %g s whether %s still runs", folder, PATIENCE, _named(owner))
         deadline = time.monotonic() + PATIENCE
         while not lives and time.monotonic() < deadline:
             time.sleep(min(BEAT, PATIENCE) / 4)
-            if not path.exists():
-                return None
-            lives = _read(path) not in (owner, None)
+            found = _read(path) or owner
+            if _has_ended(found):
+                return number, found
+            lives = found != owner
+            owner = found
     if lives:
         raise OwnerError(
             f"{folder} is in use by {_named(owner)}: wait until it has ended, or stop it, or choose another run.name"
         )
-    return owner
+    return number, owner
 
 
 def owner_of(folder: Path) -> tuple[str, bool | None]:
     """The owner that a folder names, for people, and whether it lives; None where this machine cannot know."""
-    owner = _read(folder / FILE)
-    return (_named(owner), _lives_here(owner)) if owner else ("", False)
+    owner = _read(_file(folder / FOLDER, _last(folder / FOLDER))) or {}
+    return ("", False) if not owner or _has_ended(owner) else (_named(owner), _lives_here(owner))
+
+
+def _last(owners: Path) -> int:
+    """The highest number there, 0 where there is none."""
+    number = max((int(path.stem) for path in owners.glob("[0-9]*.json")), default=0)
+    while _file(owners, number + 1).exists():  # a listing may be older than what is asked for by name
+        number += 1
+    return number
+
+
+def _file(owners: Path, number: int) -> Path:
+    return owners / f"{number:06d}.json"
+
+
+def _beat(number: int) -> str:
+    return f"{number:012d}"  # all as long, so that one can be written over another
+
+
+def _has_ended(owner: _Record) -> bool:
+    return owner.get("beat") == _ENDED
 
 
 def _lives_here(owner: _Record) -> bool | None:
     """Whether an owner lives, as far as this machine knows; None when it does not."""
     this = _this_process()
-    if not owner or (
+    if not owner:
+        return None
+    if _has_ended(owner) or (
         owner["job"]
         and (owner["job"], owner["cluster"]) == (this["job"], this["cluster"])
         and owner["restarts"] != this["restarts"]
@@ -204,19 +233,6 @@ def _started(pid: int) -> str | None:
     return "ended" if fields[0] in "ZX" else fields[19]
 
 
-def _put_away(path: Path, former: _Record) -> None:
-    """Remove the file of a dead owner, and not that of one who was faster in doing so."""
-    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    with suppress(FileNotFoundError):
-        path.rename(aside)
-        if (_read(aside) or {}).get("token") == former.get("token"):
-            aside.unlink()
-        else:
-            with suppress(FileExistsError):
-                os.link(aside, path)
-            aside.unlink()
-
-
 def _named(owner: _Record) -> str:
     if not owner:
         return "a run that left no name"
@@ -228,6 +244,6 @@ def _read(path: Path) -> _Record | None:
     """What the file says; None when it is not there or not whole."""
     try:
         found = json.loads(path.read_text())
-        return found if found.keys() >= {*_this_process(), "since", "token"} else None
+        return found if found.keys() >= {*_this_process(), "since", "token", "beat"} else None
     except (OSError, ValueError, AttributeError):
         return None

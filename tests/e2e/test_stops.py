@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gspo_mm.checkpoint.owner import owner_of
 from gspo_mm.observe.metrics import read_metrics
 from tests.e2e.conftest import ROOT, gspo_mm
 
@@ -61,7 +62,7 @@ def test_a_judge_that_goes_away_costs_no_step_and_the_run_goes_on_as_if_it_had_n
     assert "what was trained until step 2 is saved" in first.stderr
     assert (steps(run), saved(run)) == ([1, 2], [2])
     assert (cursor(run, 2)["next_group"], cursor(run, 2)["dead_steps"]) == (16, {"dead_steps": 0})
-    assert not (run / "owner.json").exists()
+    assert owner_of(run) == ("", False)
     gspo_mm(*command, PYTHONPATH=path, METRICS="/nowhere")
     assert steps(run) == [1, 2, 3, 4]
     for ours, whole in zip(read_metrics(run), read_metrics(short_run), strict=True):
@@ -131,4 +132,4 @@ def test_the_same_command_twice_trains_once(short_config: Path, tmp_path: Path) 
     assert "is in use by process" in refused
     assert "Traceback" not in refused
     assert steps(tmp_path / "short") == [1, 2, 3, 4]
-    assert not (tmp_path / "short" / "owner.json").exists()
+    assert owner_of(tmp_path / "short") == ("", False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gspo_mm.checkpoint.manager import ResumeError, RunDir
-from gspo_mm.checkpoint.owner import OwnerError
+from gspo_mm.checkpoint.owner import OwnerError, owner_of
 from gspo_mm.config import Config, parse_config
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.types import GspoError
@@ -247,7 +247,7 @@ def test_a_fault_of_all_ranks_saves_what_is_worth_it_and_goes_on_its_way(
     with pytest.raises(GspoError, match="stop"), run.settled(lambda: run.save(3, Write(3.0), {})), fault:
         raise GspoError("stop")
     assert run.latest() == run.path / "checkpoints" / "step-00000003"
-    assert not (run.path / "owner.json").exists()
+    assert owner_of(run.path) == ("", False)
 
 
 def test_a_fault_stays_the_reason_when_nothing_can_be_saved(
@@ -262,14 +262,13 @@ def test_a_fault_stays_the_reason_when_nothing_can_be_saved(
 
 def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path: Path) -> None:
     run = RunDir.open(config(tmp_path), Ranks())
-    owner = json.loads((run.path / "owner.json").read_text())
-    (run.path / "owner.json").write_text(json.dumps(owner | {"token": "another"}))
+    (file,) = (run.path / "owners").iterdir()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"token": "another"}))
     with pytest.raises(OwnerError, match="was taken over"):
         run.save(1, Write(1.0), {})
     with pytest.raises(OwnerError, match="was taken over"), run.written_together("step 1"):
         pytest.fail("it wrote")
     assert not (run.path / "checkpoints").exists()
-    (run.path / "owner.json").unlink()
 
 
 def test_a_reward_file_or_function_that_changed_is_named_when_the_run_goes_on(

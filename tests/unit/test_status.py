@@ -71,7 +71,7 @@ def test_one_that_was_killed_is_told_from_one_that_ended(run: Path) -> None:
         os._exit(9)
     os.waitpid(pid, 0)
     assert status_of(run)["state"] == "died"
-    (run / "owner.json").unlink()
+    Owner(run).release()
     (run / "config.yaml").write_text("train: {steps: 30}\n")
     (run / "summary.json").write_text("{}")
     assert status_of(run)["state"] == "ended"
