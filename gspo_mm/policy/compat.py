@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.fp8_utils import post_all_gather_processing
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 StorageInfo = _StorageInfo  # where a file of a distributed checkpoint has a piece: name, first byte, bytes
@@ -25,7 +24,7 @@ def is_quantized(parameter: torch.Tensor) -> bool:
 def held_by(parameter: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that hold a parameter's value: its own, or of an FP8 one the bytes and their inverse scales.
 
-    Copies of those that the two gradients need are left out where they are the same bytes turned: see `refresh`.
+    Copies that only gradients need are left out: they are the same bytes turned.
     """
     if not is_quantized(parameter):
         return [parameter.data]
@@ -33,14 +32,6 @@ def held_by(parameter: torch.Tensor) -> list[torch.Tensor]:
     parts = ["_data", "_scale_inv", "_rowwise_data", "_rowwise_scale_inv"]
     parts += ["_columnwise_data", "_columnwise_scale_inv"] if both else []
     return [tensor for part in parts if (tensor := getattr(parameter, part, None)) is not None]
-
-
-def refresh(parameter: torch.Tensor) -> None:
-    """To call when what `held_by` gave was changed, as after a gather of parameters."""
-    if is_quantized(parameter):
-        if hasattr(parameter, "_reset_caches"):
-            cast(Any, parameter)._reset_caches()
-        post_all_gather_processing([parameter])
 
 
 def own_range(optimizer: Any, parameter: torch.Tensor) -> slice | None:

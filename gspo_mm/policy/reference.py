@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gspo_mm.policy.compat import held_by, refresh
+from gspo_mm.policy.compat import held_by
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.lora import without_adapters
 from gspo_mm.types import MicroBatch
@@ -46,4 +46,3 @@ class Reference:
                 kept = mine.to("cpu", copy=True)
                 mine.copy_(other)
                 other.copy_(kept)
-            refresh(parameter)
