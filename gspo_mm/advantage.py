@@ -35,11 +35,16 @@ class AdvantageResult:
 
 
 def group_advantages(
-    groups: Iterable[RolloutGroup], config: AdvantageConfig, *, drop_failed: bool = False
+    groups: Iterable[RolloutGroup],
+    config: AdvantageConfig,
+    *,
+    drop_failed: bool = False,
+    drop_faulty: bool = False,
 ) -> AdvantageResult:
     """Normalise rewards within each group; groups may differ in size.
 
-    `drop_failed` drops a group of which any reward failed, instead of the completion (reward.on_failure=drop_group).
+    `drop_failed` drops a group of which any reward failed, instead of the completion (reward.on_failure=drop_group), and
+    `drop_faulty` one of which any environment failed (rollout.environment.on_failure=drop_group).
 
     Raises NonFiniteError naming group and completion for a reward that is NaN or infinite, ValueError for a
     group that was not scored.
@@ -59,7 +64,11 @@ def group_advantages(
                     f"reward of group {group.id} completion {i} ({group.prompt.key}) is {reward:g}; a reward "
                     "part must return a finite number, or fail with an error"
                 )
-        if len(rewards) < 2 or (drop_failed and len(rewards) < len(group.scores)):
+        drop = drop_failed and any(
+            s.error and not c.fault for s, c in zip(group.scores, group.completions, strict=True)
+        )
+        drop |= drop_faulty and any(c.fault for c in group.completions)
+        if len(rewards) < 2 or drop:
             failed += 1
         elif min(rewards.values()) == max(rewards.values()):
             dead += 1

@@ -6,19 +6,21 @@ place of a rollout and its loss. Its Hugging Face folder (RUN/hf) is what a GSPO
 
 from __future__ import annotations
 
-from functools import partial
+import asyncio
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
-from gspo_mm.batch import answered, pack
+from gspo_mm.batch import answered, demonstrated, pack
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
+from gspo_mm.environment.conversation import Conversation, Conversations, conversations_of
 from gspo_mm.harness import Training, run_training
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.shares import share_out
 from gspo_mm.runtime.preempt import StopRequest
-from gspo_mm.types import DataError, EncodedPrompt, MicroBatch, Share, TrainSequence
+from gspo_mm.types import Completion, DataError, EncodedPrompt, Finish, MicroBatch, Share, TrainSequence
 
 
 def sft(config: Config, stop: StopRequest) -> dict[str, Any]:
@@ -35,6 +37,11 @@ class Supervised(Training):
     def steps_of(config: Config) -> int:
         return config.sft.steps
 
+    @cached_property
+    def conversations(self) -> Conversations | None:
+        """What answers the calls of reference answers in turns."""
+        return conversations_of(self.config.rollout, self.stages.processor)
+
     def train_step(self, stop: StopRequest) -> None:
         """One batch of samples, dealt over the ranks, one optimizer step."""
         stages = self.stages
@@ -42,7 +49,7 @@ class Supervised(Training):
         with self.ranks.together(), self.phases("data"):
             if self.ranks.main:
                 prompts = stages.source.take(self.config.sft.batch_size)
-                updates = [[supervised(prompt, stages.processor) for prompt in prompts]]
+                updates = [supervised(prompts, stages.processor, self.conversations)]
         with self.phases("share"):
             (share,), *_ = share_out(
                 stages.policy, updates, processor=stages.processor, config=self.config.policy
@@ -64,6 +71,8 @@ class Supervised(Training):
             return
         with self.phases("sync"):
             self.stages.weights.push(version=self.step)
+        if self.conversations:
+            self.conversations.close()
         metrics = self.evaluate()
         if metrics and self.metrics:
             self.metrics.amend(self.step, metrics)
@@ -79,13 +88,54 @@ class Supervised(Training):
         }
 
 
-def supervised(prompt: EncodedPrompt, processor: Processor) -> TrainSequence:
-    """Prompt followed by its reference response; raises DataError when the sample has none."""
-    if prompt.prompt.response is None:
+def supervised(
+    prompts: list[EncodedPrompt], processor: Processor, conversations: Conversations | None
+) -> list[TrainSequence]:
+    """Each prompt followed by its reference answer, whose calls the environment answers.
+
+    Raises DataError for a sample that has none, or whose turns the environment does not lead on.
+    """
+
+    async def everything() -> list[TrainSequence]:
+        return await asyncio.gather(*(_supervised(prompt, processor, conversations) for prompt in prompts))
+
+    return asyncio.run(everything())
+
+
+async def _supervised(
+    prompt: EncodedPrompt, processor: Processor, conversations: Conversations | None
+) -> TrainSequence:
+    key, last, first = prompt.prompt.key, prompt.prompt.response, prompt.prompt.first_turns
+    if last is None:
+        raise DataError(f"{key} has no `response`; supervised training needs one in every sample")
+    if not first:
+        return answered(prompt, processor.encode_response(last))
+    if conversations is None:
         raise DataError(
-            f"{prompt.prompt.key} has no `response`; supervised training needs one in every sample"
+            f"{key} has a response in {len(first) + 1} turns, and no rollout.environment that would answer them; set it"
         )
-    return answered(prompt, processor.encode_response(prompt.prompt.response))
+
+    def said(text: str) -> Completion:
+        return Completion.of_one_turn(
+            token_ids=tuple(processor.encode_response(text)),
+            logprobs=(),
+            versions=(),
+            finish=Finish.STOP,
+            text=text,
+        )
+
+    led = Conversation.of(prompt, said(first[0]))
+    for number, text in enumerate((*first[1:], last), start=1):
+        found = await conversations.follow(led)
+        if not isinstance(found, Conversation):
+            why = (
+                found.fault or f"nothing came back, or more than rollout.environment allows ({found.finish})"
+            )
+            raise DataError(
+                f"{key}: after turn {number} of its response: {why}; correct `response`, or the environment"
+            )
+        led = found.with_turn(said(text))
+    return demonstrated(prompt, led.answer.turns)
 
 
 def supervised_step(policy: Policy, share: Share, batches: list[MicroBatch], step: int) -> dict[str, float]:

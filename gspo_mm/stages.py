@@ -18,6 +18,7 @@ from gspo_mm.data.faults import BadSample
 from gspo_mm.data.odd import odd_ones
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
+from gspo_mm.environment.pool import tools_of
 from gspo_mm.inputs import check_answers
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
@@ -113,7 +114,7 @@ def build_stages(
     with ranks.together():
         if ranks.main:
             check_answers(config, reward)
-    processor = Processor(config.model.path, config.data, keep_pixels=not config.rollout.serves)
+    processor = processor_of(config)
     source = training_prompts(config, processor, reward, ranks, resumed)
     policy = Policy.from_hf(
         config.model.path,
@@ -242,6 +243,16 @@ def odd_prompts(config: Config, processor: Processor) -> list[EncodedPrompt]:
         with suppress(BadSample):  # counted when its turn to be trained on comes
             found.append(processor.encode(prompt))
     return found
+
+
+def processor_of(config: Config) -> Processor:
+    """What makes prompts for `rollout.engine`, with the tools of `rollout.environment`. Raises BadEnvironmentError."""
+    return Processor(
+        config.model.path,
+        config.data,
+        keep_pixels=not config.rollout.serves,
+        tools=tools_of(config.rollout.environment),
+    )
 
 
 def set_threads(config: Config) -> None:

@@ -20,9 +20,10 @@ from gspo_mm.advantage import AdvantageResult, DeadStepGuard, group_advantages
 from gspo_mm.batch import sequences_of
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
+from gspo_mm.environment.conversation import check_faults
 from gspo_mm.harness import Training, run_training
 from gspo_mm.loss.gspo import check_clip_can_act
-from gspo_mm.observe.answers import rollout_metrics, sampled_tokens
+from gspo_mm.observe.answers import rollout_metrics, sampled_tokens, turn_metrics
 from gspo_mm.observe.metrics import summarize
 from gspo_mm.observe.throughput import peak_flops, peak_memory, throughput
 from gspo_mm.policy.shares import share_out, split_evenly
@@ -86,6 +87,8 @@ class Gspo(Training):
         with self.run.written_together(f"step {self.step}"):
             if self.ranks.main:
                 sampled = rollout_metrics(groups, result) | self.staleness(groups)
+                if self.config.rollout.environment:
+                    sampled |= turn_metrics(groups)
                 self.write_line(sampled | update | memory, work, groups)
                 self.save_rollouts(groups, result)
         for fault in faults:
@@ -142,14 +145,21 @@ class Gspo(Training):
             if self.ranks.main:
                 with self.phases("reward"):
                     groups = self.score(groups)
-                drop_failed = self.config.reward.on_failure == "drop_group"
-                result = group_advantages(groups, self.config.advantage, drop_failed=drop_failed)
+                environment = self.config.rollout.environment
+                result = group_advantages(
+                    groups,
+                    self.config.advantage,
+                    drop_failed=self.config.reward.on_failure == "drop_group",
+                    drop_faulty=environment is not None and environment.on_failure == "drop_group",
+                )
                 self.dead_steps.update(len(result.live))
         return groups, result
 
     def score(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         if not all(group.scores for group in groups):  # servers' answers were scored as they came
             groups = self.stages.reward.score_groups(groups)
+        if environment := self.config.rollout.environment:
+            check_faults(groups, environment, what=f"step {self.step + 1}")
         check_failures(
             groups, self.config.reward, what=f"step {self.step + 1}", logged=self.stages.reward.logged
         )

@@ -55,7 +55,8 @@ class Finish(StrEnum):
     """Why a completion ended."""
 
     STOP = "stop"  # it sampled a stop token
-    LENGTH = "length"  # it reached `rollout.sampling.max_new_tokens`
+    LENGTH = "length"  # it reached `rollout.sampling.max_new_tokens`, or wanted more than `rollout.environment.max_turns`
+    IMAGE_TOKEN = "image_token"  # in a turn that was to go on it sampled a token that stands for an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,9 @@ class Prompt:
     answer: Json  # what rewards compare with
     task: str  # routes to reward parts
     response: str | None = None  # a reference answer in the wanted format, for the supervised warm start only
+    first_turns: tuple[
+        str, ...
+    ] = ()  # of a reference answer in turns those before `response`, each with a call
     meta: Mapping[str, Json] = field(default_factory=dict)
     source: str = ""  # name of the source in data.train or data.validation; "" where that is a plain list
 
@@ -95,6 +99,15 @@ class EncodedPrompt:
     token_ids: tuple[int, ...]  # [P] image tokens expanded
     pixel_values: torch.Tensor | None  # [sum of t*h*w, patch dim] float32, all images in order
     image_grid_thw: torch.Tensor | None  # [I, 3] int64, patches as their family counts them
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTurn:
+    """What follows a turn of the model: the end of it but for its stop token, a message, the beginning of the next turn."""
+
+    token_ids: tuple[int, ...]  # image tokens expanded
+    pixel_values: torch.Tensor | None  # as of an EncodedPrompt, of its own images
+    image_grid_thw: torch.Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +140,7 @@ class Completion:
 
     turns: tuple[Turn, ...]
     finish: Finish  # of the last turn
+    fault: str | None = None  # how its environment failed: such a completion is never trained on
 
     @classmethod
     def of_one_turn(

@@ -54,8 +54,12 @@ def sequences_of(groups: Iterable[RolloutGroup]) -> list[TrainSequence]:
 
 def answered(prompt: EncodedPrompt, response: Iterable[int]) -> TrainSequence:
     """A prompt with a response that nobody sampled, or whose log-probs do not count, as if it had been sampled."""
-    turn = Turn(token_ids=tuple(response), logprobs=(), versions=(), text="")
-    return _flat(prompt.prompt.key, prompt.token_ids, prompt.prompt.images, (turn,))
+    return demonstrated(prompt, (Turn(token_ids=tuple(response), logprobs=(), versions=(), text=""),))
+
+
+def demonstrated(prompt: EncodedPrompt, turns: tuple[Turn, ...]) -> TrainSequence:
+    """As `answered`, in turns."""
+    return _flat(prompt.prompt.key, prompt.token_ids, prompt.prompt.images, turns)
 
 
 def _flat(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from contextlib import closing
 
 from gspo_mm.config import Config
-from gspo_mm.data.processor import Processor
 from gspo_mm.evaluate import evaluate
 from gspo_mm.reward.rewards import load_rewards
 from gspo_mm.rollout.engine import opening_of
 from gspo_mm.runtime.preempt import StopRequest
-from gspo_mm.stages import held_out_prompts, set_threads
+from gspo_mm.stages import held_out_prompts, processor_of, set_threads
 from gspo_mm.sync.push import push_of
 
 
@@ -18,7 +17,7 @@ def evaluate_folder(config: Config) -> dict[str, float]:
     """Evaluate the model in `config.model.path` on `config.data.validation`, without a policy."""
     set_threads(config)
     opening = opening_of(config, StopRequest(), main=True)
-    processor = Processor(config.model.path, config.data, keep_pixels=not config.rollout.serves)
+    processor = processor_of(config)
     rewards = load_rewards(config.reward, config.data.reward_files())
     engine = opening.open(processor)
     assert engine

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from contextlib import closing
 
 from gspo_mm.config import Config
-from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
 from gspo_mm.inputs import check_answers
 from gspo_mm.reward.rewards import load_rewards
 from gspo_mm.runtime.dist import Ranks
-from gspo_mm.stages import build_stages, check_servers
+from gspo_mm.stages import build_stages, check_servers, processor_of
 from gspo_mm.sync.parity import Gap
 
 
@@ -24,7 +23,7 @@ def preflight_prompts(config: Config, *, everything: bool = False) -> str:
     """
     rewards = load_rewards(config.reward, config.data.reward_files())
     checked = check_answers(config, rewards, everything=everything)
-    processor = Processor(config.model.path, config.data)
+    processor = processor_of(config)
     source = PromptSource(config.data, processor, seed=config.run.seed, split="train", check=rewards.check)
     with closing(source):
         prompts = source.take(config.rollout.prompts_per_step)

@@ -24,7 +24,10 @@ type Command = Literal["train", "sft"]
 _APPLIED = """
 run.name run.dir run.resume run.hang_timeout data.train.shards data.train.reward data.validation.name data.validation.reward
 data.max_bad_fraction data.prefetch_mb data.image_cache_mb rollout.prompts_per_step rollout.group_size
-rollout.sampling.max_new_tokens rollout.max_batch rollout.max_in_flight rollout.max_staleness
+rollout.sampling.max_new_tokens rollout.environment.max_turns rollout.environment.max_observation_tokens
+rollout.environment.timeout rollout.environment.workers rollout.environment.memory_gib
+rollout.environment.on_failure rollout.environment.max_failed_fraction
+rollout.max_batch rollout.max_in_flight rollout.max_staleness
 rollout.start_ahead rollout.oversample rollout.drop_dead_groups rollout.on_update rollout.sglang.start
 rollout.sglang.servers rollout.sglang.urls rollout.sglang.python rollout.sglang.host rollout.sglang.colocate
 rollout.sglang.tp rollout.sglang.ep rollout.sglang.dp rollout.sglang.fp8 rollout.sglang.mem_fraction
@@ -88,6 +91,10 @@ UNDER_WAY = {
     "data.max_aspect_ratio": _CHOSEN,
     "data.min_pixels": _ENCODED,
     "data.max_pixels": _ENCODED,
+    "rollout.environment.type": _ENCODED,
+    "rollout.environment.python": _ENCODED,
+    "rollout.environment.args": _ENCODED,
+    "rollout.environment.role": _SAMPLED,
     "rollout.engine": "the prompts under way would be lost",
     "rollout.replay": "the prompts under way would be lost",
     "rollout.sampling.temperature": _SAMPLED,

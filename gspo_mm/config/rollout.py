@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gspo_mm.config.base import NonNegative, Positive, Section
 from gspo_mm.config.engines import ENGINES
+from gspo_mm.config.environment import EnvironmentConfig
 from gspo_mm.config.server_options import refuse_options
 
 
@@ -19,7 +20,7 @@ class SamplingConfig(Section):
         "which are of the whole one",
     )
     top_k: NonNegative = Field(default=0, description="0: off")
-    max_new_tokens: Positive = 64
+    max_new_tokens: Positive = Field(default=64, description="of an answer, in all of its turns together")
 
 
 class SGLangConfig(Section):
@@ -65,7 +66,8 @@ class SGLangConfig(Section):
         default=None, description="tokens in the key/value cache; null: what mem_fraction allows"
     )
     context_length: Positive | None = Field(
-        default=None, description="null: data.max_prompt_tokens + rollout.sampling.max_new_tokens"
+        default=None,
+        description="null: data.max_prompt_tokens + rollout.sampling.max_new_tokens, and what rollout.environment may give back",
     )
     max_running: Positive | None = Field(
         default=None, description="sequences decoded together; null: sglang's own"
@@ -140,6 +142,9 @@ class RolloutConfig(Section):
     prompts_per_step: Positive = Field(default=16, description="groups sampled for one step")
     group_size: Annotated[int, Field(ge=2)] = Field(default=8, description="completions per prompt (G)")
     sampling: SamplingConfig = SamplingConfig()
+    environment: EnvironmentConfig | None = Field(
+        default=None, description="what answers a turn of the model; null: an answer has one turn"
+    )
     max_batch: Positive = Field(default=256, description="sequences decoded together by the embedded engine")
     max_in_flight: Positive = Field(default=256, description="groups asked of servers at a time")
     max_staleness: NonNegative = Field(

@@ -38,6 +38,13 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt with its answer, at most: what is sampled, and what an environment gives back."""
+        rollout = self.rollout
+        read = rollout.environment.most_read if rollout.environment else 0
+        return self.data.max_prompt_tokens + rollout.sampling.max_new_tokens + read
+
     @model_validator(mode="after")
     def _served_in_fp8(self) -> Config:
         if self.rollout.sglang.fp8 and self.policy.dtype != "bfloat16":

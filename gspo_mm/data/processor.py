@@ -10,7 +10,8 @@ image that is not there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,23 +23,46 @@ from gspo_mm.data.pictures import decode_image
 from gspo_mm.families.table import family_of
 from gspo_mm.hf.processor import load_processor, size_within, tokenizer_of
 from gspo_mm.hf.stops import find_stops
-from gspo_mm.types import EncodedImage, EncodedPrompt, Prompt
+from gspo_mm.types import EncodedImage, EncodedPrompt, EncodedTurn, GspoError, Prompt, Turn
 
 logger = logging.getLogger(__name__)
 
+_SAMPLED = f"[{secrets.token_hex(8)}]"  # stands for a turn of the model where a chat is rendered around it
+
 # legend: P prompt tokens with image tokens expanded, I images
+
+
+class TemplateError(GspoError):
+    """A chat template that an answer in turns cannot be continued with."""
 
 
 class Processor:
     """Chat template, tokenizer and image processor of a Hugging Face folder; some models take text alone."""
 
-    def __init__(self, model_path: str, config: DataConfig, *, keep_pixels: bool = True) -> None:
-        """Without `keep_pixels` prompts come without theirs: servers decode images themselves."""
+    def __init__(
+        self,
+        model_path: str,
+        config: DataConfig,
+        *,
+        keep_pixels: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Without `keep_pixels` prompts come without theirs: servers decode images themselves.
+
+        `tools`: JSON schemas that the chat template tells the model of.
+        """
         self._keep_pixels = keep_pixels
+        self._tools = list(tools)
         self._processor, hf = load_processor(model_path)
         self._hf, self._family = hf, family_of(model_path)
         self._tokenizer: Any = tokenizer_of(self._processor)
         self.image_token_id = self._family.image_token_id(hf)
+        # tokens that stand for pictures and films where a prompt has them
+        self.placeholder_ids: set[int] = {
+            token
+            for name in ("image_token_id", "video_token_id")
+            if (token := getattr(self._processor, name, None)) is not None
+        }
         self._max_prompt_tokens = config.max_prompt_tokens
         added = self._tokenizer.added_tokens_decoder.values()
         self._special = tuple(
@@ -69,37 +93,53 @@ class Processor:
                 f"it shows {len(prompt.images)}, and models of type {self._hf.model_type} take text alone; use other data, "
                 "or a vision-language model",
             )
-        self._refuse_special_tokens(prompt)
-        text = self._render(prompt)
-        images = [decode_image(image.data) for image in prompt.images]
-        for image, decoded in zip(prompt.images, images, strict=True):
-            if decoded.size != (image.width, image.height):
-                raise BadSample(
-                    "corrupt image", f"its header says {image.width}x{image.height}, it is {decoded.size}"
-                )
-        try:
-            inputs = self._processor(
-                text=[text], return_tensors="pt", **({"images": images} if images else {})
-            )
-        except ValueError as error:  # an aspect ratio that cannot be patched
-            raise BadSample("image refused", str(error)) from None
-        token_ids = tuple(inputs["input_ids"][0].tolist())
+        self._refuse_special_tokens(prompt.messages)
+        text = self._render(prompt.messages)
+        self._check_shown(text, len(prompt.images))
+        token_ids, pixels, grids = self._expanded(text, prompt.images)
         if len(token_ids) > self._max_prompt_tokens:
             raise BadSample(
                 "too long", f"{len(token_ids)} tokens, data.max_prompt_tokens={self._max_prompt_tokens}"
             )
-        pixels, grids = self._family.images_of(self._hf, inputs)
-        if pixels is not None and grids is not None:
-            expected = sum(self._family.tokens_per_image(self._hf, grids))
-            assert token_ids.count(self.image_token_id) == expected, (
-                f"{prompt.key}: image tokens and grids disagree"
-            )
-            for image, own, grid in zip(
-                prompt.images, pixels.split(grids.prod(-1).tolist()), grids, strict=True
-            ):
-                self._remember(image.key, own, grid[None])
         kept = pixels if self._keep_pixels else None
         return EncodedPrompt(prompt=prompt, token_ids=token_ids, pixel_values=kept, image_grid_thw=grids)
+
+    def encode_turn(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        turns: Sequence[Turn],
+        text: str,
+        images: tuple[EncodedImage, ...],
+        *,
+        role: str,
+    ) -> EncodedTurn | None:
+        """What follows the last of `turns`, up to where the model goes on; None where its stop token ends the answer.
+
+        Nothing that was sampled is rendered: the chat is, with a mark for each turn, once with what came back and once
+        without, and what stands behind the last mark is what has to follow. Raises BadSample as `encode`, or
+        TemplateError.
+        """
+        chat = [*messages]
+        for turn in turns[:-1]:
+            seen = turn.observation
+            assert seen
+            chat += [_marked(), _message(role, seen.text, len(seen.images))]
+        new = _message(role, text, len(images))
+        self._refuse_special_tokens([new])
+        ended = self._render([*chat, _marked()], go_on=False).rpartition(_SAMPLED)
+        rest = self._render([*chat, _marked(), new]).rpartition(_SAMPLED)
+        if not (ended[1] and rest[1] and rest[2].startswith(ended[2])):
+            raise TemplateError(
+                f"the chat template of model.path changes what it wrote of a turn when another message follows "
+                f"({ended[2]!r:.80}, then {rest[2]!r:.80}); rollout.environment needs one that goes on from it"
+            )
+        self._check_shown(rest[2], len(images))
+        token_ids, pixels, grids = self._expanded(rest[2], images)
+        if token_ids[:1] != turns[-1].token_ids[-1:]:
+            return None
+        return EncodedTurn(
+            token_ids=token_ids[1:], pixel_values=pixels if self._keep_pixels else None, image_grid_thw=grids
+        )
 
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded again."""
@@ -128,22 +168,50 @@ class Processor:
         """Text of sampled tokens, special tokens left out."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def _render(self, prompt: Prompt) -> str:
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, go_on: bool = True) -> str:
         """The chat as text, by the model's own template. Raises BadSample when the template refuses it."""
-        messages = list(prompt.messages)
         if self.image_token_id is None:  # such templates know texts only, and leave out lists of parts
             messages = [{**m, "content": "".join(_texts(m["content"]))} for m in messages]
+        tools: dict[str, Any] = {"tools": self._tools} if self._tools else {}
         try:
-            text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self._processor.apply_chat_template(
+                list(messages), add_generation_prompt=go_on, tokenize=False, **tools
+            )
         except Exception as error:  # templates are programs of the model's makers: they raise what they like
             raise BadSample("chat refused", f"{type(error).__name__}: {error}") from None
-        shown = text.count(self._processor.image_token) if self.image_token_id is not None else 0
-        if shown != len(prompt.images):
-            raise BadSample("chat refused", f"the template shows {shown} of {len(prompt.images)} images")
-        return text
 
-    def _refuse_special_tokens(self, prompt: Prompt) -> None:
-        for message in prompt.messages:
+    def _check_shown(self, text: str, images: int) -> None:
+        shown = text.count(self._processor.image_token) if self.image_token_id is not None else 0
+        if shown != images:
+            raise BadSample("chat refused", f"the template shows {shown} of {images} images")
+
+    def _expanded(
+        self, text: str, images: tuple[EncodedImage, ...]
+    ) -> tuple[tuple[int, ...], torch.Tensor | None, torch.Tensor | None]:
+        """Token ids of a rendered text, and pixels and grids of its images. Raises BadSample."""
+        pictures = [decode_image(image.data) for image in images]
+        for image, decoded in zip(images, pictures, strict=True):
+            if decoded.size != (image.width, image.height):
+                raise BadSample(
+                    "corrupt image", f"its header says {image.width}x{image.height}, it is {decoded.size}"
+                )
+        try:
+            inputs = self._processor(
+                text=[text], return_tensors="pt", **({"images": pictures} if pictures else {})
+            )
+        except ValueError as error:  # an aspect ratio that cannot be patched
+            raise BadSample("image refused", str(error)) from None
+        token_ids = tuple(inputs["input_ids"][0].tolist())
+        pixels, grids = self._family.images_of(self._hf, inputs)
+        if pixels is not None and grids is not None:
+            expected = sum(self._family.tokens_per_image(self._hf, grids))
+            assert token_ids.count(self.image_token_id) == expected, "image tokens and grids disagree"
+            for image, own, grid in zip(images, pixels.split(grids.prod(-1).tolist()), grids, strict=True):
+                self._remember(image.key, own, grid[None])
+        return token_ids, pixels, grids
+
+    def _refuse_special_tokens(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        for message in messages:
             # templates join the parts of a message: a token may begin in one part and end in the next
             spelled = "".join(_texts(message["content"]))
             others = [text for key, value in message.items() if key != "content" for text in _texts(value)]
@@ -154,6 +222,15 @@ class Processor:
     def _remember(self, key: str, pixels: torch.Tensor, grid: torch.Tensor) -> None:
         if key not in self._cache and pixels.nbytes <= self._cache.maxsize:
             self._cache[key] = (pixels, grid)
+
+
+def _marked() -> dict[str, Any]:
+    return {"role": "assistant", "content": [{"type": "text", "text": _SAMPLED}]}
+
+
+def _message(role: str, text: str, images: int) -> dict[str, Any]:
+    parts: list[dict[str, str]] = [{"type": "image"}] * images
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}] if text else parts}
 
 
 def _texts(value: Any) -> Iterator[str]:

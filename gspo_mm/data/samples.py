@@ -57,15 +57,17 @@ def to_prompt(raw: RawSample, on_unused: Callable[[str], None] = lambda name: No
             "image count", f"{shown} image parts in the messages but {len(images)} images in the sample"
         )
     response = record.get("response")
-    if response is not None and not isinstance(response, str):
-        raise BadSample("wrong json", "response must be text")
+    turns: list[Any] = response if isinstance(response, list) else [response]
+    if turns != [None] and not (turns and all(isinstance(turn, str) for turn in turns)):
+        raise BadSample("wrong json", "response must be text, or a list of texts, one for each turn")
     return Prompt(
         key=sample_key(raw),
         messages=messages,
         images=images,
         answer=record["answer"],
         task=record["task"],
-        response=response,
+        response=turns[-1],
+        first_turns=tuple(turns[:-1]),
         meta=record.get("meta") or {},
         source=raw.get(SOURCE, ""),
     )

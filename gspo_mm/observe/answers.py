@@ -33,6 +33,19 @@ def rollout_metrics(groups: list[RolloutGroup], result: AdvantageResult) -> dict
     }
 
 
+def turn_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
+    """How answers in turns went."""
+    completions = [c for g in groups for c in g.completions]
+    return {
+        "turns/mean": fmean(len(c.turns) for c in completions),
+        "turns/max": max(len(c.turns) for c in completions),
+        "turns/answered_fraction": fmean(bool(c.observations) for c in completions),
+        "turns/read_tokens": fmean(sum(len(o.token_ids) for o in c.observations) for c in completions),
+        "turns/failed": fmean(c.fault is not None for c in completions),
+        "turns/image_token_fraction": fmean(c.finish == "image_token" for c in completions),
+    }
+
+
 def sampled_tokens(groups: list[RolloutGroup]) -> int:
     """Tokens of all answers, with their prompts and what came back."""
     return sum(

@@ -60,6 +60,12 @@ CHARTS = [
         series={"live": "groups/live", "dead": "groups/dead", "failed": "groups/failed"},
     ),
     Chart(
+        title="Turns",
+        unit="turns",
+        about="Turns of an answer: after each but the last the environment gave something back.",
+        series={"mean": "turns/mean", "largest": "turns/max"},
+    ),
+    Chart(
         title="Supervised loss",
         unit="nats per token",
         about="Cross-entropy of the reference responses.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math as numbers
 from collections.abc import Callable, Sequence
 
-from gspo_mm.reward import choice, grounding, judge, math, ocr, remote, shape, structure, text
+from gspo_mm.reward import choice, grounding, judge, math, ocr, remote, shape, structure, text, tools
 from gspo_mm.reward.part import PartType
 
 # All kinds of parts. A new one is a function beside its siblings and a line here.
@@ -38,6 +38,9 @@ PARTS: dict[str, PartType] = {
     "length": PartType(judge=shape.length, args=shape.LengthArgs, whole_text=True, context=("tokens",)),
     "overlong": PartType(
         judge=shape.overlong, args=shape.OverlongArgs, whole_text=True, context=("tokens",), lowest=-1.0
+    ),
+    "tool_calls": PartType(
+        judge=tools.tool_calls, args=tools.ToolCallArgs, whole_text=True, context=("completion",)
     ),
     "judge": PartType(service=judge.Judge, args=judge.JudgeArgs),
     "http": PartType(service=remote.Http, args=remote.HttpArgs),

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 from gspo_mm.config import RewardConfig
 from gspo_mm.data.faults import BadSample
 from gspo_mm.reward.pool import WorkerPool
-from gspo_mm.reward.spec import AnswerError, RewardFunction, load_reward
+from gspo_mm.reward.spec import AnswerError, Judged, RewardFunction, load_reward
 from gspo_mm.runtime.background import Background
 from gspo_mm.types import Completion, GspoError, Prompt, RolloutGroup, Score
 
@@ -93,13 +94,20 @@ class Rewards:
                 memory_gib=limits.memory_gib,
             )
         function, prompt = self._of(group.prompt), group.prompt
-        judged = await self._pool.judge(function, prompt, group.completions)
+        whole = [completion for completion in group.completions if completion.fault is None]
+        judged = await self._pool.judge(function, prompt, whole)
 
-        async def finish(completion: Completion, place: int) -> Score:
-            return function.combine(prompt, await function.ask(prompt, completion, judged[place]))
+        async def finish(completion: Completion, found: Judged) -> Score:
+            return function.combine(prompt, await function.ask(prompt, completion, found))
 
-        scores = await asyncio.gather(*(finish(c, i) for i, c in enumerate(group.completions)))
-        return replace(group, scores=tuple(scores))
+        scores = iter(await asyncio.gather(*map(finish, whole, judged)))
+        return replace(
+            group,
+            scores=tuple(
+                Score(value=math.nan, parts={}, error=c.fault) if c.fault else next(scores)
+                for c in group.completions
+            ),
+        )
 
     def _of(self, prompt: Prompt) -> RewardFunction:
         return self._by_source.get(prompt.source, self._default)
@@ -129,18 +137,18 @@ def fingerprints(files: Iterable[str]) -> dict[str, str]:
 
 
 def failed_fraction(groups: Iterable[RolloutGroup]) -> float:
-    """Completions whose reward failed, as a fraction of all; 0 without completions."""
-    failed = [score.error is not None for group in groups for score in group.scores]
+    """Completions whose reward failed, as a fraction of all that have one; 0 without completions."""
+    failed = [score.error is not None for score in _judged(groups)]
     return sum(failed) / len(failed) if failed else 0.0
 
 
 def describe_failures(groups: Iterable[RolloutGroup], *, what: str) -> str:
     """How many rewards failed, and why most of them did; empty where none did."""
     groups = list(groups)
-    reasons = Counter(score.error for group in groups for score in group.scores if score.error)
+    reasons = Counter(score.error for score in _judged(groups) if score.error)
     if not reasons:
         return ""
-    total = sum(len(group.scores) for group in groups)
+    total = len(list(_judged(groups)))
     (reason, times), *others = reasons.most_common()
     said = f"{reasons.total()} of {total} rewards of {what} failed, {times} of them so: {reason}"
     return f"{said} (and {len(others)} other reasons)" if others else said
@@ -160,9 +168,17 @@ def check_failures(
     limit = limits.max_failed_fraction
     if failed_fraction(groups) > limit:
         raise GspoError(f"more than reward.max_failed_fraction={limit:g}: {said}; fix the reward file")
-    reasons = {score.error for group in groups for score in group.scores if score.error}
+    reasons = {score.error for score in _judged(groups) if score.error}
     if logged is not None and reasons <= logged:
         said = f"{failed_fraction(groups):.0%} of the rewards of {what} failed, for reasons that stand above"
     elif logged is not None:
         logged |= reasons
     logger.warning(said)
+
+
+def _judged(groups: Iterable[RolloutGroup]) -> Iterator[Score]:
+    """The scores of answers whose environment did not fail."""
+    for group in groups:
+        for completion, score in zip(group.completions, group.scores, strict=True):
+            if completion.fault is None:
+                yield score

@@ -65,6 +65,7 @@ class PartSpec(_Section):
     # This part decides Score.accuracy: 1 where its value reaches the threshold (true: 1.0).
     accuracy: bool | float = False
     extract: str | None = None  # overrides the file's
+    read: Literal["last", "all"] = "last"  # of an answer's turns
     args: dict[str, Any] = {}
 
     @field_validator("accuracy", mode="plain")
@@ -163,7 +164,7 @@ class RewardFunction:
             if not self._kinds[part.name].service:
                 continue
             try:
-                stated = self._stated(part, completion.text)
+                stated = self._stated(part, _text(part, completion))
                 value = 0.0
                 if stated:
                     asked = self._with_bare_answer(part, prompt)
@@ -227,7 +228,8 @@ class RewardFunction:
     def _judge(self, part: PartSpec, prompt: Prompt, completion: Completion) -> float:
         kind = self._kinds[part.name]
         assert kind.judge
-        stated = completion.text if kind.whole_text else self._stated(part, completion.text)
+        text = _text(part, completion)
+        stated = text if kind.whole_text else self._stated(part, text)
         prompt = self._with_bare_answer(part, prompt)
         context = {name: CONTEXT[name](prompt, completion) for name in kind.context}
         # Judged even where nothing is stated, so that a fault of the prompt's answer is found at once.
@@ -254,6 +256,11 @@ class RewardFunction:
         if not lowest <= value <= 1.0:  # NaN too
             raise ValueError(f"value {value!r} is outside [{lowest:g}, 1]")
         return value
+
+
+def _text(part: PartSpec, completion: Completion) -> str:
+    last = part.read == "last" and completion.turns
+    return completion.turns[-1].text if last else completion.text
 
 
 def load_reward(path: str | Path) -> RewardFunction:

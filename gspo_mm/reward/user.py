@@ -3,7 +3,8 @@
     def judge(text: str | None, prompt: Prompt, completion: Completion, **args) -> float
 
 `text` is the answer that `extract` found, None where none is stated. `prompt.answer` and `prompt.meta` are the
-data's, `completion.text` and `completion.token_ids` the whole response. The value is in [-1, 1].
+data's, `completion.text` and `completion.token_ids` the whole response, `completion.turns` its turns with what came back
+after each. The value is in [-1, 1].
 
 A function `check_judge(prompt, **args)` beside it, if there is one, raises ValueError for an answer or metadata that
 `judge` cannot use: such samples are found before training.

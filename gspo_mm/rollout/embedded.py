@@ -7,19 +7,23 @@ log-prob of every sampled token is taken from the very logits it was drawn from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Any
 
 import torch
 
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
+from gspo_mm.environment.conversation import Conversation, Conversations, conversations_of
 from gspo_mm.families.table import family_of
 from gspo_mm.hf.tensors import held
 from gspo_mm.rollout.cache import make_room, share_keys_in_decoding, use_torch_norms
 from gspo_mm.rollout.engine import TokenSide
 from gspo_mm.rollout.traced import Decoder
 from gspo_mm.runtime.preempt import StopRequest
+from gspo_mm.runtime.seeds import derive_seed
 from gspo_mm.runtime.watchdog import beat
 from gspo_mm.types import Completion, EncodedPrompt, Finish, SamplingParams
 
@@ -37,7 +41,13 @@ class EmbeddedOpening:
             return None
         dtype = getattr(torch, self._config.policy.dtype)
         max_batch = self._config.rollout.max_batch
-        return EmbeddedEngine(self._config.model.path, processor, dtype=dtype, max_batch=max_batch)
+        return EmbeddedEngine(
+            self._config.model.path,
+            processor,
+            dtype=dtype,
+            max_batch=max_batch,
+            conversations=conversations_of(self._config.rollout, processor),
+        )
 
     def close(self, reason: str) -> None:
         """Nothing: the engine's memory goes with it."""
@@ -49,7 +59,15 @@ class EmbeddedEngine:
     The weights are whatever `load_weights` brings; until its first call they are random and `version` is -1.
     """
 
-    def __init__(self, model_path: str, processor: TokenSide, *, dtype: torch.dtype, max_batch: int) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        processor: TokenSide,
+        *,
+        dtype: torch.dtype,
+        max_batch: int,
+        conversations: Conversations | None = None,
+    ) -> None:
         self._family = family_of(model_path)
         self._hf = config = self._family.load_config(model_path)
         self._axes = len(self._family.positions(config, torch.empty(0, dtype=torch.int64), None))
@@ -65,6 +83,7 @@ class EmbeddedEngine:
         self._processor = processor
         self._device = device
         self._max_batch = max_batch
+        self._conversations = conversations
         self._version = -1
 
     @property
@@ -90,40 +109,96 @@ class EmbeddedEngine:
         self, prompts: list[EncodedPrompt], *, group_size: int, sampling: SamplingParams, seed: int
     ) -> list[list[Completion]]:
         """See RolloutEngine. Rows are independent of their chunk: each has its own column of random numbers."""
-        generator = torch.Generator().manual_seed(seed)
-        rows = len(prompts) * group_size
-        # float64: a float32 uniform reaches only 2^24 values, too coarse for the tail of a large vocabulary
-        uniforms = torch.rand(sampling.max_new_tokens, rows, generator=generator, dtype=torch.float64)
-        per_chunk = max(1, self._max_batch // group_size)
-        answers: list[list[Completion]] = []
-        for start in range(0, len(prompts), per_chunk):
-            chunk = prompts[start : start + per_chunk]
-            columns = uniforms[:, start * group_size : (start + len(chunk)) * group_size]
-            answers += self._generate_chunk(chunk, group_size, sampling, columns.to(self._device))
-        return answers
+        uniforms = _uniforms(seed, sampling, len(prompts) * group_size)
+        limits = [sampling.max_new_tokens] * len(prompts) * group_size
+        answers = self._sample(prompts, group_size, sampling, uniforms, limits)
+        if self._conversations:
+            asked = [prompt for prompt in prompts for _ in range(group_size)]
+            answers = self._lead(self._conversations, asked, answers, sampling, seed)
+        return [answers[i : i + group_size] for i in range(0, len(answers), group_size)]
 
     def close(self, reason: str = "") -> None:
         self._tensors, self._model, self._decode = {}, None, None
+        if self._conversations:
+            self._conversations.close()
+
+    def _lead(
+        self,
+        conversations: Conversations,
+        prompts: Sequence[EncodedPrompt],
+        answers: list[Completion],
+        sampling: SamplingParams,
+        seed: int,
+    ) -> list[Completion]:
+        """The answers, one to each of `prompts`, with all of their turns: those that go on do so together."""
+        answers = [*answers]
+        under_way = {i: Conversation.of(*each) for i, each in enumerate(zip(prompts, answers, strict=True))}
+
+        async def follow() -> list[Completion | Conversation]:
+            return await asyncio.gather(*map(conversations.follow, under_way.values()))
+
+        for turn in count(1):
+            going: dict[int, Conversation] = {}
+            for row, found in zip(under_way, asyncio.run(follow()), strict=True):
+                if isinstance(found, Conversation):
+                    going[row] = found
+                else:
+                    answers[row] = found
+            if not going:
+                break
+            uniforms = _uniforms(derive_seed(seed, "turn", turn), sampling, len(prompts))
+            reads, limits = [led.read for led in going.values()], [led.most for led in going.values()]
+            sampled = self._sample(reads, 1, sampling, uniforms[:, [*going]], limits)
+            under_way = {
+                row: led.with_turn(new) for (row, led), new in zip(going.items(), sampled, strict=True)
+            }
+        return answers
+
+    def _sample(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        group_size: int,
+        sampling: SamplingParams,
+        uniforms: torch.Tensor,
+        limits: Sequence[int],
+    ) -> list[Completion]:
+        """One turn of every answer; `uniforms` [tokens, answers] and `limits`, the tokens that each may have."""
+        per_chunk = max(1, self._max_batch // group_size)
+        answers: list[Completion] = []
+        for start in range(0, len(prompts), per_chunk):
+            chunk = prompts[start : start + per_chunk]
+            rows = slice(start * group_size, (start + len(chunk)) * group_size)
+            answers += self._generate_chunk(
+                chunk, group_size, sampling, uniforms[:, rows].to(self._device), limits[rows]
+            )
+        return answers
 
     @torch.inference_mode()
     def _generate_chunk(
-        self, prompts: list[EncodedPrompt], group_size: int, sampling: SamplingParams, uniforms: torch.Tensor
-    ) -> list[list[Completion]]:
+        self,
+        prompts: Sequence[EncodedPrompt],
+        group_size: int,
+        sampling: SamplingParams,
+        uniforms: torch.Tensor,
+        limits: Sequence[int],
+    ) -> list[Completion]:
         logits_QV, cache, mask_QP, next_position_Q = self._prefill(prompts)
         row_B = torch.arange(len(prompts), device=self._device).repeat_interleave(group_size)
-        make_room(cache, row_B, tokens=sampling.max_new_tokens)
+        most = max(limits)
+        make_room(cache, row_B, tokens=most)
         logits_BV, mask_BP, position_B = (
             x.index_select(0, row_B) for x in (logits_QV, mask_QP, next_position_Q)
         )
-        seen_BT = torch.nn.functional.pad(mask_BP.bool(), (0, sampling.max_new_tokens), value=True)
+        seen_BT = torch.nn.functional.pad(mask_BP.bool(), (0, most), value=True)
         mask_B11T = torch.zeros(seen_BT.shape, dtype=self._model.dtype, device=self._device)
         mask_B11T = mask_B11T.masked_fill_(~seen_BT, -torch.inf)[:, None, None]
         num_rows = len(prompts) * group_size
         tokens: list[list[int]] = [[] for _ in range(num_rows)]
         logprobs: list[list[float]] = [[] for _ in range(num_rows)]
         stops = torch.tensor(self._processor.stop_token_ids, device=self._device)
+        limit_B = torch.tensor(limits, device=self._device)
         alive_B = torch.arange(num_rows, device=self._device)  # which answer each remaining row belongs to
-        for step in range(sampling.max_new_tokens):
+        for step in range(most):
             beat()
             token_B, logprob_B = draw(logits_BV, uniforms[step, alive_B], sampling)
             for row, token, logprob in zip(
@@ -131,8 +206,8 @@ class EmbeddedEngine:
             ):
                 tokens[row].append(token)
                 logprobs[row].append(logprob)
-            going_B = ~torch.isin(token_B, stops)
-            if step + 1 == sampling.max_new_tokens or not going_B.any():
+            going_B = ~torch.isin(token_B, stops) & (limit_B[alive_B] > step + 1)
+            if not going_B.any():
                 break
             if not going_B.all():
                 keep = going_B.nonzero().squeeze(1)
@@ -150,10 +225,11 @@ class EmbeddedEngine:
                 cache,
             )
             position_B = position_B + 1
-        completions = [self._completion(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
-        return [completions[i : i + group_size] for i in range(0, num_rows, group_size)]
+        return [self._completion(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
 
-    def _prefill(self, prompts: list[EncodedPrompt]) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+    def _prefill(
+        self, prompts: Sequence[EncodedPrompt]
+    ) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
         """Left-padded forward of all prompts: last logits [Q, V], cache, mask [Q, P], next position [Q]."""
         from transformers import DynamicCache
 
@@ -202,6 +278,12 @@ class EmbeddedEngine:
             finish=Finish.STOP if stopped else Finish.LENGTH,
             text=self._processor.decode(tokens[:-1] if stopped else tokens),
         )
+
+
+def _uniforms(seed: int, sampling: SamplingParams, rows: int) -> torch.Tensor:
+    """[tokens, rows] float64: a float32 uniform reaches only 2^24 values, too coarse for the tail of a large vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(sampling.max_new_tokens, rows, generator=generator, dtype=torch.float64)
 
 
 def draw(

@@ -74,7 +74,8 @@ def decode_group(line: dict[str, Any], read_image: Callable[[str], bytes]) -> Ro
         return EncodedImage(data=read_image(saved["key"]), **saved)
 
     prompt = line["prompt"]
-    prompt |= {"images": tuple(map(take, prompt["images"])), "messages": tuple(prompt["messages"])}
+    prompt |= {"images": tuple(map(take, prompt["images"]))}
+    prompt |= {name: tuple(prompt.get(name, ())) for name in ("messages", "first_turns")}
     group = RolloutGroup(
         id=line["id"],
         prompt=Prompt(**prompt),
@@ -113,6 +114,7 @@ def encode_answers(group: RolloutGroup, put_image: PutImage = image_with_bytes) 
     ]
     completions = [
         {"turns": [_encode_turn(turn, put_image) for turn in c.turns], "finish": c.finish}
+        | ({"fault": c.fault} if c.fault else {})
         for c in group.completions
     ]
     return {"completions": completions, "scores": scores}
@@ -126,6 +128,7 @@ def decode_answers(
         Completion(
             turns=tuple(_decode_turn(turn, take_image) for turn in c.get("turns", [c])),
             finish=Finish(c["finish"]),
+            fault=c.get("fault"),
         )
         for c in saved["completions"]
     ]

@@ -14,6 +14,7 @@ import logging
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -22,6 +23,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from gspo_mm.config import Config
 from gspo_mm.data.pictures import data_url
 from gspo_mm.data.processor import Processor
+from gspo_mm.environment.conversation import Conversation, Conversations, conversations_of
 from gspo_mm.rollout.engine import TokenSide
 from gspo_mm.rollout.replies import ReplyError, ReplyReader, check, versions_of
 from gspo_mm.runtime.background import Background
@@ -74,7 +76,11 @@ class SGLangOpening:
         if self._fleet is None:
             return None
         return SGLangEngine(
-            self._config, processor, self._fleet, vocab_size=vocab_size(self._config.model.path)
+            self._config,
+            processor,
+            self._fleet,
+            vocab_size=vocab_size(self._config.model.path),
+            conversations=conversations_of(self._config.rollout, processor),
         )
 
     def close(self, reason: str) -> None:
@@ -92,6 +98,7 @@ class SGLangEngine:
         fleet: Fleet,
         *,
         vocab_size: int | None = None,
+        conversations: Conversations | None = None,
     ) -> None:
         """Starts the servers, or finds them, and waits until they are ready. Raises ServerError when they do not come.
 
@@ -99,6 +106,7 @@ class SGLangEngine:
         """
         self._processor = processor
         self._vocab_size = vocab_size
+        self._conversations = conversations
         self._deadline = config.rollout.sglang.request_timeout
         # by priority: evaluation does not queue behind what is sampled for training
         self._slots = [asyncio.Semaphore(config.rollout.max_in_flight) for _ in range(2)]
@@ -106,6 +114,9 @@ class SGLangEngine:
         self._background = Background("rollouts")
         self._replies = ReplyReader()
         self._again = 0  # requests sent again
+        self._known = self._cached = (
+            0  # tokens of earlier turns that later ones go on from; those that servers had
+        )
         self._name = secrets.token_hex(4)  # servers of rollout.sglang.urls may have answered another run
         self._closed = False
         self._client = httpx.AsyncClient(
@@ -178,28 +189,64 @@ class SGLangEngine:
     def take_counts(self) -> dict[str, float]:
         """Requests sent again since the last call, and the fleet's counts."""
         again, self._again = self._again, 0
-        return {"rollout/asked_again": float(again)} | self.fleet.take_counts()
+        known, cached, self._known, self._cached = self._known, self._cached, 0, 0
+        of_cache = {"turns/cached_fraction": cached / known} if known else {}
+        return {"rollout/asked_again": float(again)} | of_cache | self.fleet.take_counts()
 
     async def sample(
         self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams, *, priority: int = 0
     ) -> list[Completion]:
         """One group. Raises PromptMismatchError, or ServerError past rollout.sglang.request_timeout."""
         async with self._slots[priority]:
-            with self._busy:
-                # pictures are decoded and encoded there, which must not hold up the loop
-                request = await asyncio.to_thread(request_of, prompt, self._processor, sampling, group_size)
-                # `extra_key`: prefixes are shared only with prompts of the same weights. A server that keeps answers under
-                # way through an update (rollout.on_update=in_place) cannot forget those that it has.
-                request |= {"priority": priority, "extra_key": f"{self._name} {self.version}"}
-                if self._seeded:
-                    self._sampled += 1
-                    labels = ("sample", self.version, self._sampled)
-                    request = with_seeds(
-                        request, [derive_seed(self._seed, *labels, i) for i in range(group_size)]
-                    )
-                replies = await self.ask(request)
+            answers = await self._sample_turn(prompt, group_size, sampling, priority)
+            if conversations := self._conversations:
+                led = (self._lead(conversations, prompt, answer, sampling, priority) for answer in answers)
+                answers = await asyncio.gather(*led)
+        return answers
+
+    async def _sample_turn(
+        self,
+        prompt: EncodedPrompt,
+        count: int,
+        sampling: SamplingParams,
+        priority: int,
+        *,
+        known: int = 0,
+    ) -> list[Completion]:
+        """`known`: how many tokens of the prompt are those of the turn before, which a server has read or sampled."""
+        with self._busy:
+            # pictures are decoded and encoded there, which must not hold up the loop
+            request = await asyncio.to_thread(request_of, prompt, self._processor, sampling, count)
+            # `extra_key`: prefixes are shared only with prompts of the same weights. A server that keeps answers under
+            # way through an update (rollout.on_update=in_place) cannot forget those that it has.
+            request |= {"priority": priority, "extra_key": f"{self._name} {self.version}"}
+            if self._seeded:
+                self._sampled += 1
+                labels = ("sample", self.version, self._sampled)
+                request = with_seeds(request, [derive_seed(self._seed, *labels, i) for i in range(count)])
+            replies = await self.ask(request)
         beat()
+        if known:
+            self._known += known * count
+            self._cached += sum(min(known, reply["meta_info"].get("cached_tokens", 0)) for reply in replies)
         return [self._completion(reply, prompt) for reply in replies]
+
+    async def _lead(
+        self,
+        conversations: Conversations,
+        prompt: EncodedPrompt,
+        answer: Completion,
+        sampling: SamplingParams,
+        priority: int,
+    ) -> Completion:
+        """The answer with all of its turns."""
+        led = Conversation.of(prompt, answer)
+        while isinstance(found := await conversations.follow(led), Conversation):
+            limited = replace(sampling, max_new_tokens=found.most)
+            known = len(led.read.token_ids) + len(led.answer.turns[-1].token_ids)
+            (new,) = await self._sample_turn(found.read, 1, limited, priority, known=known)
+            led = found.with_turn(new)
+        return found
 
     async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
         """POST /generate until it is answered; one reply per sample, as `replies.compact` makes them.
@@ -216,6 +263,8 @@ class SGLangEngine:
         if self._closed:
             return
         self._closed = True
+        if self._conversations:
+            self._conversations.close()
         self.fleet.close(reason)
         self._replies.close()
         self._background.run(self._client.aclose())

@@ -40,13 +40,13 @@ def check_server(server: Server, info: dict[str, Any], config: Config) -> None:
             raise ServerError(
                 f"server {server.name} at {server.url} was started with {name}={value}: {why}; start it without"
             )
-    sglang, sampling = config.rollout.sglang, config.rollout.sampling
-    needed = sglang.context_length or config.data.max_prompt_tokens + sampling.max_new_tokens
+    needed = config.rollout.sglang.context_length or config.longest
     length = info.get("context_length")
     if isinstance(length, int) and length < needed:
         raise ServerError(
-            f"server {server.name} at {server.url} has a context of {length} tokens, and data.max_prompt_tokens + "
-            f"rollout.sampling.max_new_tokens are {needed}; start it with --context-length {needed}, or lower them"
+            f"server {server.name} at {server.url} has a context of {length} tokens, and with "
+            f"data.max_prompt_tokens, rollout.sampling.max_new_tokens and rollout.environment {needed} are needed; start it "
+            f"with --context-length {needed}, or lower them"
         )
     file = Path(config.model.path) / "config.json"
     ours = json.loads(file.read_text()).get("architectures") if file.exists() else None

@@ -84,8 +84,7 @@ def server_options(config: Config, server: Server, *, on_gpus: bool) -> dict[str
         "admin-api-key": server.admin_key,
         "dtype": config.policy.dtype,
         "mem-fraction-static": sglang.mem_fraction,
-        "context-length": sglang.context_length
-        or config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens,
+        "context-length": sglang.context_length or config.longest,
         "tp-size": sglang.tp,
         "ep-size": sglang.ep,
         # servers that drew the same random numbers would give the same answers

@@ -11,8 +11,8 @@ from gspo_mm.families.table import FAMILIES
 PACKAGE = Path(__file__).parents[2] / "gspo_mm"
 # one order, without exceptions: a package knows those before it only
 ORDER = [
-    "types", "config", "runtime", "hf", "families", "plan", "serving", "data", "rollout", "reward", "advantage", "batch", "loss",
-    "policy", "sync", "checkpoint", "observe", "evaluate", "inputs", "stages", "harness", "sft", "train",
+    "types", "config", "runtime", "hf", "families", "plan", "serving", "data", "environment", "rollout", "reward", "advantage",
+    "batch", "loss", "policy", "sync", "checkpoint", "observe", "evaluate", "inputs", "stages", "harness", "sft", "train",
     "commands", "cli",
 ]  # fmt: skip
 PLACE = {package: place for place, package in enumerate(ORDER)}

@@ -21,10 +21,10 @@ import yaml
 from gspo_mm.config import RewardConfig
 from gspo_mm.reward.part import PartType
 from gspo_mm.reward.parts import PARTS
-from gspo_mm.reward.pool import default_workers
 from gspo_mm.reward.rewards import Rewards, check_failures, failed_fraction, load_rewards
 from gspo_mm.reward.spec import RewardFileError
 from gspo_mm.reward.text import ExactArgs
+from gspo_mm.runtime.workers import default_workers
 from gspo_mm.types import Completion, EncodedImage, Finish, GspoError, Prompt, RolloutGroup
 from tests.waiting import eventually
 

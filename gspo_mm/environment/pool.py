@@ -1,0 +1,133 @@
+"""Environments run in worker processes (runtime/workers.py), made there by `rollout.environment`."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from PIL import Image
+
+from gspo_mm.config.environment import EnvironmentConfig
+from gspo_mm.data.faults import BadSample
+from gspo_mm.data.pictures import MAX_PIXELS, decode_image, measure
+from gspo_mm.environment.base import SESSION, Environment, Feedback
+from gspo_mm.environment.http import HttpEnvironment
+from gspo_mm.environment.image_tools import ImageTools
+from gspo_mm.runtime.workers import WorkerError, Workers
+from gspo_mm.types import EncodedImage, GspoError, Prompt, Turn
+
+TYPES = {"image_tools": ImageTools, "http": HttpEnvironment}
+
+
+class BadEnvironmentError(GspoError):
+    """`rollout.environment` cannot be made; the message says what is wrong with it."""
+
+
+class EnvironmentFailedError(Exception):
+    """An environment failed over one answer; the message says how."""
+
+
+class Environments:
+    """`step` of the configured environment, elsewhere. Processes start with the first call."""
+
+    def __init__(self, config: EnvironmentConfig) -> None:
+        """Raises BadEnvironmentError."""
+        self._config = config
+        tools_of(config)  # what cannot be made is found here
+        self._workers: Workers | None = None
+
+    async def step(
+        self, session: str, prompt: Prompt, turns: Sequence[Turn]
+    ) -> tuple[str, tuple[EncodedImage, ...]] | None:
+        """Text and pictures that come back after the last turn, None where the answer is complete.
+
+        Raises EnvironmentFailedError for whatever goes wrong in the environment.
+        """
+        if self._workers is None:
+            limits = self._config
+            self._workers = Workers(
+                _begin,
+                [limits],
+                workers=limits.workers,
+                timeout=limits.timeout,
+                memory_gib=limits.memory_gib,
+                limits="rollout.environment",
+            )
+        plain = [replace(turn, logprobs=(), versions=()) for turn in turns]
+        try:
+            return await self._workers.run(_step, session, prompt, plain)
+        except (WorkerError, EnvironmentFailedError) as fault:
+            raise EnvironmentFailedError(f"environment: {fault}") from None
+
+    def close(self) -> None:
+        if self._workers:
+            self._workers.close()
+
+
+def tools_of(config: EnvironmentConfig | None) -> list[Any]:
+    """JSON schemas of functions that models are told of. Raises BadEnvironmentError."""
+    return list(getattr(make(config), "tools", ())) if config else []
+
+
+def make(config: EnvironmentConfig) -> Environment:
+    """Raises BadEnvironmentError."""
+    key = (
+        f"rollout.environment.python={config.python}"
+        if config.python
+        else f"rollout.environment.type={config.type}"
+    )
+    try:
+        factory = _import(config.python) if config.python else TYPES[str(config.type)]
+        return factory(**config.args)
+    except Exception as error:  # the user's code raises what it likes
+        raise BadEnvironmentError(
+            f"{key} with args={config.args} cannot be made: {type(error).__name__}: {error}"
+        ) from None
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ValueError("write it as package.module:factory")
+    return getattr(importlib.import_module(module), name)
+
+
+# What follows runs in a worker.
+
+_made: list[Environment] = []
+
+
+def _begin(config: EnvironmentConfig) -> None:
+    _made.append(make(config))
+
+
+def _step(session: str, prompt: Prompt, turns: Sequence[Turn]) -> tuple[str, tuple[EncodedImage, ...]] | None:
+    SESSION.set(session)
+    try:
+        found = asyncio.run(_made[0].step(prompt, turns))
+        if found is None:
+            return None
+        if not isinstance(found, Feedback) or not isinstance(found.text, str):
+            raise TypeError(f"it returned {found!r:.200}, which is no Feedback")
+        return found.text, tuple(map(_encoded, found.images))
+    except BadSample as bad:
+        raise EnvironmentFailedError(f"{bad.reason}: {bad}") from None
+    except Exception as error:
+        raise EnvironmentFailedError(f"{type(error).__name__}: {error}") from None
+
+
+def _encoded(image: Image.Image | bytes) -> EncodedImage:
+    if isinstance(image, Image.Image):
+        if image.width * image.height > MAX_PIXELS:
+            raise BadSample("image too large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        data, size = file.getvalue(), image.size
+    else:
+        measure(image)  # before any memory is taken
+        data, size = image, decode_image(image).size
+    return EncodedImage(data=data, key=EncodedImage.key_of(data), width=size[0], height=size[1])
