@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import re
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -28,11 +29,12 @@ from gspo_mm.types import (
     EncodedPrompt,
     Finish,
     GspoError,
+    Observation,
     RolloutGroup,
     Turn,
 )
 from tests.tars import image_bytes
-from tests.unit.test_environment import asked, turn
+from tests.unit.test_environment import asked, encoded, turn
 
 # --- answers that are led on
 
@@ -43,7 +45,7 @@ def processor(tiny_model: Path) -> Processor:
 
 
 def conversations(
-    processor: Processor, python: str = "tests.environments:Fails", **settings: Any
+    processor: Processor, python: str | None = "tests.environments:Fails", **settings: Any
 ) -> Conversations:
     environment = {"python": python, "workers": 1, "timeout": 2.0, "memory_gib": 1.0} | settings
     config = RolloutConfig.model_validate({"environment": environment, "sampling": {"max_new_tokens": 8}})
@@ -335,3 +337,68 @@ def test_a_response_that_is_no_text_is_refused(response: Any) -> None:
     }
     with pytest.raises(BadSample, match="response must be text, or a list of texts"):
         to_prompt({"__key__": "1", "__url__": "a.tar", "json": json.dumps(record).encode()})
+
+
+# --- chat templates, by the ways in which families write tools
+
+
+PARTS = (
+    "{%- for p in m.content -%}{%- if p.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- else -%}{{- p.text -}}{%- endif -%}{%- endfor -%}"
+)
+# a tool's message is a part of the user's, thoughts of earlier turns are left out: as Qwen3's
+OF_THE_USER = (
+    "{%- for m in messages -%}{%- if m.role == 'tool' -%}"
+    "{{- '<|im_start|>user\n<tool_response>\n' -}}" + PARTS + "{{- '\n</tool_response><|im_end|>\n' -}}"
+    "{%- else -%}{{- '<|im_start|>' + m.role + '\n' -}}"
+    "{%- if m.role == 'assistant' and loop.last -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}"
+    + PARTS
+    + "{{- '<|im_end|>\n' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}"
+)
+# nothing ends a turn but what follows it, which for a tool is a token of its own: as GLM-4.5V's
+BY_WHAT_FOLLOWS = (
+    "{%- for m in messages -%}"
+    "{{- '<|endoftext|>\n' if m.role == 'tool' else '<|im_start|>' + m.role + '\n' -}}"
+    + PARTS
+    + "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "expected"),
+    [
+        (
+            OF_THE_USER,
+            "<|im_end|>",
+            "\n<|im_start|>user\n<tool_response>\n<|vision_start|>PICTURE<|vision_end|>look\n</tool_response><|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n",
+        ),
+        (
+            BY_WHAT_FOLLOWS,
+            "<|endoftext|>",
+            "\n<|vision_start|>PICTURE<|vision_end|>look<|im_start|>assistant\n",
+        ),
+    ],
+    ids=["of the user", "by what follows"],
+)
+def test_what_comes_back_is_written_as_the_family_writes_it(
+    tiny_model: Path, tmp_path: Path, template: str, end: str, expected: str
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "hf")
+    (folder / "chat_template.jinja").write_text(template)
+    processor = Processor(str(folder), DataConfig(train=["x"]))
+    image = encoded(Image.new("RGB", (64, 32)))
+    stop = processor._tokenizer.convert_tokens_to_ids(end)
+    turns = [turn("a", 5, stop), turn("b", 6, stop)]
+    turns[0] = replace(turns[0], observation=Observation(token_ids=(1,), text="before"))
+    found = processor.encode_turn(asked().messages, turns, "look", (image,), role="tool")
+    assert found
+    shown = found.token_ids.count(processor.image_token_id)
+    assert processor._tokenizer.decode(found.token_ids) == expected.replace(
+        "PICTURE", "<|image_pad|>" * shown
+    )
+    assert found.image_grid_thw is not None
+    assert shown == int(found.image_grid_thw.prod()) // 4
+    other = [turns[0], replace(turns[1], token_ids=(6, 7))]
+    assert processor.encode_turn(asked().messages, other, "look", (), role="tool") is None
