@@ -10,7 +10,6 @@ tokenizer, processor, chat template, generation config, and the names and dtypes
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -47,12 +46,14 @@ from gspo_mm.policy.parallel import Groups
 from gspo_mm.policy.precision import DTYPES
 from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.policy.weights import Weights
+from gspo_mm.runtime.disk import UncachedFile
+from gspo_mm.runtime.loading import loading
 from gspo_mm.serving.served import quantization_config
 from gspo_mm.sync.quantize import Quantizer
 
 _NAN = "{}: {} holds NaN or infinity, with which a model cannot be used; take an earlier checkpoint, or copy it again"
 PART_BYTES = 2 * 10**9  # of a file, roughly; what a kill costs at most, once for each thread
-THREADS = min(4, os.cpu_count() or 1)
+THREADS = 4  # more than two cores have work for, as each waits for the disk
 
 
 def hf_to_megatron(hf: Path, out: Path, *, experts_layout: str = "auto", check: bool = False) -> int:
@@ -61,15 +62,15 @@ def hf_to_megatron(hf: Path, out: Path, *, experts_layout: str = "auto", check: 
     Weights keep their dtype, or become float32 where the folder mixes them. `out` appears when it is whole, and
     replaces one that was there. `check`: read it back and compare every bit; raises CheckpointError when one differs.
     """
-    source = read_hf(hf, experts_layout)
-    model = _Model(hf, source)
-    set_crc32_options(
-        False
-    )  # sums that torch.load does not look at, and that take a third of torch.save's time
+    with loading():
+        source = read_hf(hf, experts_layout)
+        model = _Model(hf, source)
 
     def write(entries: list[Entry], path: Path, moved: Moved) -> list[Place]:
+        # of this thread: sums that torch.load does not look at, and that take three quarters of torch.save's time
+        set_crc32_options(False)
         places: list[Place] = []
-        with path.open("wb") as file:
+        with UncachedFile(path) as file:
             for entry in entries:
                 for name, value in model.of_hf(source, entry):
                     places += write_value(file, model.parts[name], value)
@@ -111,8 +112,10 @@ def megatron_to_hf(
     `hf`: the folder that it came from (`origin_of`), whose tokenizer and dtypes are taken over. `fp8`: the decoder's matrices
     in blocks with scales, as Qwen publishes its -FP8 folders. Raises CheckpointError.
     """
-    template, policy = template_of(hf, experts_layout), checkpoint / "policy"
-    model, reader = _Model(hf, template, adapters_of(policy)), Reader(policy)
+    policy = checkpoint / "policy"
+    with loading():
+        template = template_of(hf, experts_layout)
+        model, reader = _Model(hf, template, adapters_of(policy)), Reader(policy)
     _refuse_unknown(model, reader)
     change = _quantizer(hf) if fp8 else None
     if fp8 and check:
@@ -121,7 +124,7 @@ def megatron_to_hf(
     def write(entries: list[Entry], path: Path, moved: Moved) -> tuple[int, list[str]]:
         carried = list(template.carried()) if entries is groups[-1] else []
         tensors = len(carried) + sum(len(entry.hf) + 4 * len(entry.megatron) for entry in entries)
-        with ShardWriter(path, room=room_for(tensors)) as file:
+        with ShardWriter(path, room=room_for(tensors), cached=False) as file:
             for entry in entries:
                 for name, parts in model.to_hf(reader, entry):
                     for last, written in published(template, name, parts, change):
