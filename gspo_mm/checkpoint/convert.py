@@ -48,7 +48,7 @@ from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.policy.weights import Weights
 from gspo_mm.runtime.disk import UncachedFile
 from gspo_mm.runtime.loading import loading
-from gspo_mm.serving.served import quantization_config
+from gspo_mm.serving.served import BLOCK, quantization_config
 from gspo_mm.sync.quantize import Quantizer
 
 _NAN = "{}: {} holds NaN or infinity, with which a model cannot be used; take an earlier checkpoint, or copy it again"
@@ -258,6 +258,12 @@ def _quantizer(hf: Path) -> Change:
         raise CheckpointError(
             f"--fp8: no weights of models of type {config.model_type} are written in FP8; leave it out"
         )
+    for dim in family.linear_dims(config, attention=1, mlp=1, experts=1):
+        if dim.size % BLOCK:
+            raise CheckpointError(
+                f"--fp8: {dim.name}={dim.size} of {hf} is not made of whole blocks of {BLOCK}, as transformers and SGLang "
+                "expect it to be; leave it out"
+            )
     return Quantizer(family, config).one
 
 
