@@ -153,7 +153,11 @@ def export(
     ] = "auto",
     fp8: Annotated[
         bool,
-        typer.Option("--fp8", help="the decoder's matrices in FP8 blocks, as Qwen's -FP8 folders have them"),
+        typer.Option(
+            "--fp8",
+            help="the decoder's matrices in FP8 blocks, experts one by one; SGLang reads them, and transformers but for "
+            "Qwen3-VL's experts",
+        ),
     ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="read the result back and compare every bit")

@@ -304,13 +304,17 @@ def tiny_sinks(*, tied: bool = False, seed: int = 0, **values: Any) -> Any:
 
 def made_of_blocks(kind: str) -> Any:
     """A model whose decoder's matrices are whole blocks of 128, so that they can be in FP8: see `IN_BLOCKS`."""
-    wide = {"hidden_size": 256, "head_dim": 64}
+    wide: dict[str, Any] = {"hidden_size": 256, "head_dim": 64}
     rope = WIDE["rope_parameters"]
     match kind:
         case "hybrid":
-            inner = {"num_experts": 4, "moe_intermediate_size": 384, "shared_expert_intermediate_size": 128}
+            inner: dict[str, Any] = {
+                "num_experts": 4,
+                "moe_intermediate_size": 384,
+                "shared_expert_intermediate_size": 128,
+            }
             rope = {**rope, "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.25}
-            linear = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+            linear: dict[str, Any] = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
             return tiny_hybrid(**wide, rope_parameters=rope, **linear, **inner)
         case "sigmoid":
             rope = {**HALF_TURNED, "mrope_section": [8, 4, 4]}
@@ -318,7 +322,7 @@ def made_of_blocks(kind: str) -> Any:
         case "text":
             return tiny_text(**wide, norm_topk_prob=True, num_experts=4, moe_intermediate_size=384)
         case "windows":
-            vision = {"patch_size": 14, "window_size": 112}
+            vision: dict[str, Any] = {"patch_size": 14, "window_size": 112}
             rope = {**rope, "mrope_interleaved": False}
             return tiny_windows(hidden_size=256, intermediate_size=384, rope_parameters=rope, vision=vision)
         case "dense":

@@ -10,6 +10,7 @@ tokenizer, processor, chat template, generation config, and the names and dtypes
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -53,7 +54,8 @@ from gspo_mm.sync.quantize import Quantizer
 
 _NAN = "{}: {} holds NaN or infinity, with which a model cannot be used; take an earlier checkpoint, or copy it again"
 PART_BYTES = 2 * 10**9  # of a file, roughly; what a kill costs at most, once for each thread
-THREADS = 4  # more than two cores have work for, as each waits for the disk
+_EXPERTS_MAPPED = 16  # of a file, at a time: its pages count as this process's memory
+THREADS = min(8, 1 + (os.cpu_count() or 1))  # one more than can compute, as one waits for the disk
 
 
 def hf_to_megatron(hf: Path, out: Path, *, experts_layout: str = "auto", check: bool = False) -> int:
@@ -75,7 +77,6 @@ def hf_to_megatron(hf: Path, out: Path, *, experts_layout: str = "auto", check: 
                 for name, value in model.of_hf(source, entry):
                     places += write_value(file, model.parts[name], value)
                     moved(value.nbytes)
-                source.close()
         return places
 
     def finish(folder: Path, places: list[list[Place]]) -> None:
@@ -201,6 +202,8 @@ class _Model:
         """An entry's parameters by name. Raises HfFolderError for one that has another shape, or is not of numbers."""
         experts = range(len(entry.megatron)) if isinstance(entry.op, StackExperts) else [None]
         for expert in experts:
+            if not (expert or 0) % _EXPERTS_MAPPED:
+                folder.close()
             tensors = [folder.tensor(name, expert) for name in entry.hf]
             names = entry.megatron if expert is None else entry.megatron[expert : expert + 1]
             for name, whole in zip(names, entry.op.to_megatron(tensors), strict=True):
