@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from gspo_mm.runtime.loading import loading
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.reporting import run_reporting_faults
 from gspo_mm.types import GspoError
@@ -53,7 +51,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=val
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train with GSPO. The same run.name again continues a run that was stopped or killed."""
     stop = StopRequest().listen()
-    with _loading():
+    with loading():
         loaded = _load(config, overrides)
         from gspo_mm.train import train as run
 
@@ -65,7 +63,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 def sft(config: ConfigPath, overrides: Overrides = None) -> None:
     """Supervised warm start on the shards' reference responses; writes RUN/hf for `train` to start from."""
     stop = StopRequest().listen()
-    with _loading():
+    with loading():
         loaded = _load(config, overrides)
         from gspo_mm.sft import sft as run
 
@@ -155,7 +153,11 @@ def export(
     ] = "auto",
     fp8: Annotated[
         bool,
-        typer.Option("--fp8", help="the decoder's matrices in FP8 blocks, as Qwen's -FP8 folders have them"),
+        typer.Option(
+            "--fp8",
+            help="the decoder's matrices in FP8 blocks, experts one by one; SGLang reads them, and transformers but for "
+            "Qwen3-VL's experts",
+        ),
     ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="read the result back and compare every bit")
@@ -172,7 +174,8 @@ def export(
 
     checkpoint = checkpoint_of(source, step)
     origin = origin_of(checkpoint, hf)
-    from gspo_mm.checkpoint.convert import megatron_to_hf
+    with loading():
+        from gspo_mm.checkpoint.convert import megatron_to_hf
 
     count = megatron_to_hf(checkpoint, out, hf=origin, experts_layout=experts_layout, fp8=fp8, check=check)
     typer.echo(f"{out}: {count} tensors" + (", every bit checked" if check else ""))
@@ -323,17 +326,6 @@ def plan(
 def main() -> None:
     """Entry point of `gspo-mm`."""
     run_reporting_faults(app)
-
-
-@contextmanager
-def _loading() -> Iterator[None]:
-    """Leave modules out of garbage collection: while they are loaded it would take a sixth of the time and find nothing."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _load(path: Path, overrides: list[str] | None, *, any_world: bool = False) -> Any:

@@ -302,6 +302,39 @@ def tiny_sinks(*, tied: bool = False, seed: int = 0, **values: Any) -> Any:
     return _with_weights(transformers.GptOssForCausalLM, config, seed)
 
 
+def made_of_blocks(kind: str) -> Any:
+    """A model whose decoder's matrices are whole blocks of 128, so that they can be in FP8: see `IN_BLOCKS`."""
+    wide: dict[str, Any] = {"hidden_size": 256, "head_dim": 64}
+    rope = WIDE["rope_parameters"]
+    match kind:
+        case "hybrid":
+            inner: dict[str, Any] = {
+                "num_experts": 4,
+                "moe_intermediate_size": 384,
+                "shared_expert_intermediate_size": 128,
+            }
+            rope = {**rope, "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.25}
+            linear: dict[str, Any] = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+            return tiny_hybrid(**wide, rope_parameters=rope, **linear, **inner)
+        case "sigmoid":
+            rope = {**HALF_TURNED, "mrope_section": [8, 4, 4]}
+            return tiny_glm(**wide, rope_parameters=rope, intermediate_size=128, moe_intermediate_size=384)
+        case "text":
+            return tiny_text(**wide, norm_topk_prob=True, num_experts=4, moe_intermediate_size=384)
+        case "windows":
+            vision: dict[str, Any] = {"patch_size": 14, "window_size": 112}
+            rope = {**rope, "mrope_interleaved": False}
+            return tiny_windows(hidden_size=256, intermediate_size=384, rope_parameters=rope, vision=vision)
+        case "dense":
+            return tiny_vl(moe=False, **wide, intermediate_size=384, rope_parameters=rope)
+        case "mixture":
+            return tiny_vl(**wide, moe_intermediate_size=384, rope_parameters=rope)
+    raise AssertionError(kind)
+
+
+IN_BLOCKS = ("hybrid", "sigmoid", "text", "windows", "dense", "mixture")
+
+
 def save(model: Any, path: Path, *, layout: str = "published", dtype: torch.dtype = torch.float32) -> Path:
     """Save as a folder whose experts are in `layout`: published (Qwen3-MoE's: one by one) or transformers (fused)."""
     model.save_pretrained(path)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from gspo_mm.runtime.loading import loading
 from gspo_mm.runtime.reporting import run_reporting_faults
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
@@ -36,7 +37,8 @@ def main(
         python tools/hf_to_megatron.py Qwen3-VL-30B-A3B-Instruct qwen-megatron
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from gspo_mm.checkpoint.convert import hf_to_megatron
+    with loading():
+        from gspo_mm.checkpoint.convert import hf_to_megatron
 
     count = hf_to_megatron(hf, out, experts_layout=experts_layout, check=check)
     typer.echo(f"{out}: {count} tensors" + (", every bit checked" if check else ""))

@@ -47,12 +47,15 @@ from gspo_mm.policy.parallel import Groups
 from gspo_mm.policy.precision import DTYPES
 from gspo_mm.policy.spec import has_fused_modules
 from gspo_mm.policy.weights import Weights
-from gspo_mm.serving.served import quantization_config
+from gspo_mm.runtime.disk import UncachedFile
+from gspo_mm.runtime.loading import loading
+from gspo_mm.serving.served import BLOCK, quantization_config
 from gspo_mm.sync.quantize import Quantizer
 
 _NAN = "{}: {} holds NaN or infinity, with which a model cannot be used; take an earlier checkpoint, or copy it again"
 PART_BYTES = 2 * 10**9  # of a file, roughly; what a kill costs at most, once for each thread
-THREADS = min(4, os.cpu_count() or 1)
+_EXPERTS_MAPPED = 16  # of a file, at a time: its pages count as this process's memory
+THREADS = min(8, 1 + (os.cpu_count() or 1))  # one more than can compute, as one waits for the disk
 
 
 def hf_to_megatron(hf: Path, out: Path, *, experts_layout: str = "auto", check: bool = False) -> int:
@@ -61,20 +64,19 @@ def hf_to_megatron(hf: Path, out: Path, *, experts_layout: str = "auto", check: 
     Weights keep their dtype, or become float32 where the folder mixes them. `out` appears when it is whole, and
     replaces one that was there. `check`: read it back and compare every bit; raises CheckpointError when one differs.
     """
-    source = read_hf(hf, experts_layout)
-    model = _Model(hf, source)
-    set_crc32_options(
-        False
-    )  # sums that torch.load does not look at, and that take a third of torch.save's time
+    with loading():
+        source = read_hf(hf, experts_layout)
+        model = _Model(hf, source)
 
     def write(entries: list[Entry], path: Path, moved: Moved) -> list[Place]:
+        # of this thread: sums that torch.load does not look at, and that take three quarters of torch.save's time
+        set_crc32_options(False)
         places: list[Place] = []
-        with path.open("wb") as file:
+        with UncachedFile(path) as file:
             for entry in entries:
                 for name, value in model.of_hf(source, entry):
                     places += write_value(file, model.parts[name], value)
                     moved(value.nbytes)
-                source.close()
         return places
 
     def finish(folder: Path, places: list[list[Place]]) -> None:
@@ -111,8 +113,10 @@ def megatron_to_hf(
     `hf`: the folder that it came from (`origin_of`), whose tokenizer and dtypes are taken over. `fp8`: the decoder's matrices
     in blocks with scales, as Qwen publishes its -FP8 folders. Raises CheckpointError.
     """
-    template, policy = template_of(hf, experts_layout), checkpoint / "policy"
-    model, reader = _Model(hf, template, adapters_of(policy)), Reader(policy)
+    policy = checkpoint / "policy"
+    with loading():
+        template = template_of(hf, experts_layout)
+        model, reader = _Model(hf, template, adapters_of(policy)), Reader(policy)
     _refuse_unknown(model, reader)
     change = _quantizer(hf) if fp8 else None
     if fp8 and check:
@@ -121,7 +125,7 @@ def megatron_to_hf(
     def write(entries: list[Entry], path: Path, moved: Moved) -> tuple[int, list[str]]:
         carried = list(template.carried()) if entries is groups[-1] else []
         tensors = len(carried) + sum(len(entry.hf) + 4 * len(entry.megatron) for entry in entries)
-        with ShardWriter(path, room=room_for(tensors)) as file:
+        with ShardWriter(path, room=room_for(tensors), cached=False) as file:
             for entry in entries:
                 for name, parts in model.to_hf(reader, entry):
                     for last, written in published(template, name, parts, change):
@@ -198,6 +202,8 @@ class _Model:
         """An entry's parameters by name. Raises HfFolderError for one that has another shape, or is not of numbers."""
         experts = range(len(entry.megatron)) if isinstance(entry.op, StackExperts) else [None]
         for expert in experts:
+            if not (expert or 0) % _EXPERTS_MAPPED:
+                folder.close()
             tensors = [folder.tensor(name, expert) for name in entry.hf]
             names = entry.megatron if expert is None else entry.megatron[expert : expert + 1]
             for name, whole in zip(names, entry.op.to_megatron(tensors), strict=True):
@@ -255,6 +261,12 @@ def _quantizer(hf: Path) -> Change:
         raise CheckpointError(
             f"--fp8: no weights of models of type {config.model_type} are written in FP8; leave it out"
         )
+    for dim in family.linear_dims(config, attention=1, mlp=1, experts=1):
+        if dim.size % BLOCK:
+            raise CheckpointError(
+                f"--fp8: {dim.name}={dim.size} of {hf} is not made of whole blocks of {BLOCK}, as transformers and SGLang "
+                "expect it to be; leave it out"
+            )
     return Quantizer(family, config).one
 
 

@@ -7,12 +7,11 @@ a model on torch's meta device, so that it is what `distributed.py` would have w
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
@@ -22,8 +21,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from torch.distributed.checkpoint.storage import WriteResult
 
 from gspo_mm.checkpoint.distributed import CheckpointError, common_of, finalize, request_of
-from gspo_mm.policy.compat import StorageInfo, is_quantized
+from gspo_mm.policy.compat import StorageInfo, is_quantized, part_of_file
 from gspo_mm.policy.model import PolicyModel
+from gspo_mm.runtime.disk import UncachedFile
 
 _OBJECTS = "objects.distcp"  # what is not a tensor
 
@@ -32,7 +32,7 @@ type Part = ShardedTensor | ShardedTensorFactory
 type Place = tuple[str, list[int], int, int]
 
 
-def write_value(file: BinaryIO, part: Part, value: torch.Tensor) -> Iterator[Place]:
+def write_value(file: UncachedFile, part: Part, value: torch.Tensor) -> Iterator[Place]:
     """Append a parameter's value to a file, in the pieces that checkpoints cut it into."""
     filled = replace(part, data=value)
     for piece in nested_values([_pieces(filled)]):
@@ -40,7 +40,7 @@ def write_value(file: BinaryIO, part: Part, value: torch.Tensor) -> Iterator[Pla
         if data.untyped_storage().nbytes() != data.nbytes:  # of a view torch saves all that is behind it
             data = data.clone()
         begin = file.tell()
-        torch.save(data, file)
+        torch.save(data, cast(BinaryIO, file))
         yield piece.key, list(piece.global_offset), begin, file.tell() - begin
 
 
@@ -133,10 +133,9 @@ class Reader:
         info = self._places[index]
         file = self.folder / info.relative_path
         try:
-            with file.open("rb") as stream:
-                stream.seek(info.offset)
-                content = io.BytesIO(stream.read(info.length))
-            value = torch.load(content, map_location="cpu", weights_only=True)
+            with file.open("rb", buffering=0) as stream:
+                view = cast(BinaryIO, part_of_file(stream, info.offset, info.length))
+                value = torch.load(view, map_location="cpu", weights_only=True)
             return value.dequantize() if is_quantized(value) else value
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise CheckpointError(

@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import torch
 
+from gspo_mm.runtime.disk import UncachedFile
+
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -33,14 +35,18 @@ def room_for(tensors: int) -> int:
 class ShardWriter:
     """A context; the file can be read when `finish` has returned, and not before. Raises OSError when the disk refuses."""
 
-    def __init__(self, path: Path, *, room: int) -> None:
-        """`room`: bytes kept free for the header, which is known last: the format lets it end in blanks."""
+    def __init__(self, path: Path, *, room: int, cached: bool = True) -> None:
+        """`room`: bytes kept free for the header, which is known last: the format lets it end in blanks.
+
+        `cached`: for a reader that comes soon.
+        """
         self.size = 0  # bytes of tensors
         self._header: dict[str, Any] = {}
         self._room = room // 8 * 8
         self._left = self._room - 64  # of it, less the part that is not of tensors
-        self._file = path.open("wb")
-        self._file.seek(8 + self._room)
+        self._path = path
+        self._file = path.open("wb") if cached else UncachedFile(path)
+        self._file.write(bytes(8 + self._room))
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +74,7 @@ class ShardWriter:
         """Bytes and names of the tensors."""
         text = json.dumps({"__metadata__": {"format": "pt"}} | self._header).encode()
         assert len(text) <= self._room
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
         self._file.close()
+        with self._path.open("r+b") as file:
+            file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
         return self.size, list(self._header)

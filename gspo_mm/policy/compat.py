@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.utils import _create_file_view
 
 StorageInfo = _StorageInfo  # where a file of a distributed checkpoint has a piece: name, first byte, bytes
+part_of_file = _create_file_view  # as a file to read, by first byte and bytes
 
 
 def is_quantized(parameter: torch.Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 Each of them is forked behind the imports, which take longest. It builds the model of FOLDER on the CPU, fills it with NaN, and
 lets its `load_weights` read the safetensors file TENSORS. OUT gets what its parameters hold then, OUT.json which of them have no
-value; in float32 also which have none where one tensor is left out, or sent under another name.
+value; in float32 also which have none where one tensor is left out, or sent under another name. Where TENSORS is FOLDER, SGLang
+loads it as a server does that was started with it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def import_all() -> None:
     import sglang.srt.models.registry  # noqa: F401
 
 
-def build(folder: str, dtype: str) -> torch.nn.Module:
+def build(folder: str, dtype: str, load_format: str) -> torch.nn.Module:
     """As a server's scheduler does, on one device."""
     from sglang.benchmark.one_batch import _init_process_global_configs
     from sglang.srt.configs.device_config import DeviceConfig
@@ -49,7 +50,7 @@ def build(folder: str, dtype: str) -> torch.nn.Module:
         device="cpu",
         dtype=dtype,
         attention_backend=backend,
-        load_format="dummy",
+        load_format=load_format,
         disable_overlap_schedule=True,
     )
     server.resolve_once()
@@ -60,7 +61,9 @@ def build(folder: str, dtype: str) -> torch.nn.Module:
     bootstrap.init_parallel_runtime(server_args=server, device="cpu", dist_port=port)
     bootstrap.init_layer_runtime(model_config=config)
     return get_model(
-        model_config=config, load_config=LoadConfig(load_format="dummy"), device_config=DeviceConfig("cpu")
+        model_config=config,
+        load_config=LoadConfig(load_format=load_format),
+        device_config=DeviceConfig("cpu"),
     )
 
 
@@ -79,8 +82,20 @@ def main() -> None:
 
 
 def load_into(folder: str, dtype: str, tensors: str, out: str) -> None:
-    model, sent = build(folder, dtype), load_file(tensors)
+    model = build(folder, dtype, "auto" if tensors == folder else "dummy")
     parameters = dict(model.named_parameters())
+    if tensors != folder:
+        Path(f"{out}.json").write_text(json.dumps(loaded_from(load_file(tensors), model, parameters, dtype)))
+    save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, out)
+
+
+def loaded_from(
+    sent: dict[str, torch.Tensor],
+    model: torch.nn.Module,
+    parameters: dict[str, torch.nn.Parameter],
+    dtype: str,
+) -> dict[str, Any]:
+    """Load them; names of parameters without a value."""
 
     def load(tensors: Tensors) -> list[str]:
         """Names of parameters that have no value afterwards."""
@@ -109,8 +124,7 @@ def load_into(folder: str, dtype: str, tensors: str, out: str) -> None:
         report["left out"] = changed(lambda name: [])
         report["renamed"] = changed(lambda name: [(f"{name.rpartition('.')[0]}.other", sent[name])])
         load(sent.items())
-    Path(f"{out}.json").write_text(json.dumps(report))
-    save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, out)
+    return report
 
 
 if __name__ == "__main__":

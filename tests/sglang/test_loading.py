@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gspo_mm.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from gspo_mm.config import parse_config
 from gspo_mm.families.table import family_of
 from gspo_mm.policy.engine import Policy
@@ -26,15 +27,12 @@ from gspo_mm.serving.served import SCALE, check_served, served
 from gspo_mm.sync.quantize import FP8 as FORMAT
 from gspo_mm.sync.quantize import on_the_way
 from tests.tiny_vl import (
-    HALF_TURNED,
-    WIDE,
+    IN_BLOCKS,
+    made_of_blocks,
     save,
     tiny_glm,
     tiny_hybrid,
     tiny_sinks,
-    tiny_text,
-    tiny_vl,
-    tiny_windows,
 )
 
 MERGED = {
@@ -58,8 +56,8 @@ class Loaded:
 
 def send(folder: Path, model: Any, *, fp8: bool) -> tuple[str, ...]:
     """Write what a push sends of `model`; arguments of loading.py that load it."""
-    save(model, folder / "hf")
     dtype = "bfloat16" if fp8 else "float32"
+    save(model, folder / "hf", dtype=getattr(torch, dtype))
     config = parse_config(
         {
             "run": {"name": "run", "dir": str(folder)},
@@ -78,6 +76,13 @@ def send(folder: Path, model: Any, *, fp8: bool) -> tuple[str, ...]:
     return served(config).model.path, dtype, str(folder / "sent"), str(folder / "held")
 
 
+def export(folder: Path) -> tuple[str, ...]:
+    """Convert the model that `send` saved, there and back in FP8; arguments of loading.py that load it."""
+    hf_to_megatron(folder / "hf", folder / "megatron")
+    megatron_to_hf(folder / "megatron", folder / "exported", hf=folder / "hf", fp8=True)
+    return str(folder / "exported"), "bfloat16", str(folder / "exported"), str(folder / "held-exported")
+
+
 def start(jobs: list[tuple[str, ...]], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.sglang.loading", *(word for job in jobs for word in job)],
@@ -89,35 +94,20 @@ def start(jobs: list[tuple[str, ...]], folder: Path) -> subprocess.Popen[str]:
 
 
 MIXTURE, DENSE, SIGMOID, SINKS = "mixture", "dense and tied", "sigmoid and tied", "sinks"
-FP8 = ("mixture in FP8", "sigmoid in FP8", "text in FP8", "windows in FP8", "dense in FP8")
 
 
 @pytest.fixture(scope="module")
 def each(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     """All in two processes, side by side: SGLang's imports alone take 20 s of a core."""
-    rope = {**WIDE["rope_parameters"], "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.25}
-    linear = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
-    half = {**HALF_TURNED, "mrope_section": [8, 4, 4]}
-    wide = {"hidden_size": 256, "head_dim": 64}
-    inner = {"num_experts": 4, "moe_intermediate_size": 384, "shared_expert_intermediate_size": 128}
     models = {
         MIXTURE: tiny_hybrid(),
         DENSE: tiny_hybrid(moe=False, tied=True),
         SIGMOID: tiny_glm(tied=True, n_group=4, topk_group=2, num_experts_per_tok=5, n_shared_experts=2),
         SINKS: tiny_sinks(),
-        FP8[0]: tiny_hybrid(**wide, rope_parameters=rope, **linear, **inner),
-        FP8[1]: tiny_glm(**wide, rope_parameters=half, intermediate_size=128, moe_intermediate_size=384),
-        FP8[2]: tiny_text(**wide, norm_topk_prob=True, num_experts=4, moe_intermediate_size=384),
-        FP8[4]: tiny_vl(moe=False, **wide, intermediate_size=384, rope_parameters=WIDE["rope_parameters"]),
-        FP8[3]: tiny_windows(
-            hidden_size=256,
-            intermediate_size=384,
-            rope_parameters={**WIDE["rope_parameters"], "mrope_interleaved": False},
-            vision={"patch_size": 14, "window_size": 112},
-        ),
-    }
+    } | {f"{kind} in FP8": made_of_blocks(kind) for kind in IN_BLOCKS}
     folders = {name: tmp_path_factory.mktemp("loading") for name in models}
-    jobs = [send(folders[name], model, fp8=name in FP8) for name, model in models.items()]
+    jobs = [send(folders[name], model, fp8="FP8" in name) for name, model in models.items()]
+    jobs += [export(folder) for name, folder in folders.items() if "FP8" in name]
     for process in [start(half, folders[MIXTURE]) for half in (jobs[::2], jobs[1::2])]:
         _, errors = process.communicate()
         assert process.returncode == 0, errors
@@ -221,9 +211,9 @@ def test_names_that_pushes_are_checked_by_are_the_servers(loaded: Loaded) -> Non
     assert vectors <= set(whole.values())
 
 
-@pytest.mark.parametrize("name", FP8)
-def test_what_is_sent_in_fp8_is_what_is_held_so(name: str, each: dict[str, Loaded]) -> None:
-    loaded = each[name]
+@pytest.mark.parametrize("kind", IN_BLOCKS)
+def test_what_is_sent_in_fp8_is_what_is_held_so(kind: str, each: dict[str, Loaded]) -> None:
+    loaded = each[f"{kind} in FP8"]
     family = family_of(loaded.folder)
     layers = family.linear_layers(family.load_config(str(loaded.folder)))
     # some have scales of the key/value cache, which come with no push
@@ -234,3 +224,19 @@ def test_what_is_sent_in_fp8_is_what_is_held_so(name: str, each: dict[str, Loade
             sent = [loaded.sent[family.prefixes.published(part) + suffix] for part in parts]
             held = loaded.held[name + suffix]
             assert torch.equal(held.flatten(0, -2).view(torch.uint8), torch.cat(sent).view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", IN_BLOCKS)
+def test_a_server_that_starts_with_an_exported_folder_holds_what_a_push_sends(
+    kind: str, each: dict[str, Loaded]
+) -> None:
+    """Scales and bytes of what is in FP8, and all else, to the bit."""
+    loaded = each[f"{kind} in FP8"]
+    held = load_file(loaded.folder.with_name("held-exported"))
+    assert held.keys() == loaded.held.keys()
+    sent = held.keys() - set(loaded.unfilled["all"])
+    assert [name for name in sent if not torch.equal(bits(held[name]), bits(loaded.held[name]))] == []
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten().view(torch.uint8)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gspo_mm.checkpoint.store import Store
+from gspo_mm.runtime import disk
 from gspo_mm.runtime.disk import refusal
 
 
@@ -260,3 +261,26 @@ def test_a_network_that_fails_is_no_disk_unless_files_were_written(tmp_path: Pat
     fault = OSError(errno.ETIMEDOUT, "Connection timed out")
     assert refusal(fault) is None
     assert "the file server does not answer" in str(refusal(fault, folder=tmp_path))
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_file_past_the_cache_holds_all_that_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """`refused`: by a disk that has no way past the cache."""
+    original = os.open
+
+    def opened(path: Path, flags: int, mode: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return original(path, flags, mode)
+
+    monkeypatch.setattr(disk, "_BLOCK", 8192)
+    if refused:
+        monkeypatch.setattr(disk.os, "open", opened)
+    data = [os.urandom(size) for size in (0, 3, 5000, 8192, 1, 40000, 4096)]
+    with disk.UncachedFile(tmp_path / "file") as file:
+        for part in data:
+            assert file.write(part) == len(part)
+        assert file.tell() == sum(map(len, data))
+    assert (tmp_path / "file").read_bytes() == b"".join(data)

@@ -2,10 +2,11 @@
 
     python tools/bench/convert.py --layers 3 --kills 5
 
-A random checkpoint with the names and sizes of Qwen3-VL-30B-A3B and --layers decoder layers (3: 6.1 GB, 8: 12.2 GB) is
+A random checkpoint with the names and sizes of Qwen3-VL-30B-A3B and --layers decoder layers (3: 6.1 GB, 15: 21 GB) is
 copied, converted there and back, and every bit compared (`--check`, not counted in the times). Each takes turns with `cp`,
 with a `sync` behind both. Memory of a process: RssAnon, what no file backs, sampled 100 times a second, and VmHWM, which
-also counts what it has mapped of files and the system may drop at any time. The folder takes three times the checkpoint.
+also counts what it has mapped of files and the system may drop at any time. The folder takes three times the checkpoint, and
+twice with --no-keep-source; it is removed at the end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -62,8 +64,9 @@ def main(
             out = Path(command[-1])
             row(name, measured(command), copy)
             shutil.rmtree(out)
-            for number in range(kills):
-                kill(command, random.Random(number).random(), size)
+            points = random.Random(len(name))
+            for share in sorted(points.random() for _ in range(kills)):
+                kill(command, share * size)
             done = subprocess.run([*command, "--check"], cwd=ROOT, text=True, capture_output=True, check=True)
             typer.echo(f"{done.stdout.strip()} {done.stderr.strip().splitlines()[-1]}", err=True)
             if name == "to megatron" and not keep_source:
@@ -140,13 +143,12 @@ def row(name: str, cost: Cost, copy: Cost) -> None:
     )
 
 
-def kill(command: list[str], share: float, size: int) -> None:
-    """Run a command and kill it when it has written that share of what an earlier one left to do."""
+def kill(command: list[str], size: float) -> None:
+    """Run a command and kill it when, with what an earlier one left, so many bytes are written."""
     out = Path(command[-1])
     rest = out.with_name(f".tmp-{out.name}")
-    before = written(rest)
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and written(rest) < before + share * (size - before):
+    while process.poll() is None and written(rest) < size:
         time.sleep(0.02)
     process.kill()
     process.wait()
@@ -155,11 +157,12 @@ def kill(command: list[str], share: float, size: int) -> None:
 
 
 def written(folder: Path) -> int:
-    return sum(
-        path.stat().st_size
-        for path in list(folder.rglob("*"))
-        if path.suffix in (".half", ".distcp", ".safetensors")
-    )
+    size = 0
+    for path in list(folder.rglob("*")):
+        if path.suffix in (".half", ".distcp", ".safetensors"):
+            with suppress(FileNotFoundError):  # a half-written file that is whole by now
+                size += path.stat().st_size
+    return size
 
 
 if __name__ == "__main__":

@@ -16,11 +16,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import psutil
 import typer
@@ -35,23 +33,25 @@ from gspo_mm.data.source import PromptSource
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.rollout.saved import list_steps, load_rollouts
 from gspo_mm.runtime.net import LOOPBACK, free_port
-from gspo_mm.serving.registry import registered
 from gspo_mm.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.watched import Watched, kill_server  # noqa: E402
+
 PROMPTS, GROUPS, RANKS = 400, 4, 2
 PATIENCE = 600.0  # seconds for the run to come back
 ENDS = 120.0  # seconds for what is left of a run to end when one of its ranks has been killed
 
 
-class Run:
+class Run(Watched):
     """The run's processes, its folder, and what its folder says."""
 
     def __init__(self, folder: Path, engine: str) -> None:
-        self.path = folder / "runs" / "kills"
+        super().__init__(folder / "runs" / "kills", patience=PATIENCE)
         self._config = folder / "config.yaml"
         self._config.write_text(yaml.safe_dump(config(folder, engine)))
-        self.ranks: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
         port = str(free_port(LOOPBACK))
@@ -61,21 +61,21 @@ class Run:
                 "MASTER_ADDR": LOOPBACK, "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
             }  # fmt: skip
             command = [sys.executable, "-m", "gspo_mm.cli", "train", str(self._config)]
-            self.ranks.append(
+            self.processes.append(
                 subprocess.Popen(command, env={**os.environ, **variables}, stderr=subprocess.DEVNULL)
             )
 
     def end(self, number: int = signal.SIGTERM) -> None:
         """Wait until nothing of it is left; it may have been told already."""
-        family = [p for rank in self.ranks for p in [psutil.Process(rank.pid), *children(rank.pid)]]
-        for rank in self.ranks:
+        family = self.family()
+        for rank in self.processes:
             if rank.poll() is None and number:
                 rank.send_signal(number)
-        for rank in self.ranks:
+        for rank in self.processes:
             rank.wait(ENDS)
         _, alive = psutil.wait_procs(family, timeout=ENDS)
         assert not alive, f"left over: {alive}"
-        self.ranks.clear()
+        self.processes.clear()
 
     def prompts(self, count: int) -> list[Prompt]:
         """The first ones that a run of this config is to train on."""
@@ -91,23 +91,6 @@ class Run:
     def saved(self) -> int:
         latest = Store(self.path / "checkpoints", keep=1).latest()
         return int(latest.name[5:]) if latest else 0
-
-    def steps(self) -> int:
-        return max((line["step"] for line in read_metrics(self.path)), default=0)
-
-    def wait(self, what: str, condition: Callable[[], Any], *, alive: bool = True) -> None:
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            assert not alive or all(rank.poll() is None for rank in self.ranks), f"it ended in wait of {what}"
-            assert time.monotonic() < end, f"waited {PATIENCE:g} s in vain for {what}"
-            time.sleep(0.02)
-
-
-def children(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 def config(folder: Path, engine: str) -> dict[str, Any]:
@@ -148,7 +131,7 @@ def tool(name: str, *words: object) -> None:
 
 
 def kill_rank(run: Run, rank: int) -> None:
-    run.ranks[rank].kill()
+    run.processes[rank].kill()
     run.end(0)
     run.start()
 
@@ -165,30 +148,26 @@ def kill_rank_in_a_push(run: Run, rank: int) -> None:
     kill_rank(run, rank)
 
 
-def kill_server(run: Run, number: int) -> None:
-    up = [server for server in registered(run.path / "servers") if server.state == "up"]
-    if up:
-        port = urlsplit(up[number % len(up)].url).port
-        listening = psutil.net_connections(kind="tcp")
-        for pid in {c.pid for c in listening if c.pid and c.status == "LISTEN" and c.laddr.port == port}:
-            os.kill(pid, signal.SIGKILL)
+def kill_one_server(run: Run, number: int) -> None:
+    if up := list(run.up().values()):
+        kill_server(up[number % len(up)])
 
 
-def kill_server_in_a_push(run: Run, number: int) -> None:
+def kill_one_server_in_a_push(run: Run, number: int) -> None:
     before = {path.name for path in (run.path / "sync").glob("v*")}
     run.wait("a push", lambda: {path.name for path in (run.path / "sync").glob("v*")} - before)
-    kill_server(run, number)
+    kill_one_server(run, number)
 
 
 def kill_router(run: Run, _: int) -> None:
-    for process in children(run.ranks[0].pid):
+    for process in run.family():
         if "sglang_router" in " ".join(process.cmdline()):
             process.kill()
             return
 
 
 EMBEDDED = [kill_rank, kill_rank_in_a_checkpoint]
-SGLANG = [*EMBEDDED, kill_rank_in_a_push, kill_server, kill_server_in_a_push, kill_router]
+SGLANG = [*EMBEDDED, kill_rank_in_a_push, kill_one_server, kill_one_server_in_a_push, kill_router]
 
 
 # --- what must be true
