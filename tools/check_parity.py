@@ -200,7 +200,9 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
         getattr(config, f"vision_{side}_token_id", getattr(config, f"image_{side}_token_id", None))
         for side in ("start", "end")
     ]
-    special = {image_token_id, getattr(config, "video_token_id", None), *around}
+    # of padding, transformers' embedding takes no gradient
+    padding = model.get_input_embeddings().padding_idx
+    special = {image_token_id, getattr(config, "video_token_id", None), padding, *around}
     plain = torch.tensor([i for i in range(config.get_text_config().vocab_size) if i not in special])
 
     def text(low: int, high: int) -> list[int]:
@@ -258,15 +260,31 @@ def _positions(model: Any, ids: list[int], grids: torch.Tensor | None) -> torch.
 
 
 def load_reference(path: Path) -> Any:
-    """transformers' model in float32, without dropout, experts as a plain loop."""
+    """transformers' model in float32, without dropout, experts as a plain loop.
+
+    Of weights that are stored in FP8 or MXFP4, it holds what they are in the dtype that we read them in. Those that
+    transformers does not find (Qwen3-VL's experts one by one) are what we read.
+    """
     import torch
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
+    from gspo_mm.families.folder import read_hf
     from gspo_mm.families.table import family_of
+    from gspo_mm.hf.tensors import held
 
     disable_progress_bar()
-    family = family_of(path)
-    model: Any = family.auto_class(family.load_config(str(path))).from_pretrained(path, dtype=torch.float32)
+    family, folder = family_of(path), read_hf(path)
+    config = AutoConfig.from_pretrained(path)
+    if quantized := getattr(config, "quantization_config", None):
+        quantized["dequantize"] = True
+    model: Any
+    model, found = family.auto_class(config).from_pretrained(
+        path, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    for name, tensor in held(model).items():
+        read = folder.tensor(name) if name in found["missing_keys"] else tensor
+        tensor.data = read.to(folder.dtype(name)).float()
     model.eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")

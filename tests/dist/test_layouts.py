@@ -26,10 +26,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     text = tiny_text(num_hidden_layers=4, mlp_only_layers=[1], norm_topk_prob=False, vocab_size=250)
     text_dense = tiny_text(moe=False, tied=True, num_hidden_layers=4, attention_bias=True, vocab_size=131)
     hybrid = tiny_hybrid(vocab_size=250, linear_num_key_heads=4)
+    hybrid_dense = tiny_hybrid(moe=False, tied=True, vocab_size=131)
     windows = tiny_windows(tied=True, vocab_size=131)
     models = {"moe": moe, "dense": dense, "text": text, "text dense": text_dense, "hybrid": hybrid}
-    models |= {"windows": windows, "sigmoid": tiny_glm(vocab_size=250)}
-    models |= {"sinks": tiny_sinks(vocab_size=250)}
+    models |= {"hybrid dense": hybrid_dense, "windows": windows}
+    models |= {"sigmoid": tiny_glm(vocab_size=250), "sinks": tiny_sinks(vocab_size=250)}
     return {name: save(model, parent / name) for name, model in models.items()}
 
 

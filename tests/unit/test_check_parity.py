@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.tiny_vl import save, tiny_vl
-from tools.check_parity import app
+from tests.tiny_vl import save, tiny_text, tiny_vl
+from tools.check_parity import app, random_batch
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +36,8 @@ def test_a_folder_that_is_none_exits_2_with_the_reason(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["--hf", str(tmp_path)])
     assert result.exit_code == 2
     assert "has no config.json" in result.stderr
+
+
+def test_prompts_hold_no_padding_whose_embedding_transformers_does_not_train() -> None:
+    tokens = random_batch(tiny_text(moe=False, num_hidden_layers=1, vocab_size=5, pad_token_id=3)).token_ids
+    assert set(tokens.tolist()) == {0, 1, 2, 4}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config
+from typer.testing import CliRunner
 
 from gspo_mm.families.folder import read_hf
 from gspo_mm.families.operations import StackExperts
@@ -21,6 +22,7 @@ from gspo_mm.families.table import FAMILIES, family_of
 from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.sync.quantize import quantize
 from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_sinks, tiny_text, tiny_vl, tiny_windows
+from tools import check_parity
 
 type Tensors = dict[str, torch.Tensor]
 
@@ -152,19 +154,36 @@ def test_experts_with_biases_one_by_one_are_refused(saved: Any, tmp_path: Path) 
         read_hf(folder)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3_vl_moe"])
-def test_blocks_of_fp8_are_read(name: str, saved: Any, tmp_path: Path) -> None:
-    source = saved(name, False)
+def in_fp8(source: Path, folder: Path) -> Path:
+    """The folder with its decoder's matrices in FP8 blocks, experts one by one."""
 
     def shrink(tensors: Tensors) -> None:
-        if name in MIXTURES:
+        if source.name.startswith(tuple(MIXTURES)):
             take_apart(tensors, source)
         for weight in [n for n in tensors if ".layers." in n and n.endswith("_proj.weight")]:
             tensors[weight], tensors[f"{weight}_scale_inv"] = quantize(tensors[weight])
 
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    folder = copied(source, tmp_path / "hf", shrink, quantization_config=settings)
+    return copied(source, folder, shrink, quantization_config=settings)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3_vl_moe"])
+def test_blocks_of_fp8_are_read(name: str, saved: Any, tmp_path: Path) -> None:
+    folder = in_fp8(saved(name, False), tmp_path / "hf")
     assert_reads_as_transformers(folder, quantization_config=FineGrainedFP8Config(dequantize=True))
+
+
+def one_by_one(source: Path, folder: Path) -> Path:
+    return copied(source, folder, lambda tensors: take_apart(tensors, source))
+
+
+@pytest.mark.parametrize(("name", "form"), [("qwen3_moe", in_fp8), ("qwen3_vl_moe", one_by_one)])
+def test_folders_that_transformers_reads_in_part_are_compared(
+    name: str, form: Callable[..., Path], saved: Any, tmp_path: Path
+) -> None:
+    folder = form(saved(name, False), tmp_path / "hf")
+    result = CliRunner().invoke(check_parity.app, ["--hf", str(folder)])
+    assert result.exit_code == 0, result.output
 
 
 def moved(source: Path, folder: Path) -> Path:
