@@ -1,7 +1,8 @@
 """The one place that turns chat and images into token ids and pixels, by the model's own Hugging Face processor.
 
-Rollout and training use the ids that one call of `encode` gave; nothing tokenizes a prompt a second time. An image is
-decoded once, and its pixels are kept in a cache of bounded size, keyed by content, for the answers of its group.
+Rollout and training use the ids that one call of `encode` gave; nothing tokenizes a prompt a second time. How many tokens
+an image takes follows from its size; its pixels are made where somebody looks at them, and kept in a cache of bounded
+size, keyed by content, for the answers of its group. Threads may share a processor.
 
 A text that spells one of the tokenizer's special tokens is refused: it would close the user's turn or stand for an
 image that is not there.
@@ -10,11 +11,14 @@ image that is not there.
 from __future__ import annotations
 
 import logging
+import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from cachetools import LRUCache
+from PIL import Image
 
 from gspo_mm.config import DataConfig
 from gspo_mm.data.faults import BadSample
@@ -33,7 +37,7 @@ class Processor:
     """Chat template, tokenizer and image processor of a Hugging Face folder; some models take text alone."""
 
     def __init__(self, model_path: str, config: DataConfig, *, keep_pixels: bool = True) -> None:
-        """Without `keep_pixels` prompts come without theirs: servers decode images themselves."""
+        """Without `keep_pixels` prompts come without theirs, which are not made: servers decode images themselves."""
         self._keep_pixels = keep_pixels
         self._processor, hf = load_processor(model_path)
         self._hf, self._family = hf, family_of(model_path)
@@ -60,9 +64,10 @@ class Processor:
         self._cache = LRUCache[str, tuple[torch.Tensor, torch.Tensor]](
             config.image_cache_mb * 2**20, getsizeof=lambda image: image[0].nbytes
         )
+        self._lock = threading.Lock()  # of the cache
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Token ids and pixels of a prompt. Raises BadSample: special token in text, corrupt image, too long."""
+        """Token ids of a prompt, pixels where kept. Raises BadSample: special token in text, corrupt image, too long."""
         if prompt.images and self.image_token_id is None:
             raise BadSample(
                 "image refused",
@@ -71,50 +76,52 @@ class Processor:
             )
         self._refuse_special_tokens(prompt)
         text = self._render(prompt)
-        images = [decode_image(image.data) for image in prompt.images]
-        for image, decoded in zip(prompt.images, images, strict=True):
-            if decoded.size != (image.width, image.height):
-                raise BadSample(
-                    "corrupt image", f"its header says {image.width}x{image.height}, it is {decoded.size}"
-                )
         try:
-            inputs = self._processor(
-                text=[text], return_tensors="pt", **({"images": images} if images else {})
-            )
+            grids = torch.cat([self.grid(image) for image in prompt.images]) if prompt.images else None
         except ValueError as error:  # an aspect ratio that cannot be patched
             raise BadSample("image refused", str(error)) from None
-        token_ids = tuple(inputs["input_ids"][0].tolist())
+        pixels: list[torch.Tensor] = []
+        for image in prompt.images:
+            if self._keep_pixels:
+                pixels.append(self.pixels(image)[0])
+            else:
+                _decoded(image)
+        token_ids = tuple(self._processor(text=[self._expanded(text, grids)])["input_ids"][0])
         if len(token_ids) > self._max_prompt_tokens:
             raise BadSample(
                 "too long", f"{len(token_ids)} tokens, data.max_prompt_tokens={self._max_prompt_tokens}"
             )
-        pixels, grids = self._family.images_of(self._hf, inputs)
-        if pixels is not None and grids is not None:
-            expected = sum(self._family.tokens_per_image(self._hf, grids))
-            assert token_ids.count(self.image_token_id) == expected, (
-                f"{prompt.key}: image tokens and grids disagree"
-            )
-            for image, own, grid in zip(
-                prompt.images, pixels.split(grids.prod(-1).tolist()), grids, strict=True
-            ):
-                self._remember(image.key, own, grid[None])
-        kept = pixels if self._keep_pixels else None
-        return EncodedPrompt(prompt=prompt, token_ids=token_ids, pixel_values=kept, image_grid_thw=grids)
+        return EncodedPrompt(
+            prompt=prompt,
+            token_ids=token_ids,
+            pixel_values=torch.cat(pixels) if pixels else None,
+            image_grid_thw=grids,
+        )
 
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded again."""
-        if (known := self._cache.get(image.key)) is None:
-            inputs = self._image_processor(images=[decode_image(image.data)], return_tensors="pt")
-            pixels, grid = self._family.images_of(self._hf, inputs)
-            assert pixels is not None
-            assert grid is not None
-            self._remember(image.key, pixels, grid)
-            return pixels, grid
-        return known
+        with self._lock:
+            if (known := self._cache.get(image.key)) is not None:
+                return known
+        inputs = self._image_processor(images=[_decoded(image)], return_tensors="pt")
+        pixels, grid = self._family.images_of(self._hf, inputs)
+        assert pixels is not None
+        assert grid is not None
+        assert torch.equal(grid, self.grid(image)), f"{grid} of {image.width}x{image.height} pixels"
+        if pixels.nbytes <= self._cache.maxsize:
+            with self._lock:
+                self._cache[image.key] = (pixels, grid)
+        return pixels, grid
+
+    def grid(self, image: EncodedImage) -> torch.Tensor:
+        """The grid [1, 3] int64 that `pixels` will give, from the image's size alone. Raises ValueError as its family does."""
+        return torch.tensor(
+            [self._family.image_grid(self._hf, self._image_processor, image.height, image.width)]
+        )
 
     def num_patches(self, image: EncodedImage) -> int:
         """Patches t*h*w that `pixels` will make of the image, from its size alone."""
-        return self._family.num_patches(self._hf, self._image_processor, image.height, image.width)
+        return math.prod(self._family.image_grid(self._hf, self._image_processor, image.height, image.width))
 
     def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
         """Rotary positions [A, P] int64 of one sequence [P], on the family's axes; an id below 0 is a text token."""
@@ -142,6 +149,15 @@ class Processor:
             raise BadSample("chat refused", f"the template shows {shown} of {len(prompt.images)} images")
         return text
 
+    def _expanded(self, text: str, grids: torch.Tensor | None) -> str:
+        """The chat with as many image tokens for each image as it has features."""
+        if grids is None:
+            return text
+        token = self._processor.image_token
+        first, *rest = text.split(token)
+        counts = self._family.tokens_per_image(self._hf, grids)
+        return first + "".join(token * count + part for count, part in zip(counts, rest, strict=True))
+
     def _refuse_special_tokens(self, prompt: Prompt) -> None:
         for message in prompt.messages:
             # templates join the parts of a message: a token may begin in one part and end in the next
@@ -151,9 +167,15 @@ class Processor:
                 if any(token in text for text in (spelled, *others)):
                     raise BadSample("special token in text", token)
 
-    def _remember(self, key: str, pixels: torch.Tensor, grid: torch.Tensor) -> None:
-        if key not in self._cache and pixels.nbytes <= self._cache.maxsize:
-            self._cache[key] = (pixels, grid)
+
+def _decoded(image: EncodedImage) -> Image.Image:
+    """The picture. Raises BadSample where it is none, or not of its header's size."""
+    picture = decode_image(image.data)
+    if picture.size != (image.width, image.height):
+        raise BadSample(
+            "corrupt image", f"its header says {image.width}x{image.height}, it is {picture.size}"
+        )
+    return picture
 
 
 def _texts(value: Any) -> Iterator[str]:
