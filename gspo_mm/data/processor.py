@@ -133,7 +133,9 @@ class Processor:
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of sampled tokens, special tokens left out."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        # of a batch, as this alone lets other threads run
+        (text,) = self._tokenizer.backend_tokenizer.decode_batch([list(token_ids)], skip_special_tokens=True)
+        return text
 
     def _render(self, prompt: Prompt) -> str:
         """The chat as text, by the model's own template. Raises BadSample when the template refuses it."""

@@ -195,6 +195,13 @@ def test_a_response_ends_with_the_stop_token_and_decodes_to_itself(processor: Pr
         assert processor.decode(ids) == text
 
 
+def test_sampled_ids_decode_as_transformers_decodes_them(processor: Processor, tiny_model: Path) -> None:
+    theirs = AutoProcessor.from_pretrained(tiny_model).tokenizer
+    for seed in range(20):
+        ids = torch.randint(len(theirs), (200,), generator=torch.Generator().manual_seed(seed)).tolist()
+        assert processor.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("damage", [b"", b"\x89PNG", None])
 def test_a_corrupt_image_is_a_bad_sample(damage: bytes | None) -> None:
     data = encoded(64, 64).data
