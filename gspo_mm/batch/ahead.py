@@ -17,8 +17,6 @@ import torch
 from gspo_mm.batch.packing import Pixels, distinct_images, without_pixels
 from gspo_mm.types import EncodedImage, MicroBatch, TrainSequence
 
-_THREADS = 2  # an image is mostly made outside Python's lock
-
 
 def pack_ahead(
     micro_batches: Sequence[Sequence[TrainSequence]],
@@ -55,23 +53,23 @@ class _Maker:
         self._last = with_images[-1:]
         self._passes = passes
         self._waiting = waiting
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="pixels")
-        self._begun: dict[int, list[Future[torch.Tensor]]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pixels")
+        self._begun: dict[int, Future[torch.Tensor]] = {}
 
     def take(self, number: int) -> torch.Tensor:
         """Pixels [patches, patch dim] of a micro-batch with images."""
         begun = self._begun.pop(number, None) or self._begin(number)
-        self._begun.clear()  # another one than was expected
+        for unexpected in self._begun.values():
+            unexpected.cancel()
+        self._begun = {}
         with self._waiting():
-            pixels = torch.cat([future.result() for future in begun])
+            pixels = begun.result()
         self._passes -= number in self._last
         if self._passes:
-            following = self._next[number]
-            self._begun[following] = self._begin(following)
+            self._begun = {(following := self._next[number]): self._begin(following)}
         return pixels
 
-    def _begin(self, number: int) -> list[Future[torch.Tensor]]:
-        return [self._threads.submit(self._make, image) for image in self._images[number]]
-
-    def _make(self, image: EncodedImage) -> torch.Tensor:
-        return self._processor.pixels(image)[0]
+    def _begin(self, number: int) -> Future[torch.Tensor]:
+        return self._thread.submit(
+            lambda: torch.cat([self._processor.pixels(image)[0] for image in self._images[number]])
+        )
