@@ -53,7 +53,8 @@ class _Reader:
         try:
             encoded = self.processor.encode(self.prompt(raw, position))
         except BadSample as fault:
-            return _Sample(key=key, position=position, size=0, fault=fault)
+            # without what its frames hold, such as the picture
+            return _Sample(key=key, position=position, size=0, fault=fault.with_traceback(None))
         pixels = 0 if encoded.pixel_values is None else encoded.pixel_values.nbytes
         return _Sample(key=key, position=position, size=size_of((raw, position)) + pixels, encoded=encoded)
 
