@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gspo_mm.batch import answered, demonstrated, pack
+from gspo_mm.batch import answered, demonstrated, pack_ahead
 from gspo_mm.config import Config
 from gspo_mm.data.processor import Processor
 from gspo_mm.environment.conversation import Conversation, Conversations, conversations_of
@@ -55,7 +55,9 @@ class Supervised(Training):
                 stages.policy, updates, processor=stages.processor, config=self.config.policy
             )
         with self.phases("pack"), self.ranks.together():
-            batches = [pack(list(members), stages.processor) for members in share.micro_batches]
+            batches = pack_ahead(
+                share.micro_batches, stages.processor, passes=1, waiting=partial(self.phases, "pack")
+            )
         with self.phases("update"):
             values = supervised_step(stages.policy, share, batches, self.step)
         self.step_is_done()

@@ -15,7 +15,7 @@ Dimension legend, used here and as name suffixes everywhere:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -252,11 +252,20 @@ class MicroBatch:
     response_cu_seqlens: torch.Tensor  # [S+1] int32, offsets of sequences in R
     advantages: torch.Tensor  # [S] float32
     rollout_logprobs: torch.Tensor | None  # [R] float32 nats
-    pixel_values: torch.Tensor | None  # [patches, patch dim] float32, distinct images only
+    # [patches, patch dim] float32, distinct images only; None without images, and where `make_pixels` makes them
+    pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor | None  # [I, 3] int64, distinct images only
     image_keys: tuple[str, ...]  # [I] content hash of each distinct image
     # [occurrences] int64: distinct image shown by each image occurrence, in token order
     image_index: torch.Tensor
+    make_pixels: Callable[[], torch.Tensor] | None = None
+
+    def pixels(self) -> torch.Tensor:
+        """`pixel_values` of a batch with images, made now where they are not there."""
+        if self.pixel_values is None and self.make_pixels:
+            return self.make_pixels()
+        assert self.pixel_values is not None
+        return self.pixel_values
 
     @property
     def num_sequences(self) -> int:

@@ -100,8 +100,8 @@ class ToyFamily(Family):
         side = hf.vision_config.image_size // hf.vision_config.patch_size
         return 1, side, side
 
-    def num_patches(self, hf: Any, image_processor: Any, height: int, width: int) -> int:
-        return self.grid_of(hf, 0, 0)[1] ** 2
+    def image_grid(self, hf: Any, image_processor: Any, height: int, width: int) -> tuple[int, int, int]:
+        return self.grid_of(hf, 0, 0)
 
     def images_of(
         self, hf: Any, inputs: Mapping[str, Any]

@@ -1,5 +1,6 @@
 """Scored groups -> packed micro-batches, dealt over data-parallel ranks by what they cost."""
 
+from gspo_mm.batch.ahead import pack_ahead
 from gspo_mm.batch.balance import Balance, deal, measure
 from gspo_mm.batch.packing import Pixels, answered, demonstrated, pack, sequences_of
 
@@ -11,5 +12,6 @@ __all__ = [
     "demonstrated",
     "measure",
     "pack",
+    "pack_ahead",
     "sequences_of",
 ]

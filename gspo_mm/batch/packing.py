@@ -27,8 +27,8 @@ class Pixels(Protocol):
         """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image."""
         ...
 
-    def num_patches(self, image: EncodedImage) -> int:
-        """t*h*w of one image, without decoding it."""
+    def grid(self, image: EncodedImage) -> torch.Tensor:
+        """The grid of one image, without decoding it."""
         ...
 
     def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
@@ -85,10 +85,23 @@ def sequence_name(group: RolloutGroup, number: int) -> str:
     return f"group {group.id} completion {number} ({group.prompt.key})"
 
 
-def pack(sequences: list[TrainSequence], processor: Pixels) -> MicroBatch:
+def pack(sequences: Sequence[TrainSequence], processor: Pixels) -> MicroBatch:
     """One micro-batch; of no sequences an empty one, with which a rank takes part in what the others compute."""
+    images = distinct_images(sequences)
+    batch = without_pixels(sequences, processor)
+    return replace(
+        batch, pixel_values=torch.cat([processor.pixels(i)[0] for i in images]) if images else None
+    )
+
+
+def distinct_images(sequences: Iterable[TrainSequence]) -> list[EncodedImage]:
+    """In the order in which they are first shown."""
+    return list({image.key: image for sequence in sequences for image in sequence.images}.values())
+
+
+def without_pixels(sequences: Sequence[TrainSequence], processor: Pixels) -> MicroBatch:
+    """As `pack`, with the pixels still to be made."""
     images: dict[str, int] = {}  # content hash -> index among the distinct images
-    pixels: list[torch.Tensor] = []
     grids: list[torch.Tensor] = []
     image_index: list[int] = []
     positions: list[torch.Tensor] = []
@@ -99,9 +112,7 @@ def pack(sequences: list[TrainSequence], processor: Pixels) -> MicroBatch:
         for image in sequence.images:
             if image.key not in images:
                 images[image.key] = len(images)
-                patches, grid = processor.pixels(image)
-                pixels.append(patches)
-                grids.append(grid)
+                grids.append(processor.grid(image))
             image_index.append(images[image.key])
         own = [grids[images[image.key]] for image in sequence.images]
         mask = torch.tensor(sequence.trained)
@@ -121,7 +132,7 @@ def pack(sequences: list[TrainSequence], processor: Pixels) -> MicroBatch:
         response_cu_seqlens=_offsets(s.num_trained for s in sequences),
         advantages=torch.tensor([s.advantage for s in sequences], dtype=torch.float32),
         rollout_logprobs=_joined(logprobs, torch.float32) if len(logprobs) == len(sequences) else None,
-        pixel_values=torch.cat(pixels) if pixels else None,
+        pixel_values=None,
         image_grid_thw=torch.cat(grids) if grids else None,
         image_keys=tuple(images),
         image_index=torch.tensor(image_index, dtype=torch.int64),

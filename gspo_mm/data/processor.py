@@ -1,7 +1,8 @@
 """The one place that turns chat and images into token ids and pixels, by the model's own Hugging Face processor.
 
-Rollout and training use the ids that one call of `encode` gave; nothing tokenizes a prompt a second time. An image is
-decoded once, and its pixels are kept in a cache of bounded size, keyed by content, for the answers of its group.
+Rollout and training use the ids that one call of `encode` gave; nothing tokenizes a prompt a second time. How many tokens
+an image takes follows from its size; its pixels are made where somebody looks at them, and kept in a cache of bounded
+size, keyed by content, for the answers of its group. Threads may share a processor.
 
 A text that spells one of the tokenizer's special tokens is refused: it would close the user's turn or stand for an
 image that is not there.
@@ -10,12 +11,15 @@ image that is not there.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from cachetools import LRUCache
+from PIL import Image
 
 from gspo_mm.config import DataConfig
 from gspo_mm.data.faults import BadSample
@@ -47,7 +51,7 @@ class Processor:
         keep_pixels: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Without `keep_pixels` prompts come without theirs: servers decode images themselves.
+        """Without `keep_pixels` prompts come without theirs, which are not made: servers decode images themselves.
 
         `tools`: JSON schemas that the chat template tells the model of.
         """
@@ -84,9 +88,10 @@ class Processor:
         self._cache = LRUCache[str, tuple[torch.Tensor, torch.Tensor]](
             config.image_cache_mb * 2**20, getsizeof=lambda image: image[0].nbytes
         )
+        self._lock = threading.Lock()  # of the cache
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Token ids and pixels of a prompt. Raises BadSample: special token in text, corrupt image, too long."""
+        """Token ids of a prompt, pixels where kept. Raises BadSample: special token in text, corrupt image, too long."""
         if prompt.images and self.image_token_id is None:
             raise BadSample(
                 "image refused",
@@ -94,15 +99,12 @@ class Processor:
                 "or a vision-language model",
             )
         self._refuse_special_tokens(prompt.messages)
-        text = self._render(prompt.messages)
-        self._check_shown(text, len(prompt.images))
-        token_ids, pixels, grids = self._expanded(text, prompt.images)
+        token_ids, pixels, grids = self._tokens(self._render(prompt.messages), prompt.images)
         if len(token_ids) > self._max_prompt_tokens:
             raise BadSample(
                 "too long", f"{len(token_ids)} tokens, data.max_prompt_tokens={self._max_prompt_tokens}"
             )
-        kept = pixels if self._keep_pixels else None
-        return EncodedPrompt(prompt=prompt, token_ids=token_ids, pixel_values=kept, image_grid_thw=grids)
+        return EncodedPrompt(prompt=prompt, token_ids=token_ids, pixel_values=pixels, image_grid_thw=grids)
 
     def encode_turn(
         self,
@@ -133,28 +135,35 @@ class Processor:
                 f"the chat template of model.path changes what it wrote of a turn when another message follows "
                 f"({ended[2]!r:.80}, then {rest[2]!r:.80}); rollout.environment needs one that goes on from it"
             )
-        self._check_shown(rest[2], len(images))
-        token_ids, pixels, grids = self._expanded(rest[2], images)
+        token_ids, pixels, grids = self._tokens(rest[2], images)
         if token_ids[:1] != turns[-1].token_ids[-1:]:
             return None
-        return EncodedTurn(
-            token_ids=token_ids[1:], pixel_values=pixels if self._keep_pixels else None, image_grid_thw=grids
-        )
+        return EncodedTurn(token_ids=token_ids[1:], pixel_values=pixels, image_grid_thw=grids)
 
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded again."""
-        if (known := self._cache.get(image.key)) is None:
-            inputs = self._image_processor(images=[decode_image(image.data)], return_tensors="pt")
-            pixels, grid = self._family.images_of(self._hf, inputs)
-            assert pixels is not None
-            assert grid is not None
-            self._remember(image.key, pixels, grid)
-            return pixels, grid
-        return known
+        with self._lock:
+            if (known := self._cache.get(image.key)) is not None:
+                return known
+        inputs = self._image_processor(images=[_decoded(image)], return_tensors="pt")
+        pixels, grid = self._family.images_of(self._hf, inputs)
+        assert pixels is not None
+        assert grid is not None
+        assert torch.equal(grid, self.grid(image)), f"{grid} of {image.width}x{image.height} pixels"
+        if pixels.nbytes <= self._cache.maxsize:
+            with self._lock:
+                self._cache[image.key] = (pixels, grid)
+        return pixels, grid
+
+    def grid(self, image: EncodedImage) -> torch.Tensor:
+        """The grid [1, 3] int64 that `pixels` will give, from the image's size alone. Raises ValueError as its family does."""
+        return torch.tensor(
+            [self._family.image_grid(self._hf, self._image_processor, image.height, image.width)]
+        )
 
     def num_patches(self, image: EncodedImage) -> int:
         """Patches t*h*w that `pixels` will make of the image, from its size alone."""
-        return self._family.num_patches(self._hf, self._image_processor, image.height, image.width)
+        return math.prod(self._family.image_grid(self._hf, self._image_processor, image.height, image.width))
 
     def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
         """Rotary positions [A, P] int64 of one sequence [P], on the family's axes; an id below 0 is a text token."""
@@ -166,7 +175,9 @@ class Processor:
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of sampled tokens, special tokens left out."""
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        # of a batch, as this alone lets other threads run
+        (text,) = self._tokenizer.backend_tokenizer.decode_batch([list(token_ids)], skip_special_tokens=True)
+        return text
 
     def _render(self, messages: Sequence[Mapping[str, Any]], *, go_on: bool = True) -> str:
         """The chat as text, by the model's own template. Raises BadSample when the template refuses it."""
@@ -180,35 +191,34 @@ class Processor:
         except Exception as error:  # templates are programs of the model's makers: they raise what they like
             raise BadSample("chat refused", f"{type(error).__name__}: {error}") from None
 
-    def _check_shown(self, text: str, images: int) -> None:
-        shown = text.count(self._processor.image_token) if self.image_token_id is not None else 0
-        if shown != images:
-            raise BadSample("chat refused", f"the template shows {shown} of {images} images")
-
-    def _expanded(
-        self, text: str, images: tuple[EncodedImage, ...]
+    def _tokens(
+        self, text: str, images: Sequence[EncodedImage]
     ) -> tuple[tuple[int, ...], torch.Tensor | None, torch.Tensor | None]:
-        """Token ids of a rendered text, and pixels and grids of its images. Raises BadSample."""
-        pictures = [decode_image(image.data) for image in images]
-        for image, decoded in zip(images, pictures, strict=True):
-            if decoded.size != (image.width, image.height):
-                raise BadSample(
-                    "corrupt image", f"its header says {image.width}x{image.height}, it is {decoded.size}"
-                )
+        """Token ids of a rendered text, and of its images pixels, where kept, and grids. Raises BadSample."""
+        shown = text.count(self._processor.image_token) if self.image_token_id is not None else 0
+        if shown != len(images):
+            raise BadSample("chat refused", f"the template shows {shown} of {len(images)} images")
         try:
-            inputs = self._processor(
-                text=[text], return_tensors="pt", **({"images": pictures} if pictures else {})
-            )
+            grids = torch.cat([self.grid(image) for image in images]) if images else None
         except ValueError as error:  # an aspect ratio that cannot be patched
             raise BadSample("image refused", str(error)) from None
-        token_ids = tuple(inputs["input_ids"][0].tolist())
-        pixels, grids = self._family.images_of(self._hf, inputs)
-        if pixels is not None and grids is not None:
-            expected = sum(self._family.tokens_per_image(self._hf, grids))
-            assert token_ids.count(self.image_token_id) == expected, "image tokens and grids disagree"
-            for image, own, grid in zip(images, pixels.split(grids.prod(-1).tolist()), grids, strict=True):
-                self._remember(image.key, own, grid[None])
-        return token_ids, pixels, grids
+        pixels: list[torch.Tensor] = []
+        for image in images:
+            if self._keep_pixels:
+                pixels.append(self.pixels(image)[0])
+            else:
+                _decoded(image)
+        token_ids = tuple(self._processor(text=[self._expanded(text, grids)])["input_ids"][0])
+        return token_ids, torch.cat(pixels) if pixels else None, grids
+
+    def _expanded(self, text: str, grids: torch.Tensor | None) -> str:
+        """The chat with as many image tokens for each image as it has features."""
+        if grids is None:
+            return text
+        token = self._processor.image_token
+        first, *rest = text.split(token)
+        counts = self._family.tokens_per_image(self._hf, grids)
+        return first + "".join(token * count + part for count, part in zip(counts, rest, strict=True))
 
     def _refuse_special_tokens(self, messages: Sequence[Mapping[str, Any]]) -> None:
         for message in messages:
@@ -219,9 +229,15 @@ class Processor:
                 if any(token in text for text in (spelled, *others)):
                     raise BadSample("special token in text", token)
 
-    def _remember(self, key: str, pixels: torch.Tensor, grid: torch.Tensor) -> None:
-        if key not in self._cache and pixels.nbytes <= self._cache.maxsize:
-            self._cache[key] = (pixels, grid)
+
+def _decoded(image: EncodedImage) -> Image.Image:
+    """The picture. Raises BadSample where it is none, or not of its header's size."""
+    picture = decode_image(image.data)
+    if picture.size != (image.width, image.height):
+        raise BadSample(
+            "corrupt image", f"its header says {image.width}x{image.height}, it is {picture.size}"
+        )
+    return picture
 
 
 def _marked() -> dict[str, Any]:

@@ -1,11 +1,15 @@
-"""Prompts in the order of a run, samples that are not used counted, resumable at any prompt."""
+"""Prompts in the order of a run, samples that are not used counted, resumable at any prompt.
+
+Samples are read, checked and encoded ahead, in a thread; they count, as used or not, when their turn has come.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +26,43 @@ from gspo_mm.data.skips import SkipLog
 from gspo_mm.types import DataError, EncodedPrompt, Prompt
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """A sample that was looked at ahead: what became of it."""
+
+    key: str
+    position: Position  # in the stream, with this sample read
+    size: int  # bytes that it takes while it waits
+    encoded: EncodedPrompt | None = None
+    fault: BadSample | None = None  # why there is none
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """What a sample goes through, on whatever thread. It does not know the source, which can be forgotten meanwhile."""
+
+    processor: Processor
+    filter: Filter
+    check: Callable[[Prompt], None]
+    unused: Callable[[str, str], None]
+
+    def read(self, raw: RawSample, position: Position) -> _Sample:
+        key = sample_key(raw)
+        try:
+            encoded = self.processor.encode(self.prompt(raw, position))
+        except BadSample as fault:
+            # without what its frames hold, such as the picture
+            return _Sample(key=key, position=position, size=0, fault=fault.with_traceback(None))
+        pixels = 0 if encoded.pixel_values is None else encoded.pixel_values.nbytes
+        return _Sample(key=key, position=position, size=size_of((raw, position)) + pixels, encoded=encoded)
+
+    def prompt(self, raw: RawSample, position: Position) -> Prompt:
+        prompt = to_prompt(raw, partial(self.unused, sample_key(raw)))
+        self.filter.check(prompt, position.taken)
+        self.check(prompt)
+        return prompt
 
 
 class PromptSource:
@@ -42,7 +83,6 @@ class PromptSource:
         check: Callable[[Prompt], None] = lambda prompt: None,
     ) -> None:
         self._config = config
-        self._processor = processor
         self._split = split
         self._sources = [
             Source(name=source.name, shards=expand_shards(source.shards), weight=source.weight)
@@ -50,11 +90,13 @@ class PromptSource:
         ]
         self._training = split == "train"
         self._seed = seed
-        self._check = check
         self._filter = Filter(config, training=self._training)
         self._skips = SkipLog(config.max_bad_fraction, quarantine)
+        self._reader = _Reader(
+            processor=processor, filter=self._filter, check=check, unused=self._skips.unused
+        )
         self._position = Position()
-        self._open: Iterator[tuple[RawSample, Position]] | None = None
+        self._open: Iterator[_Sample] | None = None
         self._told: set[str] = set()
 
     @property
@@ -88,9 +130,9 @@ class PromptSource:
 
     def look(self, count: int) -> Iterator[Prompt]:
         """The sound ones of the next `count` samples, their pictures unread. For a source that nothing is taken from."""
-        for raw, position in islice(self._samples(), count):
+        for raw, position in islice(self._mixture(), count):
             try:
-                yield self._checked(raw, position)
+                yield self._reader.prompt(raw, position)
             except BadSample:
                 continue  # counted by whoever trains on the others
 
@@ -126,12 +168,12 @@ class PromptSource:
             self._open.close()
         self._open = None
 
-    def _samples(self) -> Iterator[tuple[RawSample, Position]]:
+    def _samples(self) -> Iterator[_Sample]:
         if self._open is None:
             self._skips.rewind()
-            mixture = self._mixture()
+            samples = starmap(self._reader.read, self._mixture())
             limit = self._config.prefetch_mb * 2**20
-            self._open = Prefetch(mixture, size=size_of, max_bytes=limit) if limit else iter(mixture)
+            self._open = Prefetch(samples, size=_size_of, max_bytes=limit) if limit else samples
         return self._open
 
     def _mixture(self) -> Mixture:
@@ -151,30 +193,26 @@ class PromptSource:
 
     def _prompts(self) -> Iterator[EncodedPrompt]:
         since = self.epoch  # of the last usable prompt
-        for raw, position in self._samples():
-            self._position = position
+        for sample in self._samples():
+            self._position = position = sample.position
             if position.epoch > since + 1:
                 raise DataError(
                     f"no sample of a whole epoch of data.{self._split} is used ({self._skips.summary()}); widen the "
                     "limits of data.curriculum, data.max_prompt_tokens or the image sizes"
                 )
-            try:
-                prompt = self._checked(raw, position)
-                encoded = self._processor.encode(prompt)
-            except BadSample as fault:
-                self._skips.bad(sample_key(raw), fault)
+            if sample.fault:
+                self._skips.bad(sample.key, sample.fault)
                 continue
             self._skips.good()
             since = position.epoch
-            yield encoded
-
-    def _checked(self, raw: RawSample, position: Position) -> Prompt:
-        prompt = to_prompt(raw, partial(self._skips.unused, sample_key(raw)))
-        self._filter.check(prompt, position.taken)
-        self._check(prompt)
-        return prompt
+            assert sample.encoded
+            yield sample.encoded
 
 
 def size_of(item: tuple[RawSample, Position]) -> int:
     """Bytes that a sample takes while it waits."""
     return sum(len(value) for value in item[0].values())
+
+
+def _size_of(sample: _Sample) -> int:
+    return sample.size

@@ -154,9 +154,19 @@ class Family(ABC):
         """Grid (t, h, w) of an image of that many rows and columns of tokens, where the family has a choice."""
         raise NotImplementedError
 
-    def num_patches(self, hf: Any, image_processor: Any, height: int, width: int) -> int:
-        """t*h*w of an image of that many pixels."""
-        return image_processor.get_number_of_image_patches(height, width, {})
+    def image_grid(self, hf: Any, image_processor: Any, height: int, width: int) -> tuple[int, int, int]:
+        """Grid (t, h, w) of an image of that many pixels. Raises ValueError where it is too narrow to be patched."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        patch, size = image_processor.patch_size, image_processor.size
+        rows, columns = smart_resize(
+            height,
+            width,
+            patch * image_processor.merge_size,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+        return 1, rows // patch, columns // patch
 
     def pixels_counted(self, hf: Any) -> int:
         """How often the image processor counts each pixel of an image in the limits of its `size`."""

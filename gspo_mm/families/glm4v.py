@@ -108,6 +108,21 @@ class Glm4vMoe(Qwen3Decoder, QwenImages):
             hf.vision_config.temporal_patch_size
         )  # once for each frame of a patch, all of which are the image
 
+    def image_grid(self, hf: Any, image_processor: Any, height: int, width: int) -> tuple[int, int, int]:
+        from transformers.models.glm4v.image_processing_glm4v import smart_resize
+
+        patch, size = image_processor.patch_size, image_processor.size
+        rows, columns = smart_resize(
+            num_frames=image_processor.temporal_patch_size,
+            height=height,
+            width=width,
+            temporal_factor=image_processor.temporal_patch_size,
+            factor=patch * image_processor.merge_size,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+        return 1, rows // patch, columns // patch
+
     def weight_map(self, hf: Any, *, padded_vocab: int, fused: bool) -> list[Entry]:
         decoder = self.decoder_entries(hf, padded_vocab=padded_vocab, fused=fused)
         return decoder + self.vision_entries(hf)

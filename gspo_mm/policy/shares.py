@@ -5,21 +5,29 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from statistics import fmean
+from typing import Protocol
 
 from gspo_mm.batch.balance import NumPatches, deal, flops_of, measure
-from gspo_mm.batch.packing import Pixels
 from gspo_mm.config import PolicyConfig
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.parcels import passed_on
-from gspo_mm.types import Share, TrainSequence, Work
+from gspo_mm.types import EncodedImage, Share, TrainSequence, Work
+
+
+class Sizes(Protocol):
+    """What dealing needs of `data.Processor`."""
+
+    def num_patches(self, image: EncodedImage) -> int:
+        """t*h*w of one image, without decoding it."""
+        ...
 
 
 def share_out(
     policy: Policy,
     updates: Sequence[Sequence[TrainSequence]] | None,
     *,
-    processor: Pixels,
+    processor: Sizes,
     config: PolicyConfig,
 ) -> tuple[list[Share], dict[str, float], Work]:
     """This rank's shares of each update's sequences, how well they are balanced, and what all ranks do. A collective.

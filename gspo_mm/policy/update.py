@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gspo_mm.batch import Pixels, pack
+from gspo_mm.batch import Pixels, pack_ahead
 from gspo_mm.config import Config, LossConfig
 from gspo_mm.loss.gspo import policy_loss
 from gspo_mm.loss.metrics import Metrics, reduce_metrics, summarize
@@ -43,9 +43,13 @@ def update_policy(
     single step that pass is left out: the ratio is then exactly 1 in value, while its gradient is not 0.
     """
     with phases("pack"), policy.ranks.together():
-        batches_of_share = [[pack(list(m), processor) for m in share.micro_batches] for share in shares]
+        every_batch = pack_ahead(
+            [members for share in shares for members in share.micro_batches],
+            processor,
+            passes=1 + (len(shares) > 1) + (reference is not None),
+            waiting=partial(phases, "pack"),
+        )
     temperature = config.rollout.sampling.temperature
-    every_batch = [batch for batches in batches_of_share for batch in batches]
     with phases("old_logprobs"):
         olds = (
             policy.logprobs(every_batch, temperature=temperature)
@@ -56,14 +60,14 @@ def update_policy(
     metrics: list[dict[str, Any]] = []
     with phases("update"):
         start = 0
-        for number, (share, batches) in enumerate(zip(shares, batches_of_share, strict=True)):
-            window = slice(start, start + len(batches))
+        for number, share in enumerate(shares):
+            window = slice(start, start + len(share.micro_batches))
             done = step + (number + 1) / len(shares)
             update = partial(
                 _step,
                 policy,
                 share,
-                batches,
+                every_batch[window],
                 olds[window],
                 refs[window],
                 loss_config(config),
@@ -73,7 +77,7 @@ def update_policy(
             )
             if (made := policy.optimizer.skips.attempt(update)) is not None:
                 metrics.append(made)
-            start += len(batches)
+            start = window.stop
     for of_step in metrics:
         names, values = of_step.pop(_NAMES), of_step.pop(_GAPS)
         if gaps is not None:

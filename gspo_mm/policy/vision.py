@@ -78,10 +78,10 @@ class Features:
     ) -> torch.Tensor:
         if not images:
             return self._blank(device)
-        pixels = torch.empty(0) if batch.pixel_values is None else batch.pixel_values
         starts = list(accumulate(patches, initial=0))
 
         def run(chosen: Sequence[int]) -> torch.Tensor:
+            pixels = batch.pixels()
             own = torch.cat([pixels[starts[i] : starts[i + 1]] for i in chosen])
             return self._run(own.to(device, non_blocking=True), grids[list(chosen)].to(device))
 

@@ -1,10 +1,10 @@
 """Replies of servers: read without keeping the training thread waiting, and checked before anything is made of them.
 
-A reply is about 50 bytes of JSON per sampled token, and turning them into Python objects takes about a microsecond a
-token, during which no other thread of the process runs. A large fleet samples 100,000 tokens a second and more:
-replies of more than a few thousand tokens are therefore read in a process of their own, which sends back plain arrays.
+A reply is about 50 bytes of JSON per sampled token, and turning them into Python objects and checking them takes about a
+microsecond a token, during which no other thread of the process runs. A large fleet samples 100,000 tokens a second and
+more: replies of more than a few thousand tokens are therefore read in a process of their own, which sends back arrays.
 
-`compact` checks what every token has, there where it is read; `check` the answer as a whole, against its request.
+`compact` checks what every token has; `check` the answer as a whole, against its request; both there where it is read.
 What does not pass is a ReplyError, and the request is sent again: training relies on each of these numbers.
 """
 
@@ -27,10 +27,14 @@ from gspo_mm.types import Finish
 logger = logging.getLogger(__name__)
 
 _HERE = 64 * 1024  # bytes that are read at once, in about a millisecond
+_DEATHS = 3  # of the reading process, before replies are read in the trainer
 _ROUNDING = 1e-3  # nats that a log-prob may be above 0
 _NAN = (
     "NaN happened"  # SGLang's `matched` when it drew no token of the vocabulary; it then writes a stop token
 )
+
+
+_ASKED = ("sampling_params", "logprob_start_len")  # what `check` looks at of a request
 
 
 class ReplyError(Exception):
@@ -42,28 +46,41 @@ class ReplyReader:
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
-        self._fell_back = False
+        self._deaths = 0
 
-    async def read(self, content: bytes) -> list[dict[str, Any]]:
-        """The samples of a reply to POST /generate; see `compact`."""
-        if len(content) <= _HERE or self._fell_back:
-            return compact(content)
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                1, mp_context=multiprocessing.get_context("spawn"), initializer=end_only_with_parent
-            )
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, compact, content)
-        except BrokenProcessPool:
-            logger.warning(
-                "the process that reads replies has died; they are read in the trainer from now on"
-            )
-            self._fell_back = True
-            return compact(content)
+    async def read(
+        self, content: bytes, request: dict[str, Any], *, vocab_size: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The answers in a reply to POST /generate with body `request`; see `answers`."""
+        asked = {name: request[name] for name in _ASKED if name in request}  # not its images
+        while len(content) > _HERE and self._deaths < _DEATHS:
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(
+                    1, mp_context=multiprocessing.get_context("spawn"), initializer=end_only_with_parent
+                )
+            pool, loop = self._pool, asyncio.get_running_loop()
+            try:
+                return await loop.run_in_executor(pool, answers, content, asked, vocab_size)
+            except BrokenProcessPool:
+                if pool is self._pool:  # others that waited for it are told too
+                    self._pool, self._deaths = None, self._deaths + 1
+                    logger.warning(
+                        "the process that reads replies has died (%d of at most %d times; then the trainer reads them)",
+                        self._deaths,
+                        _DEATHS,
+                    )
+        return answers(content, asked, vocab_size)
 
     def close(self) -> None:
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def answers(content: bytes, asked: dict[str, Any], vocab_size: int | None) -> list[dict[str, Any]]:
+    """The samples as `compact` gives them, each with its `finish`. Raises ReplyError unless they are what was `asked`."""
+    samples = compact(content)
+    ends = check(samples, asked, vocab_size=vocab_size)
+    return [sample | {"finish": finish} for sample, finish in zip(samples, ends, strict=True)]
 
 
 def compact(content: bytes) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from gspo_mm.data.pictures import data_url
 from gspo_mm.data.processor import Processor
 from gspo_mm.environment.conversation import Conversation, Conversations, conversations_of
 from gspo_mm.rollout.engine import TokenSide
-from gspo_mm.rollout.replies import ReplyError, ReplyReader, check, versions_of
+from gspo_mm.rollout.replies import ReplyError, ReplyReader, versions_of
 from gspo_mm.runtime.background import Background
 from gspo_mm.runtime.phases import Busy
 from gspo_mm.runtime.preempt import StopRequest
@@ -249,9 +249,9 @@ class SGLangEngine:
         return found
 
     async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """POST /generate until it is answered; one reply per sample, as `replies.compact` makes them.
+        """POST /generate until it is answered; one reply per sample, as `replies.answers` makes them.
 
-        Each has passed `replies.check`, which adds `finish`. Raises ServerError when servers cannot answer it.
+        Raises ServerError when servers cannot answer it.
         """
         async for attempt in self._attempts():
             with attempt:
@@ -295,11 +295,9 @@ class SGLangEngine:
                 f"{who} refused a prompt with status {response.status_code}: {response.text[:300]}"
             )
         try:
-            replies = await self._replies.read(response.content)
-            ends = check(replies, request, vocab_size=self._vocab_size)
+            return await self._replies.read(response.content, request, vocab_size=self._vocab_size)
         except ReplyError as fault:
             raise _RetryError(f"{who} gave a reply that cannot be used: {fault}", answered=True) from None
-        return [reply | {"finish": finish} for reply, finish in zip(replies, ends, strict=True)]
 
     def _attempts(self) -> AsyncRetrying:
         refusals = losses = 0

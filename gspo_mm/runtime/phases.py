@@ -12,23 +12,38 @@ from gspo_mm.runtime.watchdog import beat
 
 
 class Phases:
-    """`with phases("rollout"): ...` adds to time/rollout; `take()` hands the step's times out and starts again."""
+    """`with phases("rollout"): ...` adds to time/rollout; `take()` hands the step's times out and starts again.
+
+    A phase within another counts for itself alone.
+    """
 
     def __init__(self, on_enter: Callable[[str], None] | None = None) -> None:
         self._on_enter = on_enter
         self._seconds: dict[str, float] = defaultdict(float)
         self._began = time.perf_counter()
+        self._inside: list[str] = []  # names, the innermost last
+        self._within = 0.0  # seconds of phases that the innermost one held
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        if self._on_enter:
-            self._on_enter(name)
-        beat()
+        self._inside.append(name)
+        self._enter(name)
+        before, self._within = self._within, 0.0
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[name] += time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            self._seconds[name] += seconds - self._within
+            self._within = before + seconds
+            self._inside.pop()
+            if self._inside:
+                self._enter(self._inside[-1])
+
+    def _enter(self, name: str) -> None:
+        if self._on_enter:
+            self._on_enter(name)
+        beat()
 
     def take(self) -> dict[str, float]:
         """{"time/<phase>": seconds} since the last call, and "time/step" for all of it."""

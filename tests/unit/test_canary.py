@@ -26,6 +26,9 @@ class StubProcessor:
             values = torch.tensor(list(opened.convert("RGB").tobytes()), dtype=torch.float32) / 127.5 - 1
         return values.view(16, -1).repeat(1, 2), torch.tensor([[1, 4, 4]])
 
+    def grid(self, image: EncodedImage) -> torch.Tensor:
+        return torch.tensor([[1, 4, 4]])
+
     def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
         return torch.arange(len(token_ids)).expand(3, -1)
 

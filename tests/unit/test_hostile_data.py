@@ -135,7 +135,7 @@ def test_a_bomb_is_never_decoded(processor: Processor, tmp_path: Path, decoded: 
     assert len(bomb) < 100_000
     shard(tmp_path, ("bad", [("png", bomb), ("json", record())]), GOOD)
     read(tmp_path, processor)
-    assert decoded == [GOOD[1][0][1]]
+    assert set(decoded) <= {GOOD[1][0][1]}  # whose pixels may be in the cache
 
 
 @pytest.mark.parametrize("size", [(2000, 5), (5, 2000), (1000, 1)])
@@ -144,7 +144,8 @@ def test_an_absurd_shape_is_left_out_and_counted(
 ) -> None:
     shard(tmp_path, ("bad", [("png", image_bytes(noise(*size))), ("json", record())]), GOOD)
     prompts, _, source = read(tmp_path, processor)
-    assert len(prompts) == len(decoded) == 1
+    assert len(prompts) == 1
+    assert set(decoded) <= {GOOD[1][0][1]}
     assert source.left_out == 1
 
 

@@ -17,8 +17,8 @@ class FakePixels:
         self.asked.append(image.key)
         return torch.full((4, 3), float(image.width)), torch.tensor([[1, 2, 2]])
 
-    def num_patches(self, image: EncodedImage) -> int:
-        return 4
+    def grid(self, image: EncodedImage) -> torch.Tensor:
+        return torch.tensor([[1, 2, 2]])
 
     def positions(self, token_ids: torch.Tensor, image_grid_thw: torch.Tensor | None) -> torch.Tensor:
         images = 0 if image_grid_thw is None else len(image_grid_thw)

@@ -75,6 +75,43 @@ def test_ids_are_those_of_the_hugging_face_processor(
     assert it.pixel_values is None if not images else torch.equal(it.pixel_values, inputs["pixel_values"])
 
 
+ODD_SIZES = [(1, 1), (7, 3), (37, 91), (120, 1), (1, 190), (15, 200), (1000, 9), (700, 500)]
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sigmoid_model", "tiny_hybrid_model"])
+def test_sizes_alone_give_the_ids_and_grids_of_the_hugging_face_processor(
+    model: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(model)
+    ours = Processor(str(folder), DataConfig(train=["x"]), keep_pixels=False)
+    ours._image_processor = SimpleNamespace(  # is not called
+        **{name: getattr(ours._image_processor, name) for name in
+           ("size", "patch_size", "merge_size", "temporal_patch_size")})  # fmt: skip
+    theirs = AutoProcessor.from_pretrained(folder)
+    it = prompt("a", *(encoded(*size) for size in ODD_SIZES), "b")
+    text = theirs.apply_chat_template(list(it.messages), add_generation_prompt=True)
+    pictures = [decode_image(image.data) for image in it.images]
+    inputs = theirs(text=[text], images=pictures, return_tensors="pt")
+    found = ours.encode(it)
+    assert found.token_ids == tuple(inputs["input_ids"][0].tolist())
+    assert torch.equal(found.image_grid_thw, inputs["image_grid_thw"])
+    assert found.pixel_values is None
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_sigmoid_model"])
+@pytest.mark.parametrize("size", [(4100, 20), (50, 10100)])
+def test_an_image_that_the_hugging_face_processor_refuses_is_a_bad_sample(
+    model: str, size: tuple[int, int], request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(model)
+    image = encoded(*size)
+    with pytest.raises(ValueError, match="aspect ratio"):
+        AutoProcessor.from_pretrained(folder).image_processor(images=[decode_image(image.data)])
+    for keep in (True, False):
+        with pytest.raises(BadSample, match="aspect ratio"):
+            Processor(str(folder), DataConfig(train=["x"]), keep_pixels=keep).encode(prompt("x", image))
+
+
 def test_pixels_of_an_image_are_its_part_of_the_prompts(processor: Processor) -> None:
     a, b = encoded(64, 32), encoded(96, 64, 1)
     it = processor.encode(prompt("x", a, b))
@@ -156,6 +193,13 @@ def test_a_response_ends_with_the_stop_token_and_decodes_to_itself(processor: Pr
         ids = processor.encode_response(text)
         assert ids[-1] == processor.stop_token_ids[0]
         assert processor.decode(ids) == text
+
+
+def test_sampled_ids_decode_as_transformers_decodes_them(processor: Processor, tiny_model: Path) -> None:
+    theirs = AutoProcessor.from_pretrained(tiny_model).tokenizer
+    for seed in range(20):
+        ids = torch.randint(len(theirs), (200,), generator=torch.Generator().manual_seed(seed)).tolist()
+        assert processor.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x89PNG", None])

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gspo_mm.rollout.replies import ReplyError, ReplyReader, check, compact
+from gspo_mm.rollout.replies import ReplyError, ReplyReader, answers, check, compact
 from gspo_mm.types import Finish
 
 PATIENCE = 60  # seconds
@@ -28,9 +28,24 @@ def body(tokens: int, *, samples: int = 2) -> bytes:
         "meta_info": {
             "output_token_logprobs": [[-0.1 * t, t, None] for t in range(tokens)],
             "prompt_tokens": 2,
+            "finish_reason": {"type": "length", "length": tokens},
+            "weight_versions": [{"version": "3", "start": 0, "end": tokens}],
         },
     }
     return json.dumps([sample] * samples).encode()
+
+
+ASKED: dict[str, Any] = {"sampling_params": {"n": 2, "max_new_tokens": 5000, "stop_token_ids": [9999]}}
+
+
+def read(reader: ReplyReader, content: bytes) -> list[dict[str, Any]]:
+    return asyncio.run(
+        reader.read(content, ASKED | {"image_data": [[...]]})
+    )  # which no process could be sent
+
+
+def read_here(content: bytes) -> list[dict[str, Any]]:
+    return answers(content, ASKED, None)
 
 
 @pytest.fixture
@@ -41,7 +56,8 @@ def reader() -> Iterator[ReplyReader]:
 
 
 def children() -> set[int]:
-    return {p.pid for p in psutil.Process().children(recursive=True)}
+    found = psutil.Process().children(recursive=True)
+    return {p.pid for p in found if p.status() != psutil.STATUS_ZOMBIE}
 
 
 def test_numbers_stay_what_they_were() -> None:
@@ -54,32 +70,40 @@ def test_numbers_stay_what_they_were() -> None:
 
 def test_small_replies_are_read_here(reader: ReplyReader) -> None:
     before = children()
-    assert asyncio.run(reader.read(body(10))) == compact(body(10))
+    assert read(reader, body(10)) == read_here(body(10))
     assert children() == before
 
 
-def test_large_replies_are_read_elsewhere(reader: ReplyReader) -> None:
+def test_large_replies_are_read_and_checked_elsewhere(
+    reader: ReplyReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     large = body(5000)
-    before = children()
-    assert asyncio.run(reader.read(large)) == compact(large)
+    before, here = children(), read_here(large)
+    monkeypatch.setattr("gspo_mm.rollout.replies.compact", None)
+    monkeypatch.setattr("gspo_mm.rollout.replies.check", None)
+    assert read(reader, large) == here
     assert children() > before
 
 
-def test_when_the_reading_process_dies_replies_are_read_here(reader: ReplyReader) -> None:
+def test_a_reading_process_that_dies_is_started_again_and_after_three_times_no_more(
+    reader: ReplyReader,
+) -> None:
     before = children()
     large = body(5000)
-    asyncio.run(reader.read(large))
-    for pid in children() - before:
-        os.kill(pid, signal.SIGKILL)
-    assert asyncio.run(reader.read(large)) == compact(large)
-    assert asyncio.run(reader.read(large)) == compact(large)
+    for _ in range(3):
+        read(reader, large)
+        for pid in children() - before:
+            os.kill(pid, signal.SIGKILL)
+    assert read(reader, large) == read_here(large)
+    assert children() == before
 
 
 _TRAINER = """
 import asyncio, os, sys, time
 from gspo_mm.rollout.replies import ReplyReader
 if __name__ == "__main__":
-    asyncio.run(ReplyReader().read(sys.stdin.buffer.read()))
+    asked = {"sampling_params": {"n": 2, "max_new_tokens": 5000, "stop_token_ids": [9999]}}
+    asyncio.run(ReplyReader().read(sys.stdin.buffer.read(), asked))
     print("read", flush=True)
     time.sleep(600)
 """
@@ -300,4 +324,4 @@ def test_what_is_wrong_is_told_by_the_process_that_reads_large_replies_as_well(r
     answer = json.loads(body(5000))[0]
     answer["meta_info"]["output_token_logprobs"][4321][0] = None
     with pytest.raises(ReplyError, match="answer 0: the log-prob of token 4321 is null"):
-        asyncio.run(reader.read(json.dumps([answer]).encode()))
+        read(reader, json.dumps([answer]).encode())

@@ -47,6 +47,20 @@ def test_phases_add_up_within_a_step_and_start_anew(monkeypatch: pytest.MonkeyPa
     assert entered == ["a", "a", "b"]
 
 
+def test_a_phase_within_another_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 2.0, 5.0, 6.0, 8.0, 9.0, 10.0])
+    monkeypatch.setattr("gspo_mm.runtime.phases.time.perf_counter", lambda: next(clock))
+    entered: list[str] = []
+    phases = Phases(on_enter=entered.append)
+    with phases("update"):
+        with phases("pack"):
+            pass
+        with phases("pack"):
+            pass
+    assert phases.take() == {"time/update": 3.0, "time/pack": 5.0, "time/step": 10.0}
+    assert entered == ["update", "pack", "update", "pack", "update"]
+
+
 def test_work_beside_counts_once_however_much_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("gspo_mm.runtime.phases.time.perf_counter", lambda: now)

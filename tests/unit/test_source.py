@@ -1,8 +1,11 @@
 """Prompts come in one order, bad samples are left out, and a restart continues with the very next prompt."""
 
+import gc
 import io
 import json
 import tarfile
+import threading
+import weakref
 from contextlib import closing
 from pathlib import Path
 
@@ -49,6 +52,24 @@ def test_a_restart_continues_with_the_very_next_prompt(
     whole.take(stop)
     again.load(json.loads(json.dumps(whole.state())))
     assert keys(again, 20) == keys(whole, 20)
+
+
+def test_prompts_are_encoded_beside_the_caller_and_a_forgotten_source_stops_doing_so(
+    processor: Processor, digit_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[threading.Thread] = set()
+    encode = processor.encode
+    monkeypatch.setattr(processor, "encode", lambda p: threads.add(threading.current_thread()) or encode(p))
+    source = PromptSource(config(digit_shards), processor, seed=5, split="train")
+    source.take(3)
+    (reading,) = threads
+    assert reading is not threading.current_thread()
+    forgotten = weakref.ref(source)
+    del source
+    gc.collect()
+    assert forgotten() is None
+    reading.join(20)
+    assert not reading.is_alive()
 
 
 def test_validation_is_in_order_and_never_mixed_with_training(

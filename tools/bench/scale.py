@@ -1,4 +1,5 @@
 """What a step costs rank 0 as the world grows: dealing, writing the shares, bytes it sends and holds. Nothing is sent.
+With --model also what prompts and pixels cost, and how much of that on the training thread.
 
     python tools/bench/scale.py --groups 1024
 
@@ -12,17 +13,23 @@ import os
 import platform
 import random
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from io import BytesIO
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from gspo_mm.batch import sequences_of
+from gspo_mm.batch import answered, pack, pack_ahead, sequences_of
 from gspo_mm.checkpoint.store import Store
+from gspo_mm.config import DataConfig
+from gspo_mm.data.processor import Processor
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.policy.parcels import Parcel
 from gspo_mm.policy.shares import deal_updates, split_evenly
@@ -30,6 +37,10 @@ from gspo_mm.rollout.saved import encode_answers
 from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score, Share
 
 PATCHES = 1280  # of an image: 320 tokens
+PHOTO_PROMPTS = 24
+COMPUTES = (
+    3  # time of a pass over making its pixels: in a step of 60 s pixels took 8.5, two passes most of the rest
+)
 # about that of a mixture with 3 B active parameters
 FLOPS = FlopModel(
     token=5 * 10**9, router=25 * 10**6, pair=8 * 10**5, row=6 * 10**8, patch_embedding=4 * 10**6, patch=10**9, patch_pair=10**5,
@@ -48,8 +59,11 @@ def main(
     machine: Annotated[int, typer.Option(help="ranks of a machine")] = 8,
     copies: Annotated[int, typer.Option(help="ranks that compute one share: tp x pp x cp")] = 4,
     worlds: Annotated[str, typer.Option(help="numbers of ranks")] = "8,64,256,1024",
+    model: Annotated[Path | None, typer.Option(help="folder with a processor, as data/tiny-model")] = None,
 ) -> None:
     """Print a table with a row for each world."""
+    if model:
+        pictures_of_training(model)
     batch = [make_group(i, group_size, tokens, images, image_kb * 1000) for i in range(groups)]
     began = time.process_time()
     sequences = [sequences_of(part) for part in split_evenly(batch, updates)]
@@ -95,6 +109,60 @@ def main(
     console.print(
         f"answers in a checkpoint: {thread:.3f} s on the training thread, {beside:.1f} s beside it, {size / 1e6:.0f} MB"
     )
+
+
+def pictures_of_training(model: Path) -> None:
+    """Print processor seconds of prompts with two photos each, and what a step's pixels cost the training thread."""
+    processors = [
+        Processor(
+            str(model), DataConfig(train=["x"], max_pixels=2**24, max_prompt_tokens=8192), keep_pixels=keep
+        )
+        for keep in (True, False)
+    ]
+    pictures = [photo(seed) for seed in range(2 * PHOTO_PROMPTS)]
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]
+    prompts = [
+        Prompt(
+            key=f"k/{i}", messages=({"role": "user", "content": content},), images=tuple(pictures[2 * i :][:2]),
+            answer=1, task="t",
+        )
+        for i in range(PHOTO_PROMPTS)
+    ]  # fmt: skip
+    with_pixels, without = (
+        [seconds_of(lambda p=p, each=each: each.encode(p)) for p in prompts] for each in processors
+    )
+    sequences = [[answered(processors[1].encode(p), [5] * 200)] for p in prompts]
+    pixels = [
+        seconds_of(lambda m=members: pack(m, processors[1])) for members in sequences[: PHOTO_PROMPTS // 2]
+    ]
+    began = time.thread_time()
+    ahead = pack_ahead(sequences, processors[1], passes=2, waiting=nullcontext)
+    for batch in [*ahead, *ahead]:
+        batch.pixels()
+    thread = time.thread_time() - began
+    step = COMPUTES * fmean(pixels) * 2 * len(sequences)
+    print(
+        f"a prompt with two photos: {fmean(with_pixels) * 1000:.0f} ms of a processor with pixels, {fmean(without) * 1000:.0f} "
+        f"without; {len(sequences)} micro-batches packed ahead for two passes: {thread / step:.1%} of a step on the training "
+        f"thread, {fmean(pixels) / step:.1%} for the first one's pixels, where the policy computes for {COMPUTES} times as "
+        f"long as pixels take; {fmean(pixels) * len(sequences) / step:.1%} when all were made before"
+    )
+
+
+def photo(seed: int) -> EncodedImage:
+    """640 x 512 pixels, about 300 kB as JPEG."""
+    with BytesIO() as file:
+        noise = random.Random(seed).randbytes(3 * 640 * 512)
+        Image.frombytes("RGB", (640, 512), noise).save(file, "JPEG", quality=75)
+        data = file.getvalue()
+    return EncodedImage(data=data, key=EncodedImage.key_of(data), width=640, height=512)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Of processor time."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
 
 
 def answers_of_checkpoint(batch: list[RolloutGroup]) -> tuple[float, float, int]:
