@@ -129,6 +129,18 @@ class Ranks:
         dist.recv(data, source, group=self._group)
         return data.numpy().data
 
+    def tell(self, flag: bool, to: int) -> dist.Work:
+        """A flag to one other rank, which hears it: not a collective. It is on its way when this returns; wait for it later."""
+        work = dist.isend(torch.tensor(int(flag)), to, group=self._group)
+        assert work is not None, "this rank is in the group"
+        return work
+
+    def hear(self, source: int) -> bool:
+        """What a rank tells this one: not a collective."""
+        flag = torch.tensor(0)
+        dist.recv(flag, source, group=self._group)
+        return bool(flag)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
         value = torch.tensor(int(flag))

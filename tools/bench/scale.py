@@ -4,6 +4,8 @@
 
 Groups of 16 answers whose lengths are log-normal around --tokens, with --images pictures a prompt; ranks of a machine, and
 how many compute one data-parallel rank's share, as options say. Seconds are processor time of this process.
+
+With --real 4,8,16 so many gloo ranks are started here, too: open files of each, and a push of weights (ranks.py).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import sys
 import time
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +31,9 @@ from gspo_mm.policy.parcels import Parcel
 from gspo_mm.policy.shares import deal_updates, split_evenly
 from gspo_mm.rollout.saved import encode_answers
 from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score, Share
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tools.bench.ranks import BUCKETS, LOAD, SERVERS, measured
 
 PATCHES = 1280  # of an image: 320 tokens
 # about that of a mixture with 3 B active parameters
@@ -48,6 +54,7 @@ def main(
     machine: Annotated[int, typer.Option(help="ranks of a machine")] = 8,
     copies: Annotated[int, typer.Option(help="ranks that compute one share: tp x pp x cp")] = 4,
     worlds: Annotated[str, typer.Option(help="numbers of ranks")] = "8,64,256,1024",
+    real: Annotated[str, typer.Option(help="numbers of ranks to start")] = "",
 ) -> None:
     """Print a table with a row for each world."""
     batch = [make_group(i, group_size, tokens, images, image_kb * 1000) for i in range(groups)]
@@ -95,6 +102,13 @@ def main(
     console.print(
         f"answers in a checkpoint: {thread:.3f} s on the training thread, {beside:.1f} s beside it, {size / 1e6:.0f} MB"
     )
+    for world in map(int, filter(None, real.split(","))):
+        files, of_others, seconds = measured(world)
+        least = world * BUCKETS * LOAD
+        console.print(
+            f"{world} gloo ranks: rank 0 has {files} open files, others at most {of_others}; a push to {SERVERS} servers takes "
+            f"{seconds:.2f} s, loading alone {least:.2f} s"
+        )
 
 
 def answers_of_checkpoint(batch: list[RolloutGroup]) -> tuple[float, float, int]:
