@@ -81,7 +81,8 @@ def _rank(
     config = parse_config(
         {
             "run": {"name": "ranks"}, "model": {"path": "unused"}, "data": {"train": ["unused.tar"]},
-            "rollout": {"engine": "sglang"}, "sync": {"bucket_mb": 1}, "reward": {"file": "unused.yaml"},
+            "rollout": {"engine": "sglang", "prompts_per_step": 2 * size}, "sync": {"bucket_mb": 1},
+            "reward": {"file": "unused.yaml"},
         }
     )  # fmt: skip
     sender = DistributedSender(config, policy)
