@@ -49,6 +49,8 @@ PIECES = (1.0, 1.2)
 # Ranks whose work so far differs by less than this fraction of a whole rank's are alike to the next bin, which goes to the one
 # that has its images. With more, ranks have to be evened out at the expense of their slots.
 ALIKE = 0.01
+# So much longer may take what shows images on fewer ranks: sending and decoding them is not in the cost.
+FEWER_RANKS = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +110,10 @@ def deal(
     ways: list[_Way] = [partial(_by_slots, piece=piece) for piece in PIECES]
     if any(item.images for item in items.values()):
         ways.append(_by_ranks)
-    attempts = (_attempt(items, ranks, max_tokens, micro_batches_multiple_of, way) for way in ways)
+    attempts = [_attempt(items, ranks, max_tokens, micro_batches_multiple_of, way) for way in ways]
     rows = min(attempts, key=_slowest)
+    if len(attempts) > len(PIECES) and _slowest(attempts[-1]) <= (1 + FEWER_RANKS) * _slowest(rows):
+        rows = attempts[-1]
     return [[[sequences[place] for place in sorted(it.members)] for it in row] for row in rows]
 
 
@@ -311,7 +315,7 @@ def _exchange(bins: list[Bin]) -> None:
     while (high := max(bins, key=lambda it: it.cost)).cost > tolerable:
         cheap = heapq.nsmallest(TRIES, bins, key=lambda it: it.cost)
         found = (
-            (*found, i) for i, low in enumerate(cheap) if low is not high for found in _exchanges(high, low)
+            (*each, i) for i, low in enumerate(cheap) if low is not high for each in _exchanges(high, low)
         )
         best = min(found, default=None)
         if best is None:

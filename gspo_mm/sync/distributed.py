@@ -90,7 +90,8 @@ class DistributedSender:
             ]
             sending = stack.enter_context(ThreadPoolExecutor(1, initializer=_use_device))
             under_way: Future[None] | None = None
-            for number, *buckets in zip_longest(range(self._rounds), *streams):
+            for number in range(self._rounds):
+                buckets = [next(stream, None) for stream in streams]
                 if under_way:
                     under_way.result()
                 under_way = sending.submit(circle.go_round, number, partial(self._send, buckets[own], parts))

@@ -3,7 +3,6 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,7 +33,7 @@ class Rank:
 
 def run(senders: list[int], parts: int, rounds: int, send: Any) -> list[Circle]:
     """All of them in threads; `send(rank, round, part)`."""
-    lines: Lines = {pair: SimpleQueue() for pair in product(senders, repeat=2)}
+    lines: Lines = {(before, after): SimpleQueue() for before in senders for after in senders}
     circles = [Circle(cast(Any, Rank(r, lines)), senders, parts=parts, rounds=rounds) for r in senders]
 
     def go(rank: int, circle: Circle) -> None:

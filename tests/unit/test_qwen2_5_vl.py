@@ -176,7 +176,8 @@ class Listener:
 def test_servers_are_sent_published_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(Path("configs/quickstart_sglang.yaml"), [f"model.path={folder}"], any_world=True)
     policy = Policy.from_hf(str(folder), PolicyConfig(dtype="float32"), seed=0, total_steps=1)
-    over_tensors, over_groups = Listener(), Listener()
+    over_groups = Listener()
+    over_tensors: Any = Listener()
     monkeypatch.setattr(TensorSender, "_requests", lambda *arguments: over_tensors.requests(*arguments))
     TensorSender(config, policy)._send(policy.export(), over_tensors)
     sender = DistributedSender(config, policy)
