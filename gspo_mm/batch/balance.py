@@ -10,11 +10,12 @@ these k-th micro-batches together.
       -> ranks         of each slot the costliest bin to the rank with least so far, or of those that are alike to the one that
                        has most of its images; then moved until ranks are even
 
-This is done with groups cut into smaller and into larger pieces; what ranks that meet in every slot finish first is
-kept. One rank has nobody to wait for: its micro-batches are filled in order (`fill`).
+This is done with groups cut into smaller and into larger pieces. Where a rank has but a group or two, the other way round is
+better: whole groups -> ranks -> bins (`_by_ranks`). What ranks that meet in every slot finish first is kept. One rank has
+nobody to wait for: its micro-batches are filled in order (`fill`).
 
 Left out: optimal packing (bin packing and number partitioning at once, both NP-hard; of 512 long-tailed answers the
-greedy way leaves 8 ranks within 2 % of each other), swaps of two sequences, and sharing the text of a prompt.
+greedy way leaves 8 ranks within 2 % of each other), swaps of two sequences between ranks, and sharing the text of a prompt.
 
 Dims: R ranks, K micro-batches of a rank, B = R * K bins.
 """
@@ -26,12 +27,17 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+from gspo_mm.batch.bins import TRIES, Bin, Bins, Item, Unit
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.types import EncodedImage, TrainSequence
 
 type NumPatches = Callable[[EncodedImage], int]  # patches of an image before merging
 type Dealt = list[list[list[TrainSequence]]]  # [data-parallel rank][micro-batch][sequence]
+
+# (items, ranks, count, max_tokens) -> each rank's `count` bins; None when a sequence finds no room
+type _Way = Callable[[Unit, int, int, int], list[list[Bin]] | None]
 
 # Costs within this fraction of their mean are left as they are. Ranks get more of it: what evens out whole ranks
 # makes their slots a little less even, and ranks that share experts meet in every slot.
@@ -43,7 +49,8 @@ PIECES = (1.0, 1.2)
 # Ranks whose work so far differs by less than this fraction of a whole rank's are alike to the next bin, which goes to the one
 # that has its images. With more, ranks have to be evened out at the expense of their slots.
 ALIKE = 0.01
-TRIES = 8  # bins, cheapest first, that are looked at before the one with most room
+# So much longer may take what shows images on fewer ranks: sending and decoding them is not in the cost.
+FEWER_RANKS = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +107,13 @@ def deal(
     if not sequences:
         return [[] for _ in range(ranks)]
     items = _items(sequences, cost, num_patches, max_tokens, multiple_of)
-    attempts = (_attempt(items, ranks, max_tokens, micro_batches_multiple_of, piece) for piece in PIECES)
+    ways: list[_Way] = [partial(_by_slots, piece=piece) for piece in PIECES]
+    if any(item.images for item in items.values()):
+        ways.append(_by_ranks)
+    attempts = [_attempt(items, ranks, max_tokens, micro_batches_multiple_of, way) for way in ways]
     rows = min(attempts, key=_slowest)
+    if len(attempts) > len(PIECES) and _slowest(attempts[-1]) <= (1 + FEWER_RANKS) * _slowest(rows):
+        rows = attempts[-1]
     return [[[sequences[place] for place in sorted(it.members)] for it in row] for row in rows]
 
 
@@ -134,142 +146,76 @@ def _cost_of(members: list[TrainSequence], cost: FlopModel, num_patches: NumPatc
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One sequence, as far as balancing looks at it."""
-
-    tokens: int  # rounded up; at most the budget, so that an overlong sequence fills a bin by itself
-    cost: int  # without its images
-    images: tuple[tuple[int, int], ...]  # (number, cost) of each distinct image it shows
-
-
-type _Unit = dict[int, _Item]  # sequences that are placed together, by their place in the input
-
-
-class _Bin:
-    """A micro-batch in the making."""
-
-    def __init__(self, room: int) -> None:
-        self.room = room  # tokens
-        self.cost = 0  # every distinct image once
-        self.members: _Unit = {}
-        self._shown: Counter[int] = Counter()  # how many members show an image
-
-    @property
-    def images(self) -> list[int]:
-        return [image for image, count in self._shown.items() if count]
-
-    def added(self, item: _Item) -> int:
-        """What `item` would cost here on top."""
-        return item.cost + sum(cost for image, cost in item.images if not self._shown[image])
-
-    def saved(self, item: _Item) -> int:
-        """What there is less to do without the member `item`."""
-        return item.cost + sum(cost for image, cost in item.images if self._shown[image] == 1)
-
-    def put(self, place: int, item: _Item) -> None:
-        self.cost += self.added(item)
-        self.room -= item.tokens
-        self.members[place] = item
-        self._shown.update(image for image, _ in item.images)
-
-    def take(self, place: int) -> _Item:
-        item = self.members.pop(place)
-        self.cost -= self.saved(item)
-        self.room += item.tokens
-        self._shown.subtract(image for image, _ in item.images)
-        return item
-
-
-class _Bins:
-    """Bins that are found by least cost or by most room in O(log B).
-
-    A bin's old entries stay in the heaps until they come up; they are known by a cost or room that is no longer true.
-    """
-
-    def __init__(self, count: int, max_tokens: int) -> None:
-        self.all = [_Bin(max_tokens) for _ in range(count)]
-        self._by_cost = [(0, i) for i in range(count)]
-        self._by_room = [(-max_tokens, i) for i in range(count)]
-
-    def put(self, unit: _Unit) -> bool:
-        """Put `unit` into a cheap bin that has room; False when none has."""
-        number = self._find(sum(item.tokens for item in unit.values()))
-        if number is None:
-            return False
-        chosen = self.all[number]
-        for place, item in unit.items():
-            chosen.put(place, item)
-        heapq.heappush(self._by_cost, (chosen.cost, number))
-        heapq.heappush(self._by_room, (-chosen.room, number))
-        return True
-
-    def _find(self, tokens: int) -> int | None:
-        looked_at: list[tuple[int, int]] = []
-        found = None
-        while found is None and self._by_cost and len(looked_at) < TRIES:
-            cost, number = heapq.heappop(self._by_cost)
-            if cost == self.all[number].cost:
-                looked_at.append((cost, number))
-                found = number if tokens <= self.all[number].room else None
-        for entry in looked_at:
-            heapq.heappush(self._by_cost, entry)
-        if found is not None:
-            return found
-        while -self._by_room[0][0] != self.all[self._by_room[0][1]].room:
-            heapq.heappop(self._by_room)
-        room, number = -self._by_room[0][0], self._by_room[0][1]
-        return number if tokens <= room else None
-
-
 def _items(
     sequences: list[TrainSequence],
     cost: FlopModel,
     num_patches: NumPatches,
     max_tokens: int,
     multiple_of: int,
-) -> list[_Item]:
+) -> Unit:
     images: dict[str, tuple[int, int]] = {}  # by content hash
-    items = []
-    for sequence in sequences:
+    items: Unit = {}
+    for place, sequence in enumerate(sequences):
         for image in sequence.images:
             if image.key not in images:
                 images[image.key] = (len(images), cost.image(num_patches(image)))
         tokens = _aligned(len(sequence.token_ids), multiple_of)
-        items.append(
-            _Item(
-                tokens=min(tokens, max_tokens),
-                cost=cost.sequence(tokens, sequence.num_trained),
-                images=tuple(dict.fromkeys(images[image.key] for image in sequence.images)),
-            )
+        items[place] = Item(
+            tokens=min(tokens, max_tokens),
+            cost=cost.sequence(tokens, sequence.num_trained),
+            images=tuple(dict.fromkeys(images[image.key] for image in sequence.images)),
         )
     return items
 
 
-def _attempt(
-    items: list[_Item], ranks: int, max_tokens: int, count_multiple_of: int, piece: float
-) -> list[list[_Bin]]:
+def _attempt(items: Unit, ranks: int, max_tokens: int, count_multiple_of: int, way: _Way) -> list[list[Bin]]:
     """Each rank's bins, in as few slots as the greedy way manages."""
     needed = max(
-        sum(item.tokens for item in items) / max_tokens,
-        sum(2 * item.tokens > max_tokens for item in items),  # no two of these fit together
+        sum(item.tokens for item in items.values()) / max_tokens,
+        sum(2 * item.tokens > max_tokens for item in items.values()),  # no two of these fit together
     )
     count = _up(needed / ranks, count_multiple_of)
-    while (bins := _pack_bins(items, ranks * count, max_tokens, piece)) is None:
+    while (rows := way(items, ranks, count, max_tokens)) is None:
         # by a fraction: a large count is not raised one by one
         count = _up(max(count * 1.05, count + 1), count_multiple_of)
-    return _rows(bins, ranks)
+    return rows
 
 
-def _slowest(rows: list[list[_Bin]]) -> int:
+def _by_slots(
+    items: Unit, ranks: int, count: int, max_tokens: int, *, piece: float
+) -> list[list[Bin]] | None:
+    """Bins of like cost first, then slots of them, then ranks."""
+    bins = _pack_bins(items, ranks * count, max_tokens, piece)
+    return _rows(bins, ranks) if bins else None
+
+
+def _by_ranks(items: Unit, ranks: int, count: int, max_tokens: int) -> list[list[Bin]] | None:
+    """Ranks of like cost first, with groups as whole as they can be, then each rank's bins."""
+    piles = _pack_bins(items, ranks, count * max_tokens, 1.0)
+    if piles is None:
+        return None
+    _even_out([[pile] for pile in piles], EVEN_RANKS)
+    rows: list[list[Bin]] = []
+    for pile in piles:
+        bins = _pack_bins(pile.members, count, max_tokens, 0.0)
+        if bins is None:
+            return None
+        _exchange(bins)
+        rows.append(sorted(bins, key=lambda it: -it.cost))
+    for slot in zip(*rows, strict=True):
+        _even_out([[it] for it in slot], EVEN_SLOT)
+    return rows
+
+
+def _slowest(rows: list[list[Bin]]) -> int:
     """The cost of every slot's costliest bin: the time that ranks need which meet in every slot."""
     return sum(max(it.cost for it in slot) for slot in zip(*rows, strict=True))
 
 
-def _pack_bins(items: list[_Item], num_bins: int, max_tokens: int, piece: float) -> list[_Bin] | None:
+def _pack_bins(items: Unit, num_bins: int, max_tokens: int, piece: float) -> list[Bin] | None:
     """All items in `num_bins` bins of like cost; None when a sequence finds no room."""
-    bins = _Bins(num_bins, max_tokens)
-    loose: list[tuple[int, _Item]] = []
+    bins = Bins(num_bins, max_tokens)
+    loose: list[tuple[int, Item]] = []
     for unit in _units(items, num_bins, max_tokens, piece):
         if not bins.put(unit):
             loose += unit.items()
@@ -277,23 +223,23 @@ def _pack_bins(items: list[_Item], num_bins: int, max_tokens: int, piece: float)
     return bins.all if all(bins.put({place: item}) for place, item in loose) else None
 
 
-def _units(items: list[_Item], num_bins: int, max_tokens: int, piece: float) -> list[_Unit]:
+def _units(items: Unit, num_bins: int, max_tokens: int, piece: float) -> list[Unit]:
     """Sequences that show the same images, in pieces that are not too much for one bin; the costliest first."""
-    together: defaultdict[object, _Unit] = defaultdict(dict)
-    for place, item in enumerate(items):
+    together: defaultdict[object, Unit] = defaultdict(dict)
+    for place, item in items.items():
         together[item.images or place][place] = item  # text shares nothing
-    images = {image for item in items for image in item.images}
-    share = (sum(item.cost for item in items) + sum(cost for _, cost in images)) / num_bins
-    pieces: list[tuple[int, _Unit]] = []
+    images = {image for item in items.values() for image in item.images}
+    share = (sum(item.cost for item in items.values()) + sum(cost for _, cost in images)) / num_bins
+    pieces: list[tuple[int, Unit]] = []
     for unit in together.values():
         pieces += _cut(unit, piece * share, max_tokens)
     return [unit for _, unit in sorted(pieces, key=lambda entry: -entry[0])]
 
 
-def _cut(unit: _Unit, max_cost: float, max_tokens: int) -> Iterator[tuple[int, _Unit]]:
+def _cut(unit: Unit, max_cost: float, max_tokens: int) -> Iterator[tuple[int, Unit]]:
     """(cost, piece) of a unit, its images paid by each piece; a piece exceeds a limit only if it is one sequence."""
     shared = sum(cost for _, cost in next(iter(unit.values())).images)
-    piece: _Unit = {}
+    piece: Unit = {}
     cost, tokens = shared, 0
     for place, item in unit.items():
         if piece and (cost + item.cost > max_cost or tokens + item.tokens > max_tokens):
@@ -305,10 +251,10 @@ def _cut(unit: _Unit, max_cost: float, max_tokens: int) -> Iterator[tuple[int, _
     yield cost, piece
 
 
-def _rows(bins: list[_Bin], ranks: int) -> list[list[_Bin]]:
+def _rows(bins: list[Bin], ranks: int) -> list[list[Bin]]:
     """Each rank's bins, one of every slot; the costliest slot first, so that memory runs out at once or never."""
     bins = _apart(bins)
-    rows: list[list[_Bin]] = [[] for _ in range(ranks)]
+    rows: list[list[Bin]] = [[] for _ in range(ranks)]
     shown_by: defaultdict[int, set[int]] = defaultdict(set)  # the ranks of an image
     tolerance = ALIKE * sum(it.cost for it in bins) / ranks
     for start in range(0, len(bins), ranks):
@@ -330,7 +276,7 @@ def _rows(bins: list[_Bin], ranks: int) -> list[list[_Bin]]:
     return rows
 
 
-def _apart(bins: list[_Bin]) -> list[_Bin]:
+def _apart(bins: list[Bin]) -> list[Bin]:
     """The costliest first; of bins that cost alike those with the same images apart, so that one rank can have them all."""
     grain = EVEN_SLOT * sum(it.cost for it in bins) / len(bins)
     turns: Counter[int] = Counter()
@@ -342,7 +288,7 @@ def _apart(bins: list[_Bin]) -> list[_Bin]:
     return [bins[i] for i in order]
 
 
-def _even_out(piles: list[list[_Bin]], fraction: float) -> None:
+def _even_out(piles: list[list[Bin]], fraction: float) -> None:
     """Move sequences between bins of the same slot until the piles cost alike or no move helps."""
     cost = [sum(it.cost for it in pile) for pile in piles]
     tolerance = fraction * sum(cost) / len(piles)
@@ -363,9 +309,43 @@ def _even_out(piles: list[list[_Bin]], fraction: float) -> None:
             order.pop()  # nothing can leave the costliest pile: one overlong sequence, or full bins elsewhere
 
 
-def _moves(
-    high: list[_Bin], low: list[_Bin], high_cost: int, low_cost: int
-) -> Iterator[tuple[int, int, int]]:
+def _exchange(bins: list[Bin]) -> None:
+    """Exchange sequences of a rank's costliest bin and of its cheap ones until it costs what others do or no exchange helps."""
+    tolerable = (1 + EVEN_SLOT) * sum(it.cost for it in bins) / len(bins)
+    while (high := max(bins, key=lambda it: it.cost)).cost > tolerable:
+        cheap = heapq.nsmallest(TRIES, bins, key=lambda it: it.cost)
+        found = (
+            (*each, i) for i, low in enumerate(cheap) if low is not high for each in _exchanges(high, low)
+        )
+        best = min(found, default=None)
+        if best is None:
+            return
+        _, place, back, number = best
+        low = cheap[number]
+        there, here = high.take(place), low.take(back)
+        low.put(place, there)
+        high.put(back, here)
+
+
+def _exchanges(high: Bin, low: Bin) -> Iterator[tuple[int, int, int]]:
+    """(cost of the costlier bin afterwards, place, place) of exchanges that make it less than that of `high`."""
+    for place, item in high.members.items():
+        for back, other in low.members.items():
+            alike = item.images == other.images
+            if not alike and not set(item.images).isdisjoint(other.images):
+                continue
+            if high.room + item.tokens < other.tokens or low.room + other.tokens < item.tokens:
+                continue
+            if alike:
+                less = more = item.cost - other.cost
+            else:
+                less, more = high.saved(item) - high.added(other), low.added(item) - low.saved(other)
+            after = max(high.cost - less, low.cost + more)
+            if after < high.cost:
+                yield after, place, back
+
+
+def _moves(high: list[Bin], low: list[Bin], high_cost: int, low_cost: int) -> Iterator[tuple[int, int, int]]:
     """(cost of the costlier pile afterwards, slot, place) of moves that make it less than `high_cost`."""
     for slot, (source, target) in enumerate(zip(high, low, strict=True)):
         for place, item in source.members.items():

@@ -1,6 +1,6 @@
 """Can this job's nodes train? Run by every rank before the run, as train.sbatch does: `python -m gspo_mm.commands.node`.
 
-Each rank looks at its own GPU (there, idle, not throttled), at its node's memory and at the run folder, multiplies
+Each rank looks at its own GPU (there, idle, not throttled), at its node's memory and limits and at the run folder, multiplies
 matrices for half a second, and tells rank 0, which knows by then who is silent and who is slow. Then all of them sum a
 buffer in turn for two seconds. Status 4 when a node is bad: why goes to stderr, and the names of all bad ones to stdout.
 """
@@ -24,8 +24,10 @@ import torch.distributed as dist
 import typer
 
 from gspo_mm.runtime.dist import device, ranks_here, world_size
+from gspo_mm.runtime.limits import raise_file_limit
 from gspo_mm.runtime.net import LOOPBACK, machine_name
 from gspo_mm.runtime.probe import SLOW, matmul_rate, relative
+from gspo_mm.types import GspoError
 
 STATUS = 4
 _IDLE = 2 * 2**30  # bytes that a GPU may hold when nobody uses it
@@ -40,6 +42,10 @@ def own_report(folder: Path | None, *, gpus: bool) -> Report:
     memory = psutil.virtual_memory()
     if memory.available < 0.25 * memory.total:
         faults.append(f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB of memory are free")
+    try:
+        raise_file_limit(world_size())
+    except GspoError as error:
+        faults.append(str(error))
     if folder:
         probe = folder / f".node-{os.environ.get('RANK', '0')}"
         try:

@@ -81,6 +81,7 @@ class Optimizer:
                     **_memory_arguments(config),
                 ),
                 list(chunks),
+                use_gloo_process_groups=False,
             )
         for part in self._inner.chained_optimizers:
             # what megatron takes where there is neither apex nor Transformer Engine

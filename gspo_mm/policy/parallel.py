@@ -48,6 +48,7 @@ class ParallelPlan(Sizes):
                 context_parallel_size=self.cp,
                 expert_model_parallel_size=self.ep,
                 expert_tensor_parallel_size=self.etp,
+                create_gloo_process_groups=False,  # copies that only older checkpoint formats use
             )
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 

@@ -122,14 +122,16 @@ class Weights:
                 yield from zip(names, tensors, strict=True)
 
     @torch.no_grad()
-    def export_own(self, sender: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def export_own(self, sender: int, take: Take | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """As `export` with experts apart, but only the share of the rank `sender`, one of `senders`, on that rank.
 
         A collective of the ranks that hold other parts of its tensors; on those that hold none there is nothing to do.
+        With `meta_of` each rank is on its own.
         """
+        take = take or self.value
         if sender == _first(self.groups.tp) == _first(self.groups.tp_dp_cp):
             for entry in self.entries:
-                if not isinstance(entry.op, StackExperts) and (whole := self._whole(entry, self.value)):
+                if not isinstance(entry.op, StackExperts) and (whole := self._whole(entry, take)):
                     yield from zip(entry.hf, entry.op.to_hf(whole), strict=True)
         if sender == _first(self.groups.ep):
             for entry in self.entries:
@@ -137,14 +139,14 @@ class Weights:
                     assert self.plan.etp == 1, (
                         "ranks of other expert-parallel groups would hold parts of them"
                     )
-                    for names, tensors in self._pieces(entry, self.value, experts_apart=True):
+                    for names, tensors in self._pieces(entry, take, experts_apart=True):
                         yield from zip(names, tensors or (), strict=False)
         if sender == _first(self.groups.etp):
             for entry in self.entries:
                 for number, name in enumerate(entry.megatron):
                     if _leaves_apart(entry) and name in self._parameters:
                         assert isinstance(entry.op, StackExperts)
-                        one = entry.op.apart(self._whole_one(entry, name, self.value))
+                        one = entry.op.apart(self._whole_one(entry, name, take))
                         yield from zip(entry.op.names_apart(entry.hf[0], number), one, strict=True)
 
     def senders(self, ranks: Ranks) -> list[int]:
@@ -250,6 +252,11 @@ def value_of(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.dequantize() if is_quantized(parameter) else parameter.detach()
 
 
+def meta_of(parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor without data, of the shape and dtype of the parameter's value."""
+    return torch.empty(parameter.shape, dtype=value_of(parameter).dtype, device="meta")
+
+
 def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
     """What backward left in the gradient buffer; zeros for a frozen parameter, or a buffer."""
     main_grad = getattr(parameter, "main_grad", None)
@@ -279,6 +286,8 @@ def _first(group: dist.ProcessGroup) -> int:
 
 
 def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    if tensor.is_meta:
+        return [tensor] * group.size()
     tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor, group=group)

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from gspo_mm.runtime.limits import raise_file_limit
 from gspo_mm.types import GspoError
 
 logger = logging.getLogger(__name__)
@@ -38,14 +39,18 @@ def device() -> torch.device:
 
 
 def start_process_group() -> None:
-    """Join the ranks that torchrun or srun started; without them be a world of one, which needs no port."""
+    """Join the ranks that torchrun or srun started; without them be a world of one, which needs no port.
+
+    Raises GspoError where this process may not open as many files as it needs.
+    """
     if dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend, timeout = ("nccl", None) if torch.cuda.is_available() else ("gloo", CONTROL_TIMEOUT)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        raise_file_limit(world_size())
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
@@ -67,7 +72,10 @@ class Ranks:
         start_process_group()
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+        # a second group over gloo would be as many open files again: one for each other rank
+        shared = dist.get_backend() == "gloo"
+        group = dist.group.WORLD if shared else dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        self._group = cast(dist.ProcessGroup, group)
         machines: dict[str, list[int]] = {}
         for rank, host in enumerate(self.gather(socket.gethostname())):
             machines.setdefault(host, []).append(rank)
@@ -128,6 +136,18 @@ class Ranks:
         data = torch.empty(int(size), dtype=torch.uint8)
         dist.recv(data, source, group=self._group)
         return data.numpy().data
+
+    def tell(self, flag: bool, to: int) -> dist.Work:
+        """A flag to one other rank, which hears it: not a collective. It is on its way when this returns; wait for it later."""
+        work = dist.isend(torch.tensor(int(flag)), to, group=self._group)
+        assert work is not None, "this rank is in the group"
+        return work
+
+    def hear(self, source: int) -> bool:
+        """What a rank tells this one: not a collective."""
+        flag = torch.tensor(0)
+        dist.recv(flag, source, group=self._group)
+        return bool(flag)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""

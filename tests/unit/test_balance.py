@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_mm.batch.balance import Dealt, _Bin, _cut, _Item, _rows, _slowest, deal, fill, measure
+from gspo_mm.batch.balance import Dealt, _cut, _rows, _slowest, deal, fill, measure
+from gspo_mm.batch.bins import Bin, Item
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.types import EncodedImage, TrainSequence
 
@@ -153,6 +155,21 @@ def test_answers_that_share_an_image_go_to_one_rank_however_they_are_mixed() -> 
     assert sorted(names(dealt)) == [[["a.0", "a.1", "a.2"]], [["b.0", "b.1", "b.2"]]]
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_with_a_group_for_each_rank_an_image_goes_to_two_ranks_at_most_on_average(seed: int) -> None:
+    """Most groups are larger or smaller than a rank's part, so one rank for each cannot be even."""
+    rng = random.Random(seed)
+    sequences: list[TrainSequence] = []
+    for number in range(64):
+        lengths = [int(min(8192, max(16, rng.lognormvariate(0, 0.6) * 2048))) for _ in range(16)]
+        shown = tuple(image(f"{number}-{i}", 320) for i in range(rng.randint(2, 3)))
+        sequences += group(str(number), 100 + 320 * len(shown), lengths, shown)
+    dealt = dealt_to(64, sequences)
+    ranks_of = Counter(key for row in dealt for key in {it.key for m in row for s in m for it in s.images})
+    assert sum(ranks_of.values()) <= 2 * len(ranks_of)
+    assert measure(dealt, cost=COST, num_patches=num_patches).slot_imbalance <= 0.045
+
+
 def test_an_image_is_paid_once_per_micro_batch() -> None:
     """One group's image costs what nine answers cost: splitting it would even out ranks only on paper."""
     picture = FlopModel(**{**vars(NOTHING), "token": 1, "patch": 9})
@@ -181,10 +198,10 @@ def test_micro_batches_that_meet_in_a_slot_cost_alike() -> None:
 
 
 def test_a_slot_is_evened_out_even_where_ranks_could_be_without_it() -> None:
-    bins = [_Bin(1000) for _ in range(4)]
+    bins = [Bin(1000) for _ in range(4)]
     for number, (it, count) in enumerate(zip(bins, (26, 22, 21, 20), strict=True)):
         for n in range(count):
-            it.put(100 * number + n, _Item(tokens=20, cost=20, images=()))
+            it.put(100 * number + n, Item(tokens=20, cost=20, images=()))
     cost_RK = [[it.cost for it in row] for row in _rows(bins, 2)]
     assert sorted(cost_RK) == [[480, 400], [480, 420]]
 
@@ -205,7 +222,7 @@ def test_a_pile_that_cannot_shrink_does_not_stop_the_others_from_evening_out() -
 
 
 def test_a_group_is_cut_by_tokens_and_by_cost_and_every_piece_pays_the_images() -> None:
-    unit = {place: _Item(tokens=100, cost=10, images=((0, 7),)) for place in range(8)}
+    unit = {place: Item(tokens=100, cost=10, images=((0, 7),)) for place in range(8)}
     assert [(cost, list(piece)) for cost, piece in _cut(unit, 1000, 450)] == [
         (47, [0, 1, 2, 3]),
         (47, [4, 5, 6, 7]),
@@ -219,9 +236,9 @@ def test_a_group_is_cut_by_tokens_and_by_cost_and_every_piece_pays_the_images() 
 
 
 def test_ranks_that_meet_in_every_slot_take_as_long_as_its_costliest_bin() -> None:
-    rows = [[_Bin(10), _Bin(10)], [_Bin(10), _Bin(10)]]
+    rows = [[Bin(10), Bin(10)], [Bin(10), Bin(10)]]
     for it, cost in zip(chain.from_iterable(rows), (5, 2, 1, 3), strict=True):
-        it.put(0, _Item(tokens=1, cost=cost, images=()))
+        it.put(0, Item(tokens=1, cost=cost, images=()))
     assert _slowest(rows) == 5 + 3
 
 
@@ -229,10 +246,10 @@ def test_a_bin_knows_its_cost_and_room_whatever_comes_and_goes() -> None:
     rng = random.Random(0)
     pictures = [(0, 100), (1, 1000), (2, 10000)]
     items = [
-        _Item(tokens=n + 1, cost=n, images=tuple(pictures[i] for i in range(3) if n >> i & 1))
+        Item(tokens=n + 1, cost=n, images=tuple(pictures[i] for i in range(3) if n >> i & 1))
         for n in range(12)
     ]
-    it, inside = _Bin(500), set[int]()
+    it, inside = Bin(500), set[int]()
     for _ in range(500):
         n = rng.randrange(12)
         if n in inside:

@@ -1,5 +1,7 @@
 """Folders of Qwen2.5-VL: names old and new, flat configs, variants that are refused by name. Costs 6 s."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from gspo_mm.families.write import copy_template, write_hf
 from gspo_mm.hf.headers import HfFolderError
 from gspo_mm.policy.engine import Policy
 from gspo_mm.serving.served import quantization_config
+from gspo_mm.serving.server import Server
 from gspo_mm.sync.buckets import Bucket
+from gspo_mm.sync.checksums import Checksums
 from gspo_mm.sync.distributed import DistributedSender
 from gspo_mm.sync.tensor import TensorSender
 from gspo_mm.types import GspoError
@@ -154,8 +158,12 @@ class Listener:
     def __init__(self) -> None:
         self.names: list[str] = []
 
-    def send(self, bucket: Bucket, _: Any) -> None:
+    def send(self, bucket: Bucket, _: Any) -> Listener:
         self.names += bucket.names
+        return self
+
+    def wait(self) -> None:
+        pass
 
     def start_raw(self, _: str, requests: list[Any]) -> list[Any]:
         return requests
@@ -168,9 +176,12 @@ class Listener:
 def test_servers_are_sent_published_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(Path("configs/quickstart_sglang.yaml"), [f"model.path={folder}"], any_world=True)
     policy = Policy.from_hf(str(folder), PolicyConfig(dtype="float32"), seed=0, total_steps=1)
-    over_tensors, over_groups = Listener(), Listener()
+    over_groups = Listener()
+    over_tensors: Any = Listener()
     monkeypatch.setattr(TensorSender, "_requests", lambda *arguments: over_tensors.requests(*arguments))
     TensorSender(config, policy)._send(policy.export(), over_tensors)
-    DistributedSender(config, policy)._send(over_groups, policy.weights.export_own(0), over_groups)
+    sender = DistributedSender(config, policy)
+    monkeypatch.setattr(sender, "_groups", {0: over_groups})
+    sender._send_all([Server(name="s", generation="1", state="up")], Checksums(policy.family))
     stored = sorted(load_file(folder / "model.safetensors"))
     assert sorted(over_tensors.names) == sorted(over_groups.names) == stored

@@ -5,6 +5,8 @@ With --model also what prompts and pixels cost, and how much of that on the trai
 
 Groups of 16 answers whose lengths are log-normal around --tokens, with --images pictures a prompt; ranks of a machine, and
 how many compute one data-parallel rank's share, as options say. Seconds are processor time of this process.
+
+With --real 4,8,16 so many gloo ranks are started here, too: open files of each, and a push of weights (ranks.py).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -36,11 +39,13 @@ from gspo_mm.policy.shares import deal_updates, split_evenly
 from gspo_mm.rollout.saved import encode_answers
 from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score, Share
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tools.bench.ranks import BUCKETS, LOAD, SERVERS, measured
+
 PATCHES = 1280  # of an image: 320 tokens
 PHOTO_PROMPTS = 24
-COMPUTES = (
-    3  # time of a pass over making its pixels: in a step of 60 s pixels took 8.5, two passes most of the rest
-)
+# time of a pass over making its pixels: in a step of 60 s pixels took 8.5, two passes most of the rest
+COMPUTES = 3
 # about that of a mixture with 3 B active parameters
 FLOPS = FlopModel(
     token=5 * 10**9, router=25 * 10**6, pair=8 * 10**5, row=6 * 10**8, patch_embedding=4 * 10**6, patch=10**9, patch_pair=10**5,
@@ -60,6 +65,7 @@ def main(
     copies: Annotated[int, typer.Option(help="ranks that compute one share: tp x pp x cp")] = 4,
     worlds: Annotated[str, typer.Option(help="numbers of ranks")] = "8,64,256,1024",
     model: Annotated[Path | None, typer.Option(help="folder with a processor, as data/tiny-model")] = None,
+    real: Annotated[str, typer.Option(help="numbers of ranks to start")] = "",
 ) -> None:
     """Print a table with a row for each world."""
     if model:
@@ -109,6 +115,13 @@ def main(
     console.print(
         f"answers in a checkpoint: {thread:.3f} s on the training thread, {beside:.1f} s beside it, {size / 1e6:.0f} MB"
     )
+    for world in map(int, filter(None, real.split(","))):
+        files, of_others, seconds = measured(world)
+        least = world * BUCKETS * LOAD
+        console.print(
+            f"{world} gloo ranks: rank 0 has {files} open files, others at most {of_others}; a push to {SERVERS} servers takes "
+            f"{seconds:.2f} s, loading alone {least:.2f} s"
+        )
 
 
 def pictures_of_training(model: Path) -> None:
