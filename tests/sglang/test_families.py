@@ -40,7 +40,7 @@ def test_the_server_answers_as_the_policy_before_and_after_an_update(
     reader = Processor(config.model.path, config.data)
     policy = Policy.from_hf(config.model.path, config.policy, seed=0, total_steps=1)
     takes_images = family_of(config.model.path).image_token_id(policy.hf) is not None
-    some = [each for each in prompts if takes_images or not each.prompt.images][:8]
+    some = [each for each in prompts if takes_images or not each.prompt.images][:4]
     with (
         closing(SGLangEngine(config, reader, Fleet(config))) as engine,
         closing(SGLangPush(config, policy, engine)) as push,
