@@ -14,7 +14,7 @@ import logging
 import math
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from gspo_mm.config import DataConfig
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.pictures import decode_image
 from gspo_mm.families.table import family_of
+from gspo_mm.hf.decoding import Decoder
 from gspo_mm.hf.processor import load_processor, size_within, tokenizer_of
 from gspo_mm.hf.stops import find_stops
 from gspo_mm.types import EncodedImage, EncodedPrompt, EncodedTurn, GspoError, Prompt, Turn
@@ -60,6 +61,7 @@ class Processor:
         self._processor, hf = load_processor(model_path)
         self._hf, self._family = hf, family_of(model_path)
         self._tokenizer: Any = tokenizer_of(self._processor)
+        self.decode = Decoder(self._tokenizer.backend_tokenizer)
         self.image_token_id = self._family.image_token_id(hf)
         # tokens that stand for pictures and films where a prompt has them
         self.placeholder_ids: set[int] = {
@@ -172,12 +174,6 @@ class Processor:
     def encode_response(self, text: str) -> list[int]:
         """Token ids of a reference response, ended as the chat template ends an answer."""
         return self._tokenizer(text + self._end_of_turn, add_special_tokens=False)["input_ids"]
-
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """Text of sampled tokens, special tokens left out."""
-        # of a batch, as this alone lets other threads run
-        (text,) = self._tokenizer.backend_tokenizer.decode_batch([list(token_ids)], skip_special_tokens=True)
-        return text
 
     def _render(self, messages: Sequence[Mapping[str, Any]], *, go_on: bool = True) -> str:
         """The chat as text, by the model's own template. Raises BadSample when the template refuses it."""

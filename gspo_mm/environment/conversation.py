@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from collections import Counter
@@ -103,7 +104,8 @@ class Conversations:
                 return answer
             if len(answer.turns) == self._config.max_turns or len(answer.token_ids) >= self._most:
                 return replace(answer, finish=Finish.LENGTH)
-            return self._continued(led, *found)
+            # pictures are decoded, which must not hold up the loop
+            return await asyncio.to_thread(self._continued, led, *found)
         except EnvironmentFailedError as fault:
             if self._config.on_failure == "fail":
                 raise GspoError(

@@ -24,7 +24,9 @@ class TokenSide(Protocol):
     stop_token_ids: tuple[int, ...]
     image_token_id: int | None
 
-    def decode(self, token_ids: Iterable[int]) -> str: ...
+    def decode(self, token_ids: Iterable[int], /) -> str:
+        """Text of sampled tokens, special tokens left out. It can be sent to another process."""
+        ...
 
 
 class RolloutEngine(Protocol):

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import multiprocessing
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -33,7 +33,9 @@ _NAN = (
     "NaN happened"  # SGLang's `matched` when it drew no token of the vocabulary; it then writes a stop token
 )
 
+type Decode = Callable[[Iterable[int]], str]
 
+_reading: list[Any] = []  # in the reading process, what it was begun with
 _ASKED = ("sampling_params", "logprob_start_len")  # what `check` looks at of a request
 
 
@@ -44,23 +46,22 @@ class ReplyError(Exception):
 class ReplyReader:
     """Owns the reading process, which is started with the first large reply."""
 
-    def __init__(self) -> None:
+    def __init__(self, decode: Decode, *, vocab_size: int | None = None) -> None:
+        """`decode` is sent to the process; `vocab_size` None: ids are not compared with it."""
+        self._reading = decode, vocab_size
         self._pool: ProcessPoolExecutor | None = None
         self._deaths = 0
 
-    async def read(
-        self, content: bytes, request: dict[str, Any], *, vocab_size: int | None = None
-    ) -> list[dict[str, Any]]:
+    async def read(self, content: bytes, request: dict[str, Any]) -> list[dict[str, Any]]:
         """The answers in a reply to POST /generate with body `request`; see `answers`."""
         asked = {name: request[name] for name in _ASKED if name in request}  # not its images
         while len(content) > _HERE and self._deaths < _DEATHS:
             if self._pool is None:
-                self._pool = ProcessPoolExecutor(
-                    1, mp_context=multiprocessing.get_context("spawn"), initializer=end_only_with_parent
-                )
+                context = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=self._reading)
             pool, loop = self._pool, asyncio.get_running_loop()
             try:
-                return await loop.run_in_executor(pool, answers, content, asked, vocab_size)
+                return await loop.run_in_executor(pool, _answers, content, asked)
             except BrokenProcessPool:
                 if pool is self._pool:  # others that waited for it are told too
                     self._pool, self._deaths = None, self._deaths + 1
@@ -69,18 +70,36 @@ class ReplyReader:
                         self._deaths,
                         _DEATHS,
                     )
-        return answers(content, asked, vocab_size)
+        return answers(content, asked, *self._reading)
 
     def close(self) -> None:
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def answers(content: bytes, asked: dict[str, Any], vocab_size: int | None) -> list[dict[str, Any]]:
-    """The samples as `compact` gives them, each with its `finish`. Raises ReplyError unless they are what was `asked`."""
+def answers(
+    content: bytes, asked: dict[str, Any], decode: Decode, vocab_size: int | None
+) -> list[dict[str, Any]]:
+    """The samples as `compact` gives them, each with its `finish` and `text`, that of a stop token left out.
+
+    Raises ReplyError unless they are what was `asked`.
+    """
     samples = compact(content)
     ends = check(samples, asked, vocab_size=vocab_size)
-    return [sample | {"finish": finish} for sample, finish in zip(samples, ends, strict=True)]
+    for sample, finish in zip(samples, ends, strict=True):
+        ids = sample["output_ids"]
+        sample |= {"finish": finish, "text": decode(ids[:-1] if finish is Finish.STOP else ids)}
+    return samples
+
+
+def _begin(decode: Decode, vocab_size: int | None) -> None:
+    """In the reading process."""
+    end_only_with_parent()
+    _reading[:] = decode, vocab_size
+
+
+def _answers(content: bytes, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    return answers(content, asked, *_reading)
 
 
 def compact(content: bytes) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from gspo_mm.serving.host import ServerHost, host_of_other_machine
 from gspo_mm.serving.inspection import inspect_servers
 from gspo_mm.serving.served import check_served, served
 from gspo_mm.serving.server import ServerError, bearer
-from gspo_mm.types import Completion, EncodedPrompt, Finish, GspoError, SamplingParams
+from gspo_mm.types import Completion, EncodedPrompt, GspoError, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -105,14 +105,13 @@ class SGLangEngine:
         `vocab_size`: rows of the model's embeddings; None: token ids of answers are not compared with it.
         """
         self._processor = processor
-        self._vocab_size = vocab_size
         self._conversations = conversations
         self._deadline = config.rollout.sglang.request_timeout
         # by priority: evaluation does not queue behind what is sampled for training
         self._slots = [asyncio.Semaphore(config.rollout.max_in_flight) for _ in range(2)]
         self._busy = Busy()  # while servers have something to answer
         self._background = Background("rollouts")
-        self._replies = ReplyReader()
+        self._replies = ReplyReader(processor.decode, vocab_size=vocab_size)
         self._again = 0  # requests sent again
         self._known = self._cached = (
             0  # tokens of earlier turns that later ones go on from; those that servers had
@@ -295,7 +294,7 @@ class SGLangEngine:
                 f"{who} refused a prompt with status {response.status_code}: {response.text[:300]}"
             )
         try:
-            return await self._replies.read(response.content, request, vocab_size=self._vocab_size)
+            return await self._replies.read(response.content, request)
         except ReplyError as fault:
             raise _RetryError(f"{who} gave a reply that cannot be used: {fault}", answered=True) from None
 
@@ -325,13 +324,13 @@ class SGLangEngine:
     def _completion(self, reply: dict[str, Any], prompt: EncodedPrompt) -> Completion:
         check_prompt(reply, prompt)
         meta = reply["meta_info"]
-        tokens, finish = tuple(reply["output_ids"]), reply["finish"]
+        tokens = tuple(reply["output_ids"])
         return Completion.of_one_turn(
             token_ids=tokens,
             logprobs=tuple(meta["output_token_logprobs"]),
             versions=versions_of(meta, len(tokens)),
-            finish=finish,
-            text=self._processor.decode(tokens[:-1] if finish is Finish.STOP else tokens),
+            finish=reply["finish"],
+            text=reply["text"],
         )
 
 

@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -38,6 +39,10 @@ def body(tokens: int, *, samples: int = 2) -> bytes:
 ASKED: dict[str, Any] = {"sampling_params": {"n": 2, "max_new_tokens": 5000, "stop_token_ids": [9999]}}
 
 
+def words(token_ids: Iterable[int]) -> str:
+    return " ".join(map(str, token_ids))
+
+
 def read(reader: ReplyReader, content: bytes) -> list[dict[str, Any]]:
     return asyncio.run(
         reader.read(content, ASKED | {"image_data": [[...]]})
@@ -45,19 +50,25 @@ def read(reader: ReplyReader, content: bytes) -> list[dict[str, Any]]:
 
 
 def read_here(content: bytes) -> list[dict[str, Any]]:
-    return answers(content, ASKED, None)
+    return answers(content, ASKED, words, None)
 
 
 @pytest.fixture
 def reader() -> Iterator[ReplyReader]:
-    reader = ReplyReader()
+    reader = ReplyReader(words)
     yield reader
     reader.close()
 
 
 def children() -> set[int]:
-    found = psutil.Process().children(recursive=True)
-    return {p.pid for p in found if p.status() != psutil.STATUS_ZOMBIE}
+    """Without Python's own that unlinks semaphores, which comes and goes."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            tracks = any("resource_tracker" in word for word in process.cmdline())
+            if process.status() != psutil.STATUS_ZOMBIE and not tracks:
+                found.add(process.pid)
+    return found
 
 
 def test_numbers_stay_what_they_were() -> None:
@@ -103,7 +114,7 @@ import asyncio, os, sys, time
 from gspo_mm.rollout.replies import ReplyReader
 if __name__ == "__main__":
     asked = {"sampling_params": {"n": 2, "max_new_tokens": 5000, "stop_token_ids": [9999]}}
-    asyncio.run(ReplyReader().read(sys.stdin.buffer.read(), asked))
+    asyncio.run(ReplyReader(str).read(sys.stdin.buffer.read(), asked))
     print("read", flush=True)
     time.sleep(600)
 """
