@@ -12,8 +12,10 @@ summary and a report (harness.py). This is the only module that sees all stages.
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from gspo_mm.advantage import AdvantageResult, DeadStepGuard, group_advantages
@@ -62,6 +64,9 @@ class Gspo(Training):
             else None
         )
         self.under_way = False  # whether a batch was taken since the last step was done
+        self.beside = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        stack.callback(self.beside.shutdown)
+        self.saved: Future[Path] | None = None  # the last rollouts that were saved, or are being
 
     def train_step(self, stop: StopRequest) -> None:
         """One batch through the whole pipeline, in the order of the picture above.
@@ -227,12 +232,19 @@ class Gspo(Training):
         )
 
     def save_rollouts(self, groups: list[RolloutGroup], result: AdvantageResult) -> None:
-        """When they are due."""
+        """When they are due, beside training: there can be gigabytes of them."""
         observe = self.config.observe
         if observe.save_rollouts_every and (self.step - 1) % observe.save_rollouts_every == 0:
+            self.await_rollouts()
             trained = {group.id: group for group in result.live}
-            chosen = [trained.get(group.id, group) for group in groups]
-            save_rollouts(self.run.path, self.step, chosen[: observe.rollouts_per_save or None])
+            chosen = [trained.get(group.id, group) for group in groups][: observe.rollouts_per_save or None]
+            self.saved = self.beside.submit(save_rollouts, self.run.path, self.step, chosen)
+
+    def await_rollouts(self) -> None:
+        """Raises what saving them raised."""
+        if self.saved:
+            self.saved.result()
+        self.saved = None
 
     # --- around the steps
 
@@ -267,6 +279,10 @@ class Gspo(Training):
     def step_is_done(self) -> None:
         super().step_is_done()
         self.under_way = False
+
+    def end(self) -> None:
+        with self.run.written_together(f"the rollouts of step {self.step}"):
+            self.await_rollouts()
 
     def state(self) -> dict[str, Any]:
         return {"next_group": self.next_group, "dead_steps": self.dead_steps.state()}

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from gspo_mm.runtime.disk import written_whole
 from gspo_mm.types import Completion, EncodedImage, Finish, Observation, Prompt, RolloutGroup, Score, Turn
 
@@ -33,9 +35,9 @@ def save_rollouts(run_dir: Path, step: int, groups: list[RolloutGroup]) -> Path:
             with written_whole(path) as file:
                 file.write_bytes(image.data)
     final = folder / f"step-{step:08d}.jsonl.gz"
-    with written_whole(final) as temporary, gzip.open(temporary, "wt", 1, encoding="utf-8") as file:
+    with written_whole(final) as temporary, gzip.open(temporary, "wb", 1) as file:
         for group in groups:
-            file.write(json.dumps(_encode(group)) + "\n")
+            file.write(_as_json(_encode(group)) + b"\n")
     return final
 
 
@@ -53,6 +55,14 @@ def list_steps(run_dir: Path) -> list[int]:
     """Steps whose rollouts were saved, in order."""
     files = (Path(run_dir) / "rollouts").glob("step-*.jsonl.gz")
     return sorted(int(path.name.removesuffix(".jsonl.gz").removeprefix("step-")) for path in files)
+
+
+def _as_json(value: Any) -> bytes:
+    """orjson is ten times as fast, and keeps other threads waiting as much less; numbers beyond 64 bits it does not take."""
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        return json.dumps(value).encode()
 
 
 def _encode(group: RolloutGroup) -> dict[str, Any]:

@@ -81,3 +81,9 @@ def test_replay_hands_out_unscored_groups_and_starts_over(tmp_path: Path) -> Non
 def test_replaying_a_run_without_rollouts_is_refused() -> None:
     with pytest.raises(GspoError, match=r"rollout\.replay=runs/a holds no saved rollouts"):
         Replay("runs/a")
+
+
+def test_numbers_and_letters_of_every_kind_come_back(tmp_path: Path) -> None:
+    odd = replace(group(0), prompt=replace(group(0).prompt, answer=10**40, meta={"half": "\ud83d", "x": [0.1]}))
+    save_rollouts(tmp_path, 1, [odd, group(1)])
+    assert load_rollouts(tmp_path, 1) == [odd, group(1)]
