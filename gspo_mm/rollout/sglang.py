@@ -228,7 +228,7 @@ class SGLangEngine:
         if known:
             self._known += known * count
             self._cached += sum(min(known, reply["meta_info"].get("cached_tokens", 0)) for reply in replies)
-        return [self._completion(reply, prompt) for reply in replies]
+        return [completion_of(reply, prompt) for reply in replies]
 
     async def _lead(
         self,
@@ -321,18 +321,6 @@ class SGLangEngine:
             reraise=True,
         )
 
-    def _completion(self, reply: dict[str, Any], prompt: EncodedPrompt) -> Completion:
-        check_prompt(reply, prompt)
-        meta = reply["meta_info"]
-        tokens = tuple(reply["output_ids"])
-        return Completion.of_one_turn(
-            token_ids=tokens,
-            logprobs=tuple(meta["output_token_logprobs"]),
-            versions=versions_of(meta, len(tokens)),
-            finish=reply["finish"],
-            text=reply["text"],
-        )
-
 
 def vocab_size(model_path: str) -> int:
     """Rows of the model's embeddings."""
@@ -385,6 +373,19 @@ def collapse_images(token_ids: Sequence[int], image_token_id: int | None, grids:
             collapsed.append(token)
     assert collapsed.count(image_token_id) == len(grids), "images are set apart by other tokens"
     return collapsed
+
+
+def completion_of(reply: dict[str, Any], prompt: EncodedPrompt) -> Completion:
+    """One of `ask`. Raises PromptMismatchError."""
+    check_prompt(reply, prompt)
+    meta, tokens = reply["meta_info"], tuple(reply["output_ids"])
+    return Completion.of_one_turn(
+        token_ids=tokens,
+        logprobs=tuple(meta["output_token_logprobs"]),
+        versions=versions_of(meta, len(tokens)),
+        finish=reply["finish"],
+        text=reply["text"],
+    )
 
 
 def check_prompt(reply: dict[str, Any], prompt: EncodedPrompt) -> None:
