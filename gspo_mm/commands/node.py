@@ -43,7 +43,7 @@ def own_report(folder: Path | None, *, gpus: bool) -> Report:
     if memory.available < 0.25 * memory.total:
         faults.append(f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB of memory are free")
     try:
-        raise_file_limit(world_size())
+        raise_file_limit(world_size(), gpus=gpus)
     except GspoError as error:
         faults.append(str(error))
     if folder:

@@ -49,7 +49,7 @@ def start_process_group() -> None:
         torch.cuda.set_device(device())
     backend, timeout = ("nccl", None) if torch.cuda.is_available() else ("gloo", CONTROL_TIMEOUT)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        raise_file_limit(world_size())
+        raise_file_limit(world_size(), gpus=torch.cuda.is_available())
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -7,14 +7,14 @@ import resource
 from gspo_mm.types import GspoError
 
 OWN = 512  # shards, logs, servers, libraries; measured: under 200
-# measured: 2 of rank 0, and 1 for each group of megatron's that holds all ranks and goes over gloo, 9 at most
-PER_RANK = 12
+# for each other rank, measured: 3 of rank 0 for control, and where there are no GPUs 1 for each of megatron's groups of all
+CONTROL, EVERYTHING = 3, 12
 
 
-def raise_file_limit(ranks: int) -> None:
+def raise_file_limit(ranks: int, *, gpus: bool) -> None:
     """Allow this process the files that it needs among so many ranks. Raises GspoError where the machine forbids that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = OWN + PER_RANK * ranks
+    needed = OWN + (CONTROL if gpus else EVERYTHING) * ranks
     if resource.RLIM_INFINITY not in (soft, hard) and hard < needed:
         raise GspoError(
             f"among {ranks} ranks a process may need {needed} open files, and ulimit -Hn is {hard}; raise it: LimitNOFILE of "

@@ -84,6 +84,8 @@ def test_replaying_a_run_without_rollouts_is_refused() -> None:
 
 
 def test_numbers_and_letters_of_every_kind_come_back(tmp_path: Path) -> None:
-    odd = replace(group(0), prompt=replace(group(0).prompt, answer=10**40, meta={"half": "\ud83d", "x": [0.1]}))
+    odd = replace(
+        group(0), prompt=replace(group(0).prompt, answer=10**40, meta={"half": "\ud83d", "x": [0.1]})
+    )
     save_rollouts(tmp_path, 1, [odd, group(1)])
     assert load_rollouts(tmp_path, 1) == [odd, group(1)]
