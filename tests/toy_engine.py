@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from gspo_mm.config import Config
 from gspo_mm.config.engines import Engine
+from gspo_mm.data.pictures import measure
 from gspo_mm.data.processor import Processor
 from gspo_mm.families.folder import read_hf
 from gspo_mm.policy.engine import Policy
@@ -121,7 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _image(data: str) -> EncodedImage:
     content = base64.b64decode(data)
-    return EncodedImage(data=content, key=EncodedImage.key_of(content), width=0, height=0)
+    width, height = measure(content)
+    return EncodedImage(data=content, key=EncodedImage.key_of(content), width=width, height=height)
 
 
 # --- what stands in rollout/
