@@ -44,9 +44,13 @@ def prompts(processor: Processor, digit_shards: Path) -> list[EncodedPrompt]:
 def groups(folder: Path, processor: Processor, prompts: list[EncodedPrompt]) -> Iterator[list[RolloutGroup]]:
     """Three questions, two answers each. The random model is made to end about every fourth token its turn."""
     stop, original = processor.stop_token_ids[0], embedded.draw
+    pictures = torch.tensor(
+        sorted(processor.placeholder_ids)
+    )  # which transformers' model would look for features for
 
     def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor, sampling: SamplingParams) -> Any:
         token_B, _ = original(logits_BV, uniform_B, sampling)
+        token_B = torch.where(torch.isin(token_B, pictures), 5, token_B)
         token_B = torch.where(uniform_B * 7 % 1 < 0.25, stop, token_B)
         return token_B, logits_BV.log_softmax(-1).gather(1, token_B[:, None]).squeeze(1)
 
