@@ -21,6 +21,7 @@ VALUES: dict[str, Any] = {
         "curriculum": {"key": "k", "start": 0.0, "end": 1.0, "samples": 5},
     },
     "reward": {"file": "r.yaml"},
+    "rollout": {"environment": {"python": "a:b"}},
 }
 # another value of each refused key, and of each that is refused while prompts are under way
 OTHER: dict[str, Any] = {
@@ -51,6 +52,12 @@ OTHER: dict[str, Any] = {
     "data.max_aspect_ratio": 3.0,
     "data.min_pixels": 7,
     "data.max_pixels": 7,
+    "rollout.environment.type": {
+        "type": "http"
+    },  # in place of the whole section, as the other names no `python`
+    "rollout.environment.python": "c:d",
+    "rollout.environment.args": {"x": 1},
+    "rollout.environment.role": "user",
     "rollout.engine": "sglang",
     "rollout.replay": "runs/b",
     "rollout.sampling.temperature": 0.5,
@@ -130,12 +137,15 @@ def test_a_key_that_prompts_under_way_depend_on_is_refused_while_there_are_some(
 ) -> None:
     run = RunDir.open(config(tmp_path), Ranks())
     checkpoint(run, scheduler={"pending": [{"place": 0}, {"place": 1}]})
-    with pytest.raises(ResumeError, match=rf"{key}=.*under way.*\(2 in the checkpoint\); restore it"):
-        RunDir.open(config(tmp_path, key, OTHER[key]), Ranks())
+    place, named = key, key
+    if key == "rollout.environment.type":
+        place, named = "rollout.environment", "rollout.environment.(type|python)"
+    with pytest.raises(ResumeError, match=rf"{named}=.*under way.*\(2 in the checkpoint\); restore it"):
+        RunDir.open(config(tmp_path, place, OTHER[key]), Ranks())
     (run.path / "checkpoints" / "step-00000001" / "state.json").write_text(
         '{"step": 1, "scheduler": {"pending": []}}'
     )
-    RunDir.open(config(tmp_path, key, OTHER[key]), Ranks())
+    RunDir.open(config(tmp_path, place, OTHER[key]), Ranks())
 
 
 def notes(key: str, value: Any, command: Command = "train") -> list[str]:
