@@ -6,46 +6,28 @@ import asyncio
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 import torch
 
 from gspo_mm.config import RolloutConfig
 from gspo_mm.config.environment import EnvironmentConfig
 from gspo_mm.data.faults import BadSample
+from gspo_mm.data.processor import Processor
 from gspo_mm.environment.pool import EnvironmentFailedError, Environments
 from gspo_mm.types import (
     Completion,
     EncodedImage,
     EncodedPrompt,
-    EncodedTurn,
     Finish,
     GspoError,
     Observation,
     Prompt,
     RolloutGroup,
-    Turn,
 )
 
 logger = logging.getLogger(__name__)
-
-
-class TurnEncoder(Protocol):
-    """What is needed of `data.Processor`."""
-
-    placeholder_ids: set[int]
-
-    def encode_turn(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        turns: Sequence[Turn],
-        text: str,
-        images: tuple[EncodedImage, ...],
-        *,
-        role: str,
-    ) -> EncodedTurn | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +57,7 @@ class Conversations:
     def __init__(
         self,
         config: EnvironmentConfig,
-        processor: TurnEncoder,
+        processor: Processor,
         environments: Environments,
         *,
         max_new_tokens: int,
@@ -145,8 +127,8 @@ class Conversations:
         )
 
 
-def conversations_of(config: RolloutConfig, processor: TurnEncoder) -> Conversations | None:
-    """Those of `rollout.environment`. Raises BadEnvironmentError."""
+def conversations_of(config: RolloutConfig, processor: Processor) -> Conversations | None:
+    """Those of `rollout.environment`."""
     if config.environment is None:
         return None
     return Conversations(

@@ -35,9 +35,8 @@ class Environments:
     """`step` of the configured environment, elsewhere. Processes start with the first call."""
 
     def __init__(self, config: EnvironmentConfig) -> None:
-        """Raises BadEnvironmentError."""
+        """What cannot be made was found by `tools_of`."""
         self._config = config
-        tools_of(config)  # what cannot be made is found here
         self._workers: Workers | None = None
 
     async def step(
