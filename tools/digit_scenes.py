@@ -13,6 +13,8 @@ from PIL import Image
 
 CANVAS = 64  # pixels
 SPLIT_SEED = 20251120  # fixed: another --seed draws other scenes but never moves a scan to the other split
+LARGE = 256  # pixels, of a picture that is looked at twice
+CELLS = 8  # along a side of it; one holds the digit
 VALIDATION_PART = 5  # every fifth scan is held out
 SPLITS = ("train", "validation")
 
@@ -131,6 +133,19 @@ def draw_scene(scans: Scans, digits: list[int], rng: np.random.Generator) -> tup
     return np.clip(pixels.round(), 0, 255).astype(np.uint8), placed
 
 
+def draw_large_scene(scans: Scans, digit: int, rng: np.random.Generator) -> tuple[np.ndarray, Placed]:
+    """Grey canvas [256, 256] uint8 with one digit of 12 to 14 pixels on it; its box is that one of 8x8 cells which holds it."""
+    cell, margin = LARGE // CELLS, 4
+    scan, size = scans.draw(rng, digit), int(rng.integers(12, 15))
+    left, top = (cell * int(v) for v in rng.integers(CELLS, size=2))
+    x, y = (int(v) for v in rng.integers(margin, cell - size - margin + 1, size=2))
+    ink = np.zeros((LARGE, LARGE))
+    ink[top + y :, left + x :][:size, :size] = _scale(scans.images[scan] / 16.0, size)
+    pixels = 128 + rng.uniform(100, 127) * ink
+    placed = Placed(scan=scan, digit=digit, box=(left, top, left + cell, top + cell))
+    return pixels.round().astype(np.uint8), placed
+
+
 def _scale(scan: np.ndarray, size: int) -> np.ndarray:
     image = Image.fromarray(scan.astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image, dtype=np.float64)
@@ -149,7 +164,7 @@ def digit_sample(index: int, *, scans: Scans, split: str, tasks: list[str], seed
         ],
         "answer": answer,
         "task": task,
-        "response": f"<answer>{json.dumps(answer, separators=(',', ':'))}</answer>",
+        "response": f"<answer>{_compact(answer)}</answer>",
         "meta": {
             "scans": [p.scan for p in placed],
             "digits": [p.digit for p in placed],
@@ -157,3 +172,30 @@ def digit_sample(index: int, *, scans: Scans, split: str, tasks: list[str], seed
         },
     }
     return {"__key__": f"{index:06d}", "png": png_bytes(pixels), "json": json.dumps(record).encode()}
+
+
+def zoom_sample(index: int, *, scans: Scans, split: str, calls: bool, seed: int) -> dict[str, Any]:
+    """Sample `index` of a split: a digit too small to read; with `calls` the reference answer looks again before it says."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    digit = int(rng.integers(10))
+    pixels, placed = draw_large_scene(scans, digit, rng)
+    box = [1000 * side // LARGE for side in placed.box]
+    call = {"name": "zoom_in", "arguments": {"box": box}}
+    answer = f"<answer>{digit}</answer>"
+    record = {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": "Which digit is this?"}],
+            },
+        ],
+        "answer": digit,
+        "task": "digit",
+        "response": [f"<tool_call>{_compact(call)}</tool_call>", answer] if calls else answer,
+        "meta": {"scan": placed.scan, "cell": list(placed.box)},
+    }
+    return {"__key__": f"{index:06d}", "png": png_bytes(pixels), "json": json.dumps(record).encode()}
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))

@@ -26,7 +26,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from arithmetic import SIGNS, arithmetic_sample
-from digit_scenes import DEFAULT_TASKS, TASKS, digit_sample, load_scans
+from digit_scenes import DEFAULT_TASKS, TASKS, digit_sample, load_scans, zoom_sample
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -272,6 +272,43 @@ def digits(
     names = known(tasks, TASKS)
     make = {
         split: partial(digit_sample, scans=load_scans(split), split=split, tasks=names, seed=seed)
+        for split in SPLITS
+    }
+    write(out, make, (train, validation), samples_per_shard, force=force)
+
+
+@app.command()
+def zoom(
+    out: Out,
+    train: Train = 8000,
+    validation: Annotated[
+        int, typer.Option(min=0, help="Held-out samples, drawn from scans never trained on.")
+    ] = 500,
+    calls: Annotated[
+        bool, typer.Option(help="Whether reference answers call zoom_in before they say.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Decides scenes; the split of the scans is fixed.")] = 0,
+    samples_per_shard: SamplesPerShard = 1000,
+    force: Force = False,
+) -> None:
+    """Handwritten digits **too small to read**: 10 to 12 pixels of a picture of 256x256, which models see at 64x64.
+
+    The reference answer looks again at the eighth of the picture that holds the digit:
+
+        <tool_call>{"name":"zoom_in","arguments":{"box":[250,500,375,625]}}</tool_call>
+
+        <answer>7</answer>
+
+    Train and validation share no scan, whatever the seed.
+
+    Examples:
+
+        python tools/make_shards.py zoom data/zoom
+
+        python tools/make_shards.py zoom data/zoom-direct --no-calls
+    """
+    make = {
+        split: partial(zoom_sample, scans=load_scans(split), split=split, calls=calls, seed=seed)
         for split in SPLITS
     }
     write(out, make, (train, validation), samples_per_shard, force=force)

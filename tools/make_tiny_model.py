@@ -56,6 +56,9 @@ CORPUS = [
     "The answer is ", "Answer with a number.", "Look at the picture and count the objects. Read the text in it.",
     "Which of the two pictures shows a larger digit? The first. The second. Yes. No. left right top bottom",
 ]  # fmt: skip
+# What it learns besides for models that call tools.
+TOOL_TOKENS = ["<tool_call>", "</tool_call>"]
+TOOL_CORPUS = ['{"name":"zoom_in","arguments":{"box":[125,250,375,500]}}', "tool\n", "Error: "]
 
 # Qwen2's split: letters with one leading sign or space, every digit by itself, runs of signs, line ends.
 SPLIT = (
@@ -73,6 +76,7 @@ def make_tiny_model(
     image_size: int = 64,
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
+    tools: bool = False,
     force: bool = False,
 ) -> PreTrainedModel:
     """Write the model folder `out` and return the model (float32).
@@ -80,6 +84,7 @@ def make_tiny_model(
     `text` and `vision` override single values of the two halves of the config, for instance
     `text={"num_key_value_heads": 4}`; `text={"tie_word_embeddings": True}` ties the embeddings.
     Images of `image_size` squared keep their size; up to 4x as many pixels are admitted, fewer are scaled up.
+    With `tools` the tokenizer knows the words of a call, too.
 
     Raises FileExistsError unless `force`, ValueError when the expert dims would make the layout ambiguous.
     """
@@ -93,7 +98,7 @@ def make_tiny_model(
     if out.exists() and not force:
         raise FileExistsError(f"{out} exists; choose another folder or pass --force to replace it")
     kind = KINDS[Family(family)]
-    tokenizer = _tokenizer(kind)
+    tokenizer = _tokenizer(kind, tools=tools)
     config = _config(kind, tokenizer, patch_size, image_size, text or {}, vision or {})
     head = "ForConditionalGeneration" if kind.vision else "ForCausalLM"
     model_class = getattr(transformers, kind.classes + head)
@@ -122,8 +127,8 @@ def make_tiny_model(
     return model
 
 
-def train_tokenizer(special: list[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """Byte-level BPE: any text can be written, the words of `CORPUS` are single tokens, digits never merge."""
+def train_tokenizer(special: list[str] = SPECIAL_TOKENS, *, tools: bool = False) -> Tokenizer:
+    """Byte-level BPE: any text can be written, the words of the corpus are single tokens, digits never merge."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -140,20 +145,21 @@ def train_tokenizer(special: list[str] = SPECIAL_TOKENS) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS * 2, trainer)
+    corpus, plain = (CORPUS + TOOL_CORPUS, PLAIN_TOKENS + TOOL_TOKENS) if tools else (CORPUS, PLAIN_TOKENS)
+    tokenizer.train_from_iterator(corpus * 2, trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
     return tokenizer
 
 
-def _tokenizer(kind: Kind) -> Any:
+def _tokenizer(kind: Kind, *, tools: bool) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     special, template = [kind.name_of(token) for token in SPECIAL_TOKENS], CHAT_TEMPLATE
     for name in SPECIAL_TOKENS:
         template = template.replace(name, kind.name_of(name))
     return PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(special),
+        tokenizer_object=train_tokenizer(special, tools=tools),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=special,
@@ -288,6 +294,7 @@ def main(
         ),
     ] = None,
     image_size: Annotated[int, typer.Option(help="Side of the images it is meant for, in pixels.")] = 64,
+    tools: Annotated[bool, typer.Option("--tools", help="The words of a tool's call are tokens.")] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Override a config value: text.KEY=JSON or vision.KEY=JSON."),
@@ -312,7 +319,14 @@ def main(
     values = _overrides(set_ or [])
     try:
         model = make_tiny_model(
-            out, family=family, seed=seed, patch_size=patch_size, image_size=image_size, force=force, **values
+            out,
+            family=family,
+            seed=seed,
+            patch_size=patch_size,
+            image_size=image_size,
+            tools=tools,
+            force=force,
+            **values,
         )
     except (FileExistsError, ValueError) as error:
         typer.secho(str(error), fg="red", err=True)
