@@ -22,6 +22,9 @@ def test_a_run_trains_on_answers_in_turns(short_config: Path) -> None:
     assert sum(turns) / len(turns) == sum(line["turns/mean"] for line in lines[-2:]) / 2
     assert all(len(answer.token_ids) <= 60 for answer in answers)
     assert lines[-1]["turns/failed"] == 0
+    called = [bool(answer.observations) for answer in answers]
+    assert sum(called) / len(called) == sum(line["turns/called"] for line in lines[-2:]) / 2
+    assert 0 <= lines[-1]["eval/turns/called"] <= 1
     assert "look 1" in (run / "report.html").read_text()
 
 

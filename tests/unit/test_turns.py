@@ -18,7 +18,7 @@ from gspo_mm.batch import pack, sequences_of
 from gspo_mm.config import AdvantageConfig, DataConfig, LossConfig
 from gspo_mm.data.processor import Processor
 from gspo_mm.loss.gspo import policy_loss
-from gspo_mm.observe.answers import rollout_metrics, sampled_tokens
+from gspo_mm.observe.answers import call_metrics, rollout_metrics, sampled_tokens
 from gspo_mm.observe.report import write_report
 from gspo_mm.reward.pool import seen_by_parts
 from gspo_mm.rollout.saved import decode_answers, encode_answers, load_rollouts, save_rollouts
@@ -159,6 +159,23 @@ def test_lengths_and_staleness_count_what_was_sampled(group: RolloutGroup) -> No
     assert sampled_tokens([group]) == 2 * len(group.prompt_ids) + came_back + 8
     assert staleness_metrics([group], 5)["rollout/staleness_max"] == 2
     assert group_advantages([group], AdvantageConfig()).live[0].advantages[0] > 0
+
+
+def test_answers_with_and_without_a_call_are_told_apart(group: RolloutGroup) -> None:
+    called, single = group.completions
+    failed = Score(value=math.nan, parts={}, error="part judge: no connection")
+    unmeasured = Score(value=0.5, parts={})
+    scores = (*group.scores, unmeasured, failed)
+    four = replace(group, completions=(called, single, called, single), scores=scores)
+    assert call_metrics([four]) == {
+        "turns/called": 0.5,
+        "turns/reward_called": 0.75,
+        "turns/accuracy_called": 1.0,
+        "turns/reward_uncalled": 0.0,
+        "turns/accuracy_uncalled": 0.0,
+    }
+    none = replace(group, completions=(single,), scores=(failed,))
+    assert call_metrics([none]) == {"turns/called": 0.0}
 
 
 def test_turns_are_saved_and_come_back_equal(group: RolloutGroup, tmp_path: Path) -> None:
