@@ -51,11 +51,13 @@ class Processor:
         *,
         keep_pixels: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
+        shows_pages: bool = False,
     ) -> None:
         """Without `keep_pixels` prompts come without theirs, which are not made: servers decode images themselves.
 
-        `tools`: JSON schemas that the chat template tells the model of.
+        `tools`: JSON schemas that the chat template tells the model of. `shows_pages`: something shows those of samples.
         """
+        self._shows_pages = shows_pages
         self._keep_pixels = keep_pixels
         self._tools = list(tools)
         self._processor, hf = load_processor(model_path)
@@ -63,6 +65,7 @@ class Processor:
         self._tokenizer: Any = tokenizer_of(self._processor)
         self.decode = Decoder(self._tokenizer.backend_tokenizer)
         self.image_token_id = self._family.image_token_id(hf)
+        self.box_unit = self._family.box_unit
         # tokens that stand for pictures and films where a prompt has them
         self.placeholder_ids: set[int] = {
             token
@@ -94,12 +97,21 @@ class Processor:
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Token ids of a prompt, pixels where kept. Raises BadSample: special token in text, corrupt image, too long."""
-        if prompt.images and self.image_token_id is None:
+        if prompt.pictures and self.image_token_id is None:
             raise BadSample(
                 "image refused",
-                f"it shows {len(prompt.images)}, and models of type {self._hf.model_type} take text alone; use other data, "
+                f"it shows {len(prompt.pictures)}, and models of type {self._hf.model_type} take text alone; use other data, "
                 "or a vision-language model",
             )
+        if prompt.pages and not self._shows_pages:
+            raise BadSample(
+                "image count",
+                f"it has {len(prompt.pages)} pages, which nothing shows; set rollout.environment.type=image_tools with "
+                "args.pages=true, or leave `pages` out",
+            )
+        self._grids(prompt.pages)
+        for page in prompt.pages:
+            _decoded(page)
         self._refuse_special_tokens(prompt.messages)
         token_ids, pixels, grids = self._tokens(self._render(prompt.messages), prompt.images)
         if len(token_ids) > self._max_prompt_tokens:
@@ -163,6 +175,12 @@ class Processor:
             [self._family.image_grid(self._hf, self._image_processor, image.height, image.width)]
         )
 
+    def size_seen(self, image: EncodedImage) -> tuple[int, int]:
+        """Width and height in pixels that the image is resized to for the model."""
+        _, rows, columns = self._family.image_grid(self._hf, self._image_processor, image.height, image.width)
+        side = self._hf.vision_config.patch_size
+        return columns * side, rows * side
+
     def num_patches(self, image: EncodedImage) -> int:
         """Patches t*h*w that `pixels` will make of the image, from its size alone."""
         return math.prod(self._family.image_grid(self._hf, self._image_processor, image.height, image.width))
@@ -194,10 +212,7 @@ class Processor:
         shown = text.count(self._processor.image_token) if self.image_token_id is not None else 0
         if shown != len(images):
             raise BadSample("chat refused", f"the template shows {shown} of {len(images)} images")
-        try:
-            grids = torch.cat([self.grid(image) for image in images]) if images else None
-        except ValueError as error:  # an aspect ratio that cannot be patched
-            raise BadSample("image refused", str(error)) from None
+        grids = self._grids(images)
         pixels: list[torch.Tensor] = []
         for image in images:
             if self._keep_pixels:
@@ -206,6 +221,13 @@ class Processor:
                 _decoded(image)
         token_ids = tuple(self._processor(text=[self._expanded(text, grids)])["input_ids"][0])
         return token_ids, torch.cat(pixels) if pixels else None, grids
+
+    def _grids(self, images: Sequence[EncodedImage]) -> torch.Tensor | None:
+        """[I, 3] int64. Raises BadSample."""
+        try:
+            return torch.cat([self.grid(image) for image in images]) if images else None
+        except ValueError as error:  # an aspect ratio that cannot be patched
+            raise BadSample("image refused", str(error)) from None
 
     def _expanded(self, text: str, grids: torch.Tensor | None) -> str:
         """The chat with as many image tokens for each image as it has features."""

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+from PIL import Image
+
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.rollout.saved import load_rollouts
 from tests.e2e.conftest import ROOT, gspo_mm
+from tests.tars import image_bytes, record, write_tar
 
 SHOWS = ("rollout.environment.python=tests.environments:Shows", "rollout.environment.max_turns=3")
 
@@ -26,6 +29,21 @@ def test_a_run_trains_on_answers_in_turns(short_config: Path) -> None:
     assert sum(called) / len(called) == sum(line["turns/called"] for line in lines[-2:]) / 2
     assert 0 <= lines[-1]["eval/turns/called"] <= 1
     assert "look 1" in (run / "report.html").read_text()
+
+
+def test_a_run_shows_pages_of_its_samples_one_by_one(short_config: Path, tmp_path: Path) -> None:
+    pages = {f"page{number}.png": image_bytes(Image.new("RGB", (32, 32 * number))) for number in (1, 2)}
+    sample = {"png": image_bytes(), "json": record(pages=list(pages)), **pages}
+    members = [(f"{key}.{name}", data) for key in range(8) for name, data in sample.items()]
+    data = f"data.train=[{write_tar(tmp_path / 'pages.tar', members)}]"
+    settings = ["run.name=pages", "rollout.sampling.max_new_tokens=60", "train.steps=1", "train.eval_every=0"]
+    shows = "rollout.environment.python=tests.environments:Pages"
+    gspo_mm("train", str(short_config), *settings, data, shows, PYTHONPATH=str(ROOT))
+    groups = load_rollouts(short_config.parent / "runs" / "pages", 1)
+    assert all([page.data for page in group.prompt.pages] == list(pages.values()) for group in groups)
+    shown = [[i.data for o in c.observations for i in o.images] for g in groups for c in g.completions]
+    assert any(shown)
+    assert all(each == list(pages.values())[: len(each)] for each in shown)
 
 
 def test_an_environment_that_cannot_be_made_is_refused_before_anything_starts(short_config: Path) -> None:

@@ -23,7 +23,17 @@ from gspo_mm.observe.report import write_report
 from gspo_mm.reward.pool import seen_by_parts
 from gspo_mm.rollout.saved import decode_answers, encode_answers, load_rollouts, save_rollouts
 from gspo_mm.rollout.scheduler import staleness_metrics
-from gspo_mm.types import Completion, EncodedImage, Finish, Observation, Prompt, RolloutGroup, Score, Turn
+from gspo_mm.types import (
+    Completion,
+    EncodedImage,
+    Finish,
+    Look,
+    Observation,
+    Prompt,
+    RolloutGroup,
+    Score,
+    Turn,
+)
 from tests.tars import image_bytes
 
 
@@ -56,7 +66,10 @@ def group(processor: Processor) -> RolloutGroup:
             versions=(3, 3, 3),
             text="look closer",
             observation=Observation(
-                token_ids=came_back.token_ids, images=came_back.prompt.images, text="here it is"
+                token_ids=came_back.token_ids,
+                images=came_back.prompt.images,
+                text="here it is",
+                look=Look(image=1, box=(0.5, -0.25, 0.75, 0.5)),
             ),
         ),
         Turn(token_ids=(8, 11), logprobs=(-2.0, -0.125), versions=(3, 4), text="seven"),
@@ -64,7 +77,7 @@ def group(processor: Processor) -> RolloutGroup:
     single = Turn(token_ids=(6, 7, 4), logprobs=(-1.0,) * 3, versions=(4,) * 3, text="six")
     return RolloutGroup(
         id=1,
-        prompt=question.prompt,
+        prompt=replace(question.prompt, pages=(picture(32, 32, 2),)),
         prompt_ids=question.token_ids,
         completions=(
             Completion(turns=turns, finish=Finish.STOP),
@@ -181,7 +194,7 @@ def test_answers_with_and_without_a_call_are_told_apart(group: RolloutGroup) -> 
 def test_turns_are_saved_and_come_back_equal(group: RolloutGroup, tmp_path: Path) -> None:
     save_rollouts(tmp_path, 3, [group])
     assert load_rollouts(tmp_path, 3) == [group]
-    assert len(list((tmp_path / "rollouts" / "images").iterdir())) == 2
+    assert len(list((tmp_path / "rollouts" / "images").iterdir())) == 3
     kept = json.loads(json.dumps(encode_answers(group)))  # in a checkpoint, which has no folder of images
     assert decode_answers(replace(group, completions=(), scores=()), kept) == group
 
@@ -203,8 +216,8 @@ def test_answers_saved_before_there_were_turns_can_be_read(group: RolloutGroup) 
 def test_rewards_that_look_at_no_image_are_sent_none(group: RolloutGroup) -> None:
     for wanted in (False, True):
         prompt, completions = seen_by_parts(group.prompt, group.completions, images=wanted)
-        images = [*prompt.images, *completions[0].observations[0].images]
-        assert [bool(image.data) for image in images] == [wanted] * 2
+        images = [*prompt.pictures, *completions[0].observations[0].images]
+        assert [bool(image.data) for image in images] == [wanted] * 3
         assert completions[0].text == "look closer\nseven"
         assert [len(c.token_ids) for c in completions] == [5, 3]
         assert completions[0].logprobs == completions[0].versions == ()
