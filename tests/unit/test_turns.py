@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -230,3 +231,45 @@ def test_the_report_shows_each_turn_and_what_came_back(group: RolloutGroup, tmp_
     places = [page.index(text) for text in ("look closer", "here it is", "seven")]
     assert places == sorted(places)
     assert page.count("of what came back") == 1
+
+
+@pytest.mark.parametrize(
+    ("box", "drawn"),
+    [
+        ((0.25, 0.5, 0.75, 0.625), ("box ", 25, 50, 50, 12.5)),
+        ((0.5, -0.25, 0.75, 0.5), ("box clipped", 50, 0, 25, 50)),
+        ((-1, -1, 2, 2), ("box clipped", 0, 0, 100, 100)),
+        ((2, 0.5, 3, 0.75), ("box clipped", 100, 50, 0, 25)),
+        ((0.75, 0.75, 0.5, 0.5), ("box ", 50, 50, 25, 25)),
+    ],
+    ids=["inside", "above", "around", "beside", "turned"],
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_report_draws_the_box_that_a_turn_asked_for(
+    group: RolloutGroup, tmp_path: Path, box: Any, drawn: tuple[Any, ...], number: int
+) -> None:
+    """On a picture of the question, or on one that came back before."""
+    first, last = group.completions[0].turns
+    seen = first.observation
+    assert seen
+    asked = replace(last, observation=replace(seen, look=Look(image=number, box=box)))
+    turns = (replace(first, observation=replace(seen, look=None)), asked)
+    answers = (replace(group.completions[0], turns=turns), group.completions[1])
+    save_rollouts(tmp_path, 1, [replace(group, completions=answers)])
+    (tmp_path / "metrics.jsonl").write_text("")
+    page = write_report(tmp_path).read_text()
+    ((of, name, style),) = re.findall(r'data-of="(.*?)".*?<div class="(box.*?)" style="(.*?)">', page)
+    assert of == (group.prompt.images[0], seen.images[0])[number - 1].key
+    assert f'data-key="{of}"' in page
+    assert (name, *(float(value) for value in re.findall(r"([\d.]+)%", style))) == drawn
+
+
+def test_a_box_on_a_picture_that_was_never_shown_is_not_drawn(group: RolloutGroup, tmp_path: Path) -> None:
+    (first, last), other = group.completions[0].turns, group.completions[1]
+    assert first.observation
+    turn = replace(first, observation=replace(first.observation, look=Look(image=2, box=(0, 0, 1, 1))))
+    save_rollouts(
+        tmp_path, 1, [replace(group, completions=(replace(group.completions[0], turns=(turn, last)), other))]
+    )
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "data-of=" not in write_report(tmp_path).read_text().split("<main>")[1].split("<script>")[0]
