@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from gspo_mm.environment.image_tools import ImageTools
 from gspo_mm.runtime.workers import WorkerError, Workers
 from gspo_mm.types import EncodedImage, GspoError, Look, Prompt, Turn
 
-type Came = tuple[str, tuple[EncodedImage, ...], Look | None]  # as of Feedback
+type CameBack = tuple[str, tuple[EncodedImage, ...], Look | None]  # a Feedback
 
 TYPES = {"image_tools": ImageTools, "http": HttpEnvironment}
 
@@ -37,13 +38,13 @@ class Environments:
     """`step` of the configured environment, elsewhere. Processes start with the first call."""
 
     def __init__(self, config: EnvironmentConfig, box_unit: str | None) -> None:
-        """As `make`, by which what cannot be made was found before."""
+        """Of `make`, which has found by now what cannot be made."""
         self._config, self._box_unit = config, box_unit
         self._workers: Workers | None = None
 
     async def step(
         self, session: str, prompt: Prompt, turns: Sequence[Turn], sizes: Mapping[str, tuple[int, int]]
-    ) -> Came | None:
+    ) -> CameBack | None:
         """What comes back after the last turn, None where the answer is complete.
 
         `sizes`: of the pictures so far by their keys, as `size_seen` gives them.
@@ -106,7 +107,7 @@ def _begin(config: EnvironmentConfig, box_unit: str | None) -> None:
 
 def _step(
     session: str, sizes: Mapping[str, tuple[int, int]], prompt: Prompt, turns: Sequence[Turn]
-) -> Came | None:
+) -> CameBack | None:
     SESSION.set(session)
     SIZES.set(sizes)
     try:
@@ -115,7 +116,7 @@ def _step(
             return None
         if not isinstance(found, Feedback) or not isinstance(found.text, str):
             raise TypeError(f"it returned {found!r:.200}, which is no Feedback")
-        return found.text, tuple(map(_encoded, found.images)), found.look
+        return found.text, tuple(map(_encoded, found.images)), _plain(found.look)
     except BadSample as bad:
         raise EnvironmentFailedError(f"{bad.reason}: {bad}") from None
     except Exception as error:
@@ -133,3 +134,13 @@ def _encoded(image: Image.Image | bytes) -> EncodedImage:
         measure(image)  # before any memory is taken
         data, size = image, decode_image(image).size
     return EncodedImage(data=data, key=EncodedImage.key_of(data), width=size[0], height=size[1])
+
+
+def _plain(look: Look | None) -> Look | None:
+    """In Python's own numbers, which can be saved."""
+    if look is None:
+        return None
+    left, top, right, bottom = map(float, look.box)
+    if not all(map(math.isfinite, (left, top, right, bottom))):
+        raise ValueError(f"{look} has an edge that is no number")
+    return Look(image=int(look.image), box=(left, top, right, bottom))

@@ -84,6 +84,7 @@ def said(processor: Processor) -> Turn:
         ("is no picture", "corrupt image"),
         ("spells a special token", r"special token in text: <\|im_end\|>"),
         ("is long", "rollout.environment.max_observation_tokens=1024"),
+        ("looks nowhere", r"ValueError: Look\(.*\) has an edge that is no number"),
         ("is something else", "'a string', which is no Feedback"),
     ],
 )

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 import gspo_mm.environment
-from gspo_mm.config import DataConfig
+from gspo_mm.config import Config
 from gspo_mm.config.environment import EnvironmentConfig
 from gspo_mm.data.pictures import decode_image
-from gspo_mm.data.processor import Processor
 from gspo_mm.environment import Call, CallError, Feedback, Look, read_calls
 from gspo_mm.environment.base import SIZES
 from gspo_mm.environment.image_tools import ImageTools
 from gspo_mm.environment.pool import BadEnvironmentError, make
+from gspo_mm.stages import processor_of
 from gspo_mm.types import EncodedImage, Observation, Prompt, Turn
 from tests.tars import image_bytes
 
@@ -196,15 +196,22 @@ def test_a_turn_without_a_call_ends_the_answer(quarters: EncodedImage) -> None:
     assert used(quarters, "seven") is None
 
 
-def test_models_are_told_of_the_tools(tiny_model: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_model, tmp_path / "hf")
+@pytest.mark.parametrize(
+    ("model", "says"), [("tiny_model", (False, True)), ("tiny_windows_model", (True, False))]
+)
+def test_models_are_told_of_the_tools_in_their_familys_unit(
+    model: str, says: tuple[bool, bool], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(request.getfixturevalue(model), tmp_path / "hf")
     template = folder / "chat_template.jinja"
     template.write_text("{%- if tools %}{{ tools | tojson }}{%- endif -%}" + template.read_text())
-    tools = getattr(make(EnvironmentConfig.model_validate({"type": "image_tools"}), "pixels"), "tools", ())
-    told = Processor(str(folder), DataConfig(train=["x"], max_prompt_tokens=4096), tools=tools)
-    text = told.decode(told.encode(asked()).token_ids)
-    assert "zoom_in" in text
-    assert "pixels of the picture" in text
+    config = {"model": {"path": str(folder)}, "data": {"train": ["x"], "max_prompt_tokens": 4096}}
+    config |= {"run": {"name": "r"}, "reward": {"file": "r.yaml"}}
+    environment = {"type": "image_tools", "args": {"pages": True}}
+    told = processor_of(Config.model_validate(config | {"rollout": {"environment": environment}}))
+    text = told.decode(told.encode(replace(asked(), pages=(encoded(Image.new("RGB", (8, 8))),))).token_ids)
+    assert "next_image" in text
+    assert ("pixels of the picture" in text, "thousandths of the picture" in text) == says
 
 
 @pytest.mark.parametrize(
