@@ -15,6 +15,7 @@ from gspo_mm.data.pictures import decode_image
 from gspo_mm.data.processor import Processor
 from gspo_mm.sft import supervised
 from gspo_mm.types import DataError, Prompt
+from tests.unit.test_conversations import BY_WHAT_FOLLOWS
 from tests.unit.test_environment import asked, encoded
 
 # ChatML that says where the assistant speaks, which gives transformers' own mask
@@ -113,7 +114,30 @@ def test_tokens_and_mask_are_those_of_transformers(
     assert ours.images == prompt.images
 
 
-def test_responses_alone_are_trained_where_the_config_says_so(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_turn_may_end_with_what_begins_the_next_message(tiny_model: Path, tmp_path: Path) -> None:
+    """As GLM-4.5V's, whose end tokens are those of the user's and of a tool's messages."""
+    processor_of(tiny_model, tmp_path / "hf", BY_WHAT_FOLLOWS)
+    file = tmp_path / "hf" / "generation_config.json"
+    name = AutoProcessor.from_pretrained(tmp_path / "hf").tokenizer.convert_tokens_to_ids
+    file.write_text(json.dumps({"eos_token_id": name(["<|im_end|>", "<|im_start|>", "<|endoftext|>"])}))
+    processor = Processor(str(tmp_path / "hf"), DataConfig(train=["x"]))
+    chat = [
+        shown("?"),
+        said("Look"),
+        {"role": "tool", "content": "a 7"},
+        said("It is 7."),
+        shown("and this?"),
+    ]
+    parts = [
+        m if isinstance(m["content"], list) else m | {"content": [{"type": "text", "text": m["content"]}]}
+        for m in chat
+    ]
+    prompt = processor.encode(prompt_of(parts))
+    turns = [processor._tokenizer.decode(prompt.token_ids[place]) for place in processor.said(prompt)]
+    assert turns == ["Look<|endoftext|>", "It is 7.<|im_start|>"]
+
+
+def test_responses_alone_are_trained_where_the_config_says_so(tiny_model: Path) -> None:
     processor = Processor(str(tiny_model), DataConfig(train=["x"]))
     prompt = processor.encode(prompt_of(CHATS["two turns"]))
     (ours,) = supervised([prompt], processor, None, every_turn=False)
