@@ -88,6 +88,7 @@ class Processor:
         # where engines stop and what ends an answer, everywhere; the one that ends a reference response is first
         self.stop_token_ids: tuple[int, ...] = stops.ids
         self._end_of_turn = stops.end_of_turn
+        # one of them stands behind the text of a turn, and none in it
         self._ends = {*stops.ids, *self._tokenizer.convert_tokens_to_ids(list(self._special))}
         self._cache = LRUCache[str, tuple[torch.Tensor, torch.Tensor]](
             config.image_cache_mb * 2**20, getsizeof=lambda image: image[0].nbytes
