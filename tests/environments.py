@@ -27,16 +27,6 @@ class Shows:
         return Feedback(text=f"look {number}", images=[shade.convert("RGB")])
 
 
-class Pages:
-    """The pages of the sample, one after each turn."""
-
-    shows_pages = True
-
-    async def step(self, prompt: Prompt, turns: Sequence[Turn]) -> Feedback | None:
-        number = len(turns)
-        return Feedback(images=[prompt.pages[number - 1].data]) if number <= len(prompt.pages) else None
-
-
 class Fails:
     """In the way that the question's words say."""
 

@@ -28,11 +28,12 @@ from gspo_mm.families.table import family_of
 from gspo_mm.hf.decoding import Decoder
 from gspo_mm.hf.processor import load_processor, size_within, tokenizer_of
 from gspo_mm.hf.stops import find_stops
-from gspo_mm.types import EncodedImage, EncodedPrompt, EncodedTurn, GspoError, Prompt, Turn
+from gspo_mm.types import DataError, EncodedImage, EncodedPrompt, EncodedTurn, GspoError, Prompt, Turn
 
 logger = logging.getLogger(__name__)
 
 _SAMPLED = f"[{secrets.token_hex(8)}]"  # stands for a turn of the model where a chat is rendered around it
+_OF_A_TURN = ("role", "name", "content", "tool_calls")  # what a template writes of an assistant's message
 
 # legend: P prompt tokens with image tokens expanded, I images
 
@@ -90,6 +91,8 @@ class Processor:
         # where engines stop and what ends an answer, everywhere; the one that ends a reference response is first
         self.stop_token_ids: tuple[int, ...] = stops.ids
         self._end_of_turn = stops.end_of_turn
+        # one of them stands behind the text of a turn, and none in it
+        self._ends = {*stops.ids, *self._tokenizer.convert_tokens_to_ids(list(self._special))}
         self._cache = LRUCache[str, tuple[torch.Tensor, torch.Tensor]](
             config.image_cache_mb * 2**20, getsizeof=lambda image: image[0].nbytes
         )
@@ -153,6 +156,46 @@ class Processor:
         if token_ids[:1] != turns[-1].token_ids[-1:]:
             return None
         return EncodedTurn(token_ids=token_ids[1:], pixel_values=pixels, image_grid_thw=grids)
+
+    def said(self, prompt: EncodedPrompt) -> list[slice]:
+        """Where in the prompt's tokens the assistant's messages stand, each with the token that ends it.
+
+        Raises DataError for one that cannot be trained on.
+        """
+        messages, places = prompt.prompt.messages, []
+        whole = self._render(messages)
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                try:
+                    places.append(self._place(prompt, number, whole))
+                except BadSample as bad:
+                    raise DataError(
+                        f"{prompt.prompt.key}: the assistant's message {number + 1} cannot be trained on: {bad}; correct "
+                        "it, or set sft.every_turn=false"
+                    ) from None
+        return places
+
+    def _place(self, prompt: EncodedPrompt, number: int, whole: str) -> slice:
+        """Of one message in the chat that is rendered as `whole`. Raises BadSample."""
+        messages, ids, grids = prompt.prompt.messages, prompt.token_ids, prompt.image_grid_thw
+        message = messages[number]
+        if others := ", ".join(sorted(key for key in message if message[key] and key not in _OF_A_TURN)):
+            raise BadSample("beside its content it has", others)
+        # what the template writes before the message, and by itself at its beginning
+        marked = [*messages[:number], {**message, **_marked()}, *messages[number + 1 :]]
+        before, mark, _ = self._render(marked).partition(_SAMPLED)
+        text = "".join(_texts(message["content"])).strip()
+        if not (mark and whole.startswith(before) and whole[len(before) :].lstrip().startswith(text)):
+            raise BadSample("it shows an image, or the chat template changes it where others follow")
+        if grids is not None:
+            grids = grids[: before.count(self._processor.image_token)]
+        read = self._ids(before, grids)
+        if ids[: len(read)] != read:
+            raise BadSample("it begins within a token")
+        end = next((place for place in range(len(read), len(ids)) if ids[place] in self._ends), -1)
+        if ids[end] not in self.stop_token_ids:
+            raise BadSample("what ends it in the chat template stops no answer")
+        return slice(len(read), end + 1)
 
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded again."""
@@ -219,8 +262,7 @@ class Processor:
                 pixels.append(self.pixels(image)[0])
             else:
                 _decoded(image)
-        token_ids = tuple(self._processor(text=[self._expanded(text, grids)])["input_ids"][0])
-        return token_ids, torch.cat(pixels) if pixels else None, grids
+        return self._ids(text, grids), torch.cat(pixels) if pixels else None, grids
 
     def _grids(self, images: Sequence[EncodedImage]) -> torch.Tensor | None:
         """[I, 3] int64. Raises BadSample."""
@@ -229,14 +271,14 @@ class Processor:
         except ValueError as error:  # an aspect ratio that cannot be patched
             raise BadSample("image refused", str(error)) from None
 
-    def _expanded(self, text: str, grids: torch.Tensor | None) -> str:
-        """The chat with as many image tokens for each image as it has features."""
-        if grids is None:
-            return text
-        token = self._processor.image_token
-        first, *rest = text.split(token)
-        counts = self._family.tokens_per_image(self._hf, grids)
-        return first + "".join(token * count + part for count, part in zip(counts, rest, strict=True))
+    def _ids(self, text: str, grids: torch.Tensor | None) -> tuple[int, ...]:
+        """Of a rendered text, with as many image tokens for each image as it has features."""
+        if grids is not None:
+            token = self._processor.image_token
+            first, *rest = text.split(token)
+            counts = self._family.tokens_per_image(self._hf, grids)
+            text = first + "".join(token * count + part for count, part in zip(counts, rest, strict=True))
+        return tuple(self._processor(text=[text])["input_ids"][0])
 
     def _refuse_special_tokens(self, messages: Sequence[Mapping[str, Any]]) -> None:
         for message in messages:

@@ -135,17 +135,46 @@ def test_positions_over_turns_are_those_of_transformers(
         assert torch.equal(batch.positions[:, start:end], expected[:, 0])
 
 
+def turns_loss(
+    group: RolloutGroup, table: torch.Tensor, old_R: torch.Tensor, config: LossConfig
+) -> torch.Tensor:
+    """By the equations, of a model that reads one token: [V, V] logits of the next token by the last one."""
+    logprobs, old, objectives, lengths = table.log_softmax(-1), iter(old_R), [], []
+    for completion, advantage in zip(group.completions, group.advantages, strict=True):
+        last, gaps = group.prompt_ids[-1], []
+        for turn in completion.turns:
+            for token in turn.token_ids:
+                gaps.append(logprobs[last, token] - next(old))
+                last = token
+            last = turn.observation.token_ids[-1] if turn.observation else last
+        ratio, lengths = torch.stack(gaps).mean().exp(), [*lengths, len(gaps)]
+        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        objectives.append(torch.minimum(ratio * advantage, clipped * advantage))
+    of_tokens = sum(o * length for o, length in zip(objectives, lengths, strict=True)) / sum(lengths)
+    return -(of_tokens if config.aggregation == "token_mean" else torch.stack(objectives).mean())
+
+
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
-def test_the_loss_is_the_formula_over_trained_tokens(
-    group: RolloutGroup, processor: Processor, aggregation: str
+@pytest.mark.parametrize("came_back", ["as it is", "one token of it", "fifty tokens more"])
+def test_loss_and_gradient_are_the_formula_over_sampled_tokens(
+    group: RolloutGroup, processor: Processor, aggregation: str, came_back: str
 ) -> None:
-    sequences = sequences_of([group])
-    batch = pack(sequences, processor)
-    generator = torch.Generator().manual_seed(0)
-    old_R = torch.randn(8, generator=generator, dtype=torch.float64)
-    new_R = old_R + 0.01 * torch.randn(8, generator=generator, dtype=torch.float64)
-    low, high = 0.002, 0.003
-    config = LossConfig.model_validate({"clip_low": low, "clip_high": high, "aggregation": aggregation})
+    """What came back is in them by its last token alone, which is all that this model reads of it."""
+    config = LossConfig.model_validate({"clip_low": 0.002, "clip_high": 0.003, "aggregation": aggregation})
+    generator, size = torch.Generator().manual_seed(1), len(processor._tokenizer)
+    table = torch.randn(size, size, generator=generator, dtype=torch.float64, requires_grad=True)
+    answer, other = group.completions
+    (seen,) = answer.observations
+    match came_back:
+        case "one token of it":
+            seen = replace(seen, token_ids=seen.token_ids[-1:], images=())
+        case "fifty tokens more":
+            seen = replace(seen, token_ids=(3,) * 50 + seen.token_ids)
+    turns = (replace(answer.turns[0], observation=seen), answer.turns[1])
+    batch = pack(sequences_of([replace(group, completions=(replace(answer, turns=turns), other))]), processor)
+    (rows,) = batch.response_mask.nonzero(as_tuple=True)
+    new_R = table.log_softmax(-1)[batch.token_ids[rows - 1], batch.token_ids[rows]]
+    old_R = new_R.detach() + 0.002 * torch.randn(8, generator=generator, dtype=torch.float64)
     found = policy_loss(
         new_R,
         old_R,
@@ -154,15 +183,12 @@ def test_the_loss_is_the_formula_over_trained_tokens(
         config=config,
         num_sequences=2,
         num_tokens=8,
-    )
-    terms = []
-    for advantage, new, old in zip((0.75, -0.5), new_R.split([5, 3]), old_R.split([5, 3]), strict=True):
-        ratio = math.exp(sum((new - old).tolist()) / len(new))
-        terms.append(min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage))
-    weights = [1 / 2, 1 / 2] if aggregation == "sequence_mean" else [5 / 8, 3 / 8]
-    assert float(found.loss) == pytest.approx(
-        -sum(w * t for w, t in zip(weights, terms, strict=True)), rel=1e-12
-    )
+    ).loss
+    expected = turns_loss(group, table, old_R, config)
+    torch.testing.assert_close(found, expected, atol=1e-14, rtol=0)
+    gradients = [torch.autograd.grad(loss, table)[0] for loss in (found, expected)]
+    assert gradients[1].any()
+    torch.testing.assert_close(*gradients, atol=1e-14, rtol=0)
 
 
 def test_lengths_and_staleness_count_what_was_sampled(group: RolloutGroup) -> None:
