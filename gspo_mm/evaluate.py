@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from statistics import fmean
 
+from gspo_mm.observe.answers import call_metrics
 from gspo_mm.reward.rewards import Rewards, describe_failures, failed_fraction
 from gspo_mm.rollout.engine import RolloutEngine, sample_groups
 from gspo_mm.types import EncodedPrompt, RolloutGroup, SamplingParams
@@ -15,9 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    engine: RolloutEngine, prompts: list[EncodedPrompt], reward: Rewards, *, max_new_tokens: int
+    engine: RolloutEngine,
+    prompts: list[EncodedPrompt],
+    reward: Rewards,
+    *,
+    max_new_tokens: int,
+    in_turns: bool = False,
 ) -> tuple[dict[str, float], list[RolloutGroup]]:
     """Metrics {"eval/accuracy", "eval/reward", "eval/accuracy/<task>", "eval/failed"} and the scored answers, one per prompt.
+
+    `in_turns`, with rollout.environment: also those of calls, {"eval/turns/..."}.
 
     Means are over the answers that were judged; what none of them measures is left out. `eval/failed` says how many of
     all were not.
@@ -38,6 +46,8 @@ def evaluate(
         **{f"eval/accuracy/{task}": of_task for task, of_task in sorted(right.items())},
     }
     metrics = {name: fmean(each) for name, each in values.items() if each}
+    if in_turns:
+        metrics |= {f"eval/{name}": value for name, value in call_metrics(groups).items()}
     return metrics | {"eval/failed": failed_fraction(groups)}, groups
 
 

@@ -248,6 +248,7 @@ class Training:
                     stages.held_out,
                     stages.reward,
                     max_new_tokens=stages.sampling.max_new_tokens,
+                    in_turns=self.config.rollout.environment is not None,
                 )
         if metrics:
             logger.info("step %d: %s", self.step, describe_accuracy(metrics))

@@ -49,7 +49,8 @@ class Supervised(Training):
         with self.ranks.together(), self.phases("data"):
             if self.ranks.main:
                 prompts = stages.source.take(self.config.sft.batch_size)
-                updates = [supervised(prompts, stages.processor, self.conversations)]
+                every_turn = self.config.sft.every_turn
+                updates = [supervised(prompts, stages.processor, self.conversations, every_turn=every_turn)]
         with self.phases("share"):
             (share,), *_ = share_out(
                 stages.policy, updates, processor=stages.processor, config=self.config.policy
@@ -91,17 +92,27 @@ class Supervised(Training):
 
 
 def supervised(
-    prompts: list[EncodedPrompt], processor: Processor, conversations: Conversations | None
+    prompts: list[EncodedPrompt],
+    processor: Processor,
+    conversations: Conversations | None,
+    *,
+    every_turn: bool = True,
 ) -> list[TrainSequence]:
     """Each prompt followed by its reference answer, whose calls the environment answers.
 
-    Raises DataError for a sample that has none, or whose turns the environment does not lead on.
+    With `every_turn` the assistant's turns among the prompt's messages are trained as well. Raises DataError for a sample
+    that has no reference answer, whose turns the environment does not lead on, or with a message that cannot be trained on.
     """
 
     async def everything() -> list[TrainSequence]:
         return await asyncio.gather(*(_supervised(prompt, processor, conversations) for prompt in prompts))
 
-    return asyncio.run(everything())
+    sequences = asyncio.run(everything())
+    if every_turn:
+        for prompt, sequence in zip(prompts, sequences, strict=True):
+            for place in processor.said(prompt):
+                sequence.trained[place] = True
+    return sequences
 
 
 async def _supervised(

@@ -18,7 +18,8 @@ from gspo_mm.data.faults import BadSample
 from gspo_mm.data.odd import odd_ones
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.source import PromptSource
-from gspo_mm.environment.pool import tools_of
+from gspo_mm.environment.pool import make
+from gspo_mm.families.table import family_of
 from gspo_mm.inputs import check_answers
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.reference import Reference
@@ -247,11 +248,15 @@ def odd_prompts(config: Config, processor: Processor) -> list[EncodedPrompt]:
 
 def processor_of(config: Config) -> Processor:
     """What makes prompts for `rollout.engine`, with the tools of `rollout.environment`. Raises BadEnvironmentError."""
+    environment = None
+    if config.rollout.environment:
+        environment = make(config.rollout.environment, family_of(config.model.path).box_unit)
     return Processor(
         config.model.path,
         config.data,
         keep_pixels=not config.rollout.serves,
-        tools=tools_of(config.rollout.environment),
+        tools=getattr(environment, "tools", ()),
+        shows_pages=getattr(environment, "shows_pages", False),
     )
 
 

@@ -88,7 +88,13 @@ class Prompt:
         str, ...
     ] = ()  # of a reference answer in turns those before `response`, each with a call
     meta: Mapping[str, Json] = field(default_factory=dict)
+    pages: tuple[EncodedImage, ...] = ()  # pictures of no message, which an environment shows one by one
     source: str = ""  # name of the source in data.train or data.validation; "" where that is a plain list
+
+    @property
+    def pictures(self) -> tuple[EncodedImage, ...]:
+        """Those of its messages, and its pages."""
+        return (*self.images, *self.pages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +117,22 @@ class EncodedTurn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Look:
+    """The part of a picture that a turn asked for."""
+
+    image: int  # which of the pictures so far, from 1: those of the prompt, and those that came back
+    # left, upper, right and lower edge in shares of the picture's width and height, as asked for: it may reach out of it
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Observation:
     """What came back to the model after a turn: it is read, and never trained on."""
 
     token_ids: tuple[int, ...]  # image tokens expanded
     images: tuple[EncodedImage, ...] = ()  # in the order of their tokens
     text: str = ""  # for people
+    look: Look | None = None  # for people, too
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from gspo_mm.environment import Feedback
+from gspo_mm.environment import Feedback, Look
 from gspo_mm.types import Prompt, Turn
 
 
@@ -48,6 +48,8 @@ class Fails:
                 return Feedback(text="and so <|im_end|>")
             case "is long":
                 return Feedback(text="word " * 5000)
+            case "looks nowhere":
+                return Feedback(text="here", look=Look(image=1, box=(0.0, 0.0, float("nan"), 1.0)))
             case "is something else":
                 return "a string"
         return None

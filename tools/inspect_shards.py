@@ -78,7 +78,7 @@ def main(
     """Print what the shards hold, and what training would skip and why."""
     try:
         paths = expand_shards(shards)
-        processor = Processor(str(model), _settings(shards)) if model else None
+        processor = Processor(str(model), _settings(shards), shows_pages=True) if model else None
         facts = look(paths, processor, limit=limit, show=show, seed=seed)
     except GspoError as error:
         typer.secho(str(error), fg="red", err=True)
@@ -135,7 +135,7 @@ def note(facts: Facts, prompt: Prompt, processor: Processor | None) -> None:
     facts.tasks[prompt.task] += 1
     facts.keys[prompt.key] += 1
     facts.per_prompt[len(prompt.images)] += 1
-    for image in prompt.images:
+    for image in prompt.pictures:
         facts.pictures[image.key] += 1
         facts.formats[_format(image)] += 1
         facts.megapixels.append(image.width * image.height / 1e6)
@@ -191,7 +191,7 @@ def sheet(facts: Facts, shards: Sequence[str]) -> str:
         {
             "key": prompt.key,
             "task": prompt.task,
-            "images": [_thumbnail(image) for image in prompt.images],
+            "images": [_thumbnail(image) for image in prompt.pictures],
             "messages": [(message["role"], _words(message)) for message in prompt.messages],
             "answer": json.dumps(prompt.answer, ensure_ascii=False),
             "response": prompt.response,

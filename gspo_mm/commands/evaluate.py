@@ -28,5 +28,6 @@ def evaluate_folder(config: Config) -> dict[str, float]:
             held_out_prompts(config, processor, rewards),
             rewards,
             max_new_tokens=config.rollout.sampling.max_new_tokens,
+            in_turns=config.rollout.environment is not None,
         )
     return metrics

@@ -190,6 +190,10 @@ class TrainConfig(Section):
 class SftConfig(Section):
     steps: Positive = 100
     batch_size: Positive = Field(default=32, description="sequences per optimizer step")
+    every_turn: bool = Field(
+        default=True,
+        description="train on the assistant's turns among a sample's messages too; false: on its response alone",
+    )
 
 
 class CheckpointConfig(Section):

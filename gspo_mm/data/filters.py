@@ -26,7 +26,7 @@ class Filter:
     def check(self, prompt: Prompt, samples_read: int) -> None:
         """Raises LeftOut when the prompt is not wanted; BadSample when it lacks its difficulty, or is held out."""
         low, high = self._config.min_image_pixels, self._config.max_image_pixels
-        for image in prompt.images:
+        for image in prompt.pictures:
             pixels, sides = image.width * image.height, sorted((image.width, image.height))
             if not low <= pixels <= high:
                 raise LeftOut("image size", f"{pixels} pixels, wanted are {low} to {high}")
@@ -40,7 +40,7 @@ class Filter:
 
 def fingerprint(prompt: Prompt) -> str:
     """SHA-256 of what the model is shown. Keys say nothing: two data sets both begin with 000000."""
-    shown = json.dumps([prompt.messages, [image.key for image in prompt.images]], sort_keys=True)
+    shown = json.dumps([prompt.messages, [image.key for image in prompt.pictures]], sort_keys=True)
     return hashlib.sha256(shown.encode()).hexdigest()
 
 

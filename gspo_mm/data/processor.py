@@ -28,11 +28,12 @@ from gspo_mm.families.table import family_of
 from gspo_mm.hf.decoding import Decoder
 from gspo_mm.hf.processor import load_processor, size_within, tokenizer_of
 from gspo_mm.hf.stops import find_stops
-from gspo_mm.types import EncodedImage, EncodedPrompt, EncodedTurn, GspoError, Prompt, Turn
+from gspo_mm.types import DataError, EncodedImage, EncodedPrompt, EncodedTurn, GspoError, Prompt, Turn
 
 logger = logging.getLogger(__name__)
 
 _SAMPLED = f"[{secrets.token_hex(8)}]"  # stands for a turn of the model where a chat is rendered around it
+_OF_A_TURN = ("role", "name", "content", "tool_calls")  # what a template writes of an assistant's message
 
 # legend: P prompt tokens with image tokens expanded, I images
 
@@ -51,11 +52,13 @@ class Processor:
         *,
         keep_pixels: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
+        shows_pages: bool = False,
     ) -> None:
         """Without `keep_pixels` prompts come without theirs, which are not made: servers decode images themselves.
 
-        `tools`: JSON schemas that the chat template tells the model of.
+        `tools`: JSON schemas that the chat template tells the model of. `shows_pages`: something shows those of samples.
         """
+        self._shows_pages = shows_pages
         self._keep_pixels = keep_pixels
         self._tools = list(tools)
         self._processor, hf = load_processor(model_path)
@@ -63,6 +66,7 @@ class Processor:
         self._tokenizer: Any = tokenizer_of(self._processor)
         self.decode = Decoder(self._tokenizer.backend_tokenizer)
         self.image_token_id = self._family.image_token_id(hf)
+        self.box_unit = self._family.box_unit
         # tokens that stand for pictures and films where a prompt has them
         self.placeholder_ids: set[int] = {
             token
@@ -87,6 +91,8 @@ class Processor:
         # where engines stop and what ends an answer, everywhere; the one that ends a reference response is first
         self.stop_token_ids: tuple[int, ...] = stops.ids
         self._end_of_turn = stops.end_of_turn
+        # one of them stands behind the text of a turn, and none in it
+        self._ends = {*stops.ids, *self._tokenizer.convert_tokens_to_ids(list(self._special))}
         self._cache = LRUCache[str, tuple[torch.Tensor, torch.Tensor]](
             config.image_cache_mb * 2**20, getsizeof=lambda image: image[0].nbytes
         )
@@ -94,12 +100,21 @@ class Processor:
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Token ids of a prompt, pixels where kept. Raises BadSample: special token in text, corrupt image, too long."""
-        if prompt.images and self.image_token_id is None:
+        if prompt.pictures and self.image_token_id is None:
             raise BadSample(
                 "image refused",
-                f"it shows {len(prompt.images)}, and models of type {self._hf.model_type} take text alone; use other data, "
+                f"it shows {len(prompt.pictures)}, and models of type {self._hf.model_type} take text alone; use other data, "
                 "or a vision-language model",
             )
+        if prompt.pages and not self._shows_pages:
+            raise BadSample(
+                "image count",
+                f"it has {len(prompt.pages)} pages, which nothing shows; set rollout.environment.type=image_tools with "
+                "args.pages=true, or leave `pages` out",
+            )
+        self._grids(prompt.pages)
+        for page in prompt.pages:
+            _decoded(page)
         self._refuse_special_tokens(prompt.messages)
         token_ids, pixels, grids = self._tokens(self._render(prompt.messages), prompt.images)
         if len(token_ids) > self._max_prompt_tokens:
@@ -142,6 +157,46 @@ class Processor:
             return None
         return EncodedTurn(token_ids=token_ids[1:], pixel_values=pixels, image_grid_thw=grids)
 
+    def said(self, prompt: EncodedPrompt) -> list[slice]:
+        """Where in the prompt's tokens the assistant's messages stand, each with the token that ends it.
+
+        Raises DataError for one that cannot be trained on.
+        """
+        messages, places = prompt.prompt.messages, []
+        whole = self._render(messages)
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                try:
+                    places.append(self._place(prompt, number, whole))
+                except BadSample as bad:
+                    raise DataError(
+                        f"{prompt.prompt.key}: the assistant's message {number + 1} cannot be trained on: {bad}; correct "
+                        "it, or set sft.every_turn=false"
+                    ) from None
+        return places
+
+    def _place(self, prompt: EncodedPrompt, number: int, whole: str) -> slice:
+        """Of one message in the chat that is rendered as `whole`. Raises BadSample."""
+        messages, ids, grids = prompt.prompt.messages, prompt.token_ids, prompt.image_grid_thw
+        message = messages[number]
+        if others := ", ".join(sorted(key for key in message if message[key] and key not in _OF_A_TURN)):
+            raise BadSample("beside its content it has", others)
+        # what the template writes before the message, and by itself at its beginning
+        marked = [*messages[:number], {**message, **_marked()}, *messages[number + 1 :]]
+        before, mark, _ = self._render(marked).partition(_SAMPLED)
+        text = "".join(_texts(message["content"])).strip()
+        if not (mark and whole.startswith(before) and whole[len(before) :].lstrip().startswith(text)):
+            raise BadSample("it shows an image, or the chat template changes it where others follow")
+        if grids is not None:
+            grids = grids[: before.count(self._processor.image_token)]
+        read = self._ids(before, grids)
+        if ids[: len(read)] != read:
+            raise BadSample("it begins within a token")
+        end = next((place for place in range(len(read), len(ids)) if ids[place] in self._ends), -1)
+        if ids[end] not in self.stop_token_ids:
+            raise BadSample("what ends it in the chat template stops no answer")
+        return slice(len(read), end + 1)
+
     def pixels(self, image: EncodedImage) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches [t*h*w, patch dim] float32 and grid [1, 3] int64 of one image, from the cache or decoded again."""
         with self._lock:
@@ -162,6 +217,12 @@ class Processor:
         return torch.tensor(
             [self._family.image_grid(self._hf, self._image_processor, image.height, image.width)]
         )
+
+    def size_seen(self, image: EncodedImage) -> tuple[int, int]:
+        """Width and height in pixels that the image is resized to for the model."""
+        _, rows, columns = self._family.image_grid(self._hf, self._image_processor, image.height, image.width)
+        side = self._hf.vision_config.patch_size
+        return columns * side, rows * side
 
     def num_patches(self, image: EncodedImage) -> int:
         """Patches t*h*w that `pixels` will make of the image, from its size alone."""
@@ -194,27 +255,30 @@ class Processor:
         shown = text.count(self._processor.image_token) if self.image_token_id is not None else 0
         if shown != len(images):
             raise BadSample("chat refused", f"the template shows {shown} of {len(images)} images")
-        try:
-            grids = torch.cat([self.grid(image) for image in images]) if images else None
-        except ValueError as error:  # an aspect ratio that cannot be patched
-            raise BadSample("image refused", str(error)) from None
+        grids = self._grids(images)
         pixels: list[torch.Tensor] = []
         for image in images:
             if self._keep_pixels:
                 pixels.append(self.pixels(image)[0])
             else:
                 _decoded(image)
-        token_ids = tuple(self._processor(text=[self._expanded(text, grids)])["input_ids"][0])
-        return token_ids, torch.cat(pixels) if pixels else None, grids
+        return self._ids(text, grids), torch.cat(pixels) if pixels else None, grids
 
-    def _expanded(self, text: str, grids: torch.Tensor | None) -> str:
-        """The chat with as many image tokens for each image as it has features."""
-        if grids is None:
-            return text
-        token = self._processor.image_token
-        first, *rest = text.split(token)
-        counts = self._family.tokens_per_image(self._hf, grids)
-        return first + "".join(token * count + part for count, part in zip(counts, rest, strict=True))
+    def _grids(self, images: Sequence[EncodedImage]) -> torch.Tensor | None:
+        """[I, 3] int64. Raises BadSample."""
+        try:
+            return torch.cat([self.grid(image) for image in images]) if images else None
+        except ValueError as error:  # an aspect ratio that cannot be patched
+            raise BadSample("image refused", str(error)) from None
+
+    def _ids(self, text: str, grids: torch.Tensor | None) -> tuple[int, ...]:
+        """Of a rendered text, with as many image tokens for each image as it has features."""
+        if grids is not None:
+            token = self._processor.image_token
+            first, *rest = text.split(token)
+            counts = self._family.tokens_per_image(self._hf, grids)
+            text = first + "".join(token * count + part for count, part in zip(counts, rest, strict=True))
+        return tuple(self._processor(text=[text])["input_ids"][0])
 
     def _refuse_special_tokens(self, messages: Sequence[Mapping[str, Any]]) -> None:
         for message in messages:

@@ -7,7 +7,7 @@ is another question. Images are decoded later, once, by the processor.
 The order of several images is that of their numbers (KEY.0.png, KEY.1.jpg, ... or KEY.frame0.png, KEY.frame1.png, ...),
 or what KEY.json says: in `images`, a list of the members' names, or in image parts that name them, {"type": "image",
 "image": "before.png"}. Other names have no order that can be trusted, since archives are often sorted by name, and refuse
-the sample.
+the sample. Members that KEY.json lists in `pages` are in no message: an environment shows them one by one, in that order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gspo_mm.types import EncodedImage, Prompt
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 ROLES = ("system", "user", "assistant", "tool")
-_KEYS = ("messages", "answer", "task", "response", "meta", "images")  # of a sample's JSON
+_KEYS = ("messages", "answer", "task", "response", "meta", "images", "pages")  # of a sample's JSON
 
 
 def sample_key(raw: RawSample) -> str:
@@ -50,11 +50,14 @@ def to_prompt(raw: RawSample, on_unused: Callable[[str], None] = lambda name: No
     record = _record(raw)
     _report_unused(raw, record, on_unused)
     messages = _messages(record)
-    images = tuple(_image(suffix, raw[suffix]) for suffix in _image_members(raw, record))
-    shown = sum(part.get("type") == "image" for m in messages for part in _parts(m))
-    if shown != len(images):
+    found = [suffix for suffix in raw if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+    later = _page_members(raw["__key__"], found, record)
+    shown = _image_members(raw["__key__"], [suffix for suffix in found if suffix not in later], record)
+    images, pages = (tuple(_image(suffix, raw[suffix]) for suffix in some) for some in (shown, later))
+    parts = sum(part.get("type") == "image" for m in messages for part in _parts(m))
+    if parts != len(images):
         raise BadSample(
-            "image count", f"{shown} image parts in the messages but {len(images)} images in the sample"
+            "image count", f"{parts} image parts in the messages but {len(images)} images in the sample"
         )
     response = record.get("response")
     turns: list[Any] = response if isinstance(response, list) else [response]
@@ -69,6 +72,7 @@ def to_prompt(raw: RawSample, on_unused: Callable[[str], None] = lambda name: No
         response=turns[-1],
         first_turns=tuple(turns[:-1]),
         meta=record.get("meta") or {},
+        pages=pages,
         source=raw.get(SOURCE, ""),
     )
 
@@ -188,11 +192,22 @@ def _report_unused(raw: RawSample, record: dict[str, Any], on_unused: Callable[[
         on_unused(f"key {name}")
 
 
-def _image_members(raw: RawSample, record: dict[str, Any]) -> list[str]:
-    """Suffixes of the image members in the order of the images: see the top of this file."""
-    found = [suffix for suffix in raw if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
+def _page_members(key: str, found: list[str], record: dict[str, Any]) -> list[str]:
+    """Suffixes of those image members that `pages` lists, in its order."""
+    listed = record.get("pages") or []
+    pages = _suffixes(key, listed)
+    if pages is None or len({*pages} & {*found}) < len(pages):
+        members = ", ".join(found) or "none"
+        raise BadSample(
+            "image order", f"pages in the json is {str(listed)[:200]}, but the members are {members}"
+        )
+    return pages
+
+
+def _image_members(key: str, found: list[str], record: dict[str, Any]) -> list[str]:
+    """The suffixes `found` in the order of the images: see the top of this file."""
     if (listed := record.get("images")) is not None:
-        if (order := _named_members(raw["__key__"], found, listed)) is not None:
+        if (order := _named_members(key, found, listed)) is not None:
             return order
         members = ", ".join(found) or "none"
         raise BadSample(
@@ -206,7 +221,7 @@ def _image_members(raw: RawSample, record: dict[str, Any]) -> list[str]:
         for part in _parts(message)
         if part["type"] == "image"
     ]
-    if (order := _named_members(raw["__key__"], found, of_parts)) is not None:
+    if (order := _named_members(key, found, of_parts)) is not None:
         return order
     numbered = [re.fullmatch(r"(.*?)(\d+)\.\w+", suffix) for suffix in found]
     places = {int(match[2]): suffix for match, suffix in zip(numbered, found, strict=True) if match}
@@ -219,12 +234,17 @@ def _image_members(raw: RawSample, record: dict[str, Any]) -> list[str]:
 
 
 def _named_members(key: str, found: list[str], names: Any) -> list[str] | None:
-    """The members by these names, as suffix ("before.png") or whole ("KEY.before.png"); None where they are others."""
+    """The members by these names; None where they are others."""
+    order = _suffixes(key, names)
+    return order if order is not None and sorted(order) == sorted(found) else None
+
+
+def _suffixes(key: str, names: Any) -> list[str] | None:
+    """Of members named by suffix ("before.png") or whole ("KEY.before.png"); None where that is no list of names."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
     base = PurePosixPath(key).name
-    order = [PurePosixPath(name).name.removeprefix(f"{base}.") for name in names]
-    return order if sorted(order) == sorted(found) else None
+    return [PurePosixPath(name).name.removeprefix(f"{base}.") for name in names]
 
 
 def _image(suffix: str, data: bytes) -> EncodedImage:

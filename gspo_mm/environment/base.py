@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
 from PIL import Image
 
-from gspo_mm.types import Prompt, Turn
+from gspo_mm.types import EncodedImage, Look, Prompt, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,7 @@ class Feedback:
 
     text: str = ""
     images: Sequence[Image.Image | bytes] = ()
+    look: Look | None = None  # what the turn asked to see, for the report to draw
 
 
 class Environment(Protocol):
@@ -27,7 +28,8 @@ class Environment(Protocol):
     answer is in its turns. An environment that has to remember more is a server (`type: http`), or keeps it elsewhere under
     `session()`.
 
-    An attribute `tools`, if there is one, is a list of JSON schemas of functions as chat templates take them.
+    An attribute `tools`, if there is one, is a list of JSON schemas of functions as chat templates take them. With
+    `shows_pages = True` it shows a sample's `pages`, which are refused otherwise.
     """
 
     async def step(self, prompt: Prompt, turns: Sequence[Turn]) -> Feedback | None:
@@ -41,3 +43,11 @@ SESSION: ContextVar[str] = ContextVar("SESSION", default="")
 def session() -> str:
     """In `step`: the name of the answer whose turn it is, which no other answer has."""
     return SESSION.get()
+
+
+SIZES: ContextVar[Mapping[str, tuple[int, int]]] = ContextVar("SIZES")  # by EncodedImage.key
+
+
+def size_seen(image: EncodedImage) -> tuple[int, int]:
+    """In `step`: width and height, in pixels, that a picture of the answer was resized to for the model."""
+    return SIZES.get()[image.key]

@@ -22,6 +22,7 @@ from gspo_mm.types import (
     EncodedPrompt,
     Finish,
     GspoError,
+    Look,
     Observation,
     Prompt,
     RolloutGroup,
@@ -81,7 +82,8 @@ class Conversations:
             # servers would take it for a picture; a last turn, which nothing follows, may have it
             return replace(answer, finish=Finish.IMAGE_TOKEN)
         try:
-            found = await self._environments.step(led.session, led.prompt, answer.turns)
+            sizes = {image.key: self._processor.size_seen(image) for image in led.read.prompt.images}
+            found = await self._environments.step(led.session, led.prompt, answer.turns, sizes)
             if found is None:
                 return answer
             if len(answer.turns) == self._config.max_turns or len(answer.token_ids) >= self._most:
@@ -97,7 +99,7 @@ class Conversations:
             return replace(answer, fault=str(fault))
 
     def _continued(
-        self, led: Conversation, text: str, images: tuple[EncodedImage, ...]
+        self, led: Conversation, text: str, images: tuple[EncodedImage, ...], look: Look | None
     ) -> Completion | Conversation:
         answer, read, turns = led.answer, led.read, led.answer.turns
         try:
@@ -113,7 +115,7 @@ class Conversations:
             raise EnvironmentFailedError(
                 f"what came back has {len(new.token_ids)} tokens, rollout.environment.max_observation_tokens={most}"
             )
-        seen = Observation(token_ids=new.token_ids, images=images, text=text)
+        seen = Observation(token_ids=new.token_ids, images=images, text=text, look=look)
         return replace(
             led,
             answer=replace(answer, turns=(*turns[:-1], replace(turns[-1], observation=seen))),
@@ -134,7 +136,7 @@ def conversations_of(config: RolloutConfig, processor: Processor) -> Conversatio
     return Conversations(
         config.environment,
         processor,
-        Environments(config.environment),
+        Environments(config.environment, processor.box_unit),
         max_new_tokens=config.sampling.max_new_tokens,
     )
 

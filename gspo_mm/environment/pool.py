@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,13 @@ from PIL import Image
 from gspo_mm.config.environment import EnvironmentConfig
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.pictures import MAX_PIXELS, decode_image, measure
-from gspo_mm.environment.base import SESSION, Environment, Feedback
+from gspo_mm.environment.base import SESSION, SIZES, Environment, Feedback
 from gspo_mm.environment.http import HttpEnvironment
 from gspo_mm.environment.image_tools import ImageTools
 from gspo_mm.runtime.workers import WorkerError, Workers
-from gspo_mm.types import EncodedImage, GspoError, Prompt, Turn
+from gspo_mm.types import EncodedImage, GspoError, Look, Prompt, Turn
+
+type CameBack = tuple[str, tuple[EncodedImage, ...], Look | None]  # a Feedback
 
 TYPES = {"image_tools": ImageTools, "http": HttpEnvironment}
 
@@ -34,15 +37,17 @@ class EnvironmentFailedError(Exception):
 class Environments:
     """`step` of the configured environment, elsewhere. Processes start with the first call."""
 
-    def __init__(self, config: EnvironmentConfig) -> None:
-        """What cannot be made was found by `tools_of`."""
-        self._config = config
+    def __init__(self, config: EnvironmentConfig, box_unit: str | None) -> None:
+        """Of `make`, which has found by now what cannot be made."""
+        self._config, self._box_unit = config, box_unit
         self._workers: Workers | None = None
 
     async def step(
-        self, session: str, prompt: Prompt, turns: Sequence[Turn]
-    ) -> tuple[str, tuple[EncodedImage, ...]] | None:
-        """Text and pictures that come back after the last turn, None where the answer is complete.
+        self, session: str, prompt: Prompt, turns: Sequence[Turn], sizes: Mapping[str, tuple[int, int]]
+    ) -> CameBack | None:
+        """What comes back after the last turn, None where the answer is complete.
+
+        `sizes`: of the pictures so far by their keys, as `size_seen` gives them.
 
         Raises EnvironmentFailedError for whatever goes wrong in the environment.
         """
@@ -50,7 +55,7 @@ class Environments:
             limits = self._config
             self._workers = Workers(
                 _begin,
-                [limits],
+                [limits, self._box_unit],
                 workers=limits.workers,
                 timeout=limits.timeout,
                 memory_gib=limits.memory_gib,
@@ -58,7 +63,7 @@ class Environments:
             )
         plain = [replace(turn, logprobs=(), versions=()) for turn in turns]
         try:
-            return await self._workers.run(_step, session, prompt, plain)
+            return await self._workers.run(_step, session, sizes, prompt, plain)
         except (WorkerError, EnvironmentFailedError) as fault:
             raise EnvironmentFailedError(f"environment: {fault}") from None
 
@@ -67,13 +72,8 @@ class Environments:
             self._workers.close()
 
 
-def tools_of(config: EnvironmentConfig | None) -> list[Any]:
-    """JSON schemas of functions that models are told of. Raises BadEnvironmentError."""
-    return list(getattr(make(config), "tools", ())) if config else []
-
-
-def make(config: EnvironmentConfig) -> Environment:
-    """Raises BadEnvironmentError."""
+def make(config: EnvironmentConfig, box_unit: str | None) -> Environment:
+    """`box_unit`: the one that image_tools have where args name none. Raises BadEnvironmentError."""
     key = (
         f"rollout.environment.python={config.python}"
         if config.python
@@ -81,7 +81,8 @@ def make(config: EnvironmentConfig) -> Environment:
     )
     try:
         factory = _import(config.python) if config.python else TYPES[str(config.type)]
-        return factory(**config.args)
+        unit = {"unit": box_unit} if factory is ImageTools else {}
+        return factory(**{**unit, **config.args})
     except Exception as error:  # the user's code raises what it likes
         raise BadEnvironmentError(
             f"{key} with args={config.args} cannot be made: {type(error).__name__}: {error}"
@@ -100,19 +101,22 @@ def _import(path: str) -> Any:
 _made: list[Environment] = []
 
 
-def _begin(config: EnvironmentConfig) -> None:
-    _made.append(make(config))
+def _begin(config: EnvironmentConfig, box_unit: str | None) -> None:
+    _made.append(make(config, box_unit))
 
 
-def _step(session: str, prompt: Prompt, turns: Sequence[Turn]) -> tuple[str, tuple[EncodedImage, ...]] | None:
+def _step(
+    session: str, sizes: Mapping[str, tuple[int, int]], prompt: Prompt, turns: Sequence[Turn]
+) -> CameBack | None:
     SESSION.set(session)
+    SIZES.set(sizes)
     try:
         found = asyncio.run(_made[0].step(prompt, turns))
         if found is None:
             return None
         if not isinstance(found, Feedback) or not isinstance(found.text, str):
             raise TypeError(f"it returned {found!r:.200}, which is no Feedback")
-        return found.text, tuple(map(_encoded, found.images))
+        return found.text, tuple(map(_encoded, found.images)), _plain(found.look)
     except BadSample as bad:
         raise EnvironmentFailedError(f"{bad.reason}: {bad}") from None
     except Exception as error:
@@ -130,3 +134,13 @@ def _encoded(image: Image.Image | bytes) -> EncodedImage:
         measure(image)  # before any memory is taken
         data, size = image, decode_image(image).size
     return EncodedImage(data=data, key=EncodedImage.key_of(data), width=size[0], height=size[1])
+
+
+def _plain(look: Look | None) -> Look | None:
+    """In Python's own numbers, which can be saved."""
+    if look is None:
+        return None
+    left, top, right, bottom = map(float, look.box)
+    if not all(map(math.isfinite, (left, top, right, bottom))):
+        raise ValueError(f"{look} has an edge that is no number")
+    return Look(image=int(look.image), box=(left, top, right, bottom))

@@ -126,6 +126,9 @@ class Family(ABC):
 
     # --- images
 
+    # how models of it give a place in a picture: in thousandths of it, or in pixels of it as it was resized for the tower
+    box_unit: Literal["thousand", "pixels"] | None = None
+
     def image_token_id(self, hf: Any) -> int | None:
         """The token in whose place an image's features are put; None: models of this family take text alone."""
         return hf.image_token_id

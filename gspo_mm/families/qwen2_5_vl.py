@@ -33,6 +33,7 @@ class Qwen25VL(Qwen3Decoder, QwenImages):
     prefix = "model.language_model"
     prefixes = Prefixes((("model.visual.", "visual."), ("model.language_model.", "model.")))
     norms_queries = False
+    box_unit = "pixels"
     # as of GLM: SGLang looks for shards of attn.qkv_proj, and the folder has attn.qkv
     kept_by_servers = ("visual",)
 

@@ -31,6 +31,8 @@ _WHOLE = re.compile(r"(norm\d?|mlp\.(shared_expert_)?gate|patch_embed\.proj)\.(w
 class QwenImages(Family):
     """Tower and positions that Qwen's families have in common; DeepStack where the config has its levels."""
 
+    box_unit = "thousand"
+
     def with_vision_flops(self, hf: Any, decoder: FlopModel) -> FlopModel:
         """Of the whole model, from those of decoder and output layer."""
         vision = hf.vision_config

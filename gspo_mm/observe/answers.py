@@ -39,11 +39,27 @@ def turn_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
     return {
         "turns/mean": fmean(len(c.turns) for c in completions),
         "turns/max": max(len(c.turns) for c in completions),
-        "turns/answered_fraction": fmean(bool(c.observations) for c in completions),
         "turns/read_tokens": fmean(sum(len(o.token_ids) for o in c.observations) for c in completions),
         "turns/failed": fmean(c.fault is not None for c in completions),
         "turns/image_token_fraction": fmean(c.finish == "image_token" for c in completions),
+        **call_metrics(groups),
     }
+
+
+def call_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
+    """How many answers called for something that came back, and how they fared beside the others.
+
+    A mean that no judged answer has a part in is left out.
+    """
+    answers = [(c, s) for g in groups for c, s in zip(g.completions, g.scores, strict=True)]
+    found = {"turns/called": fmean(bool(c.observations) for c, _ in answers)}
+    for kind, called in (("called", True), ("uncalled", False)):
+        scores = [s for c, s in answers if s.error is None and bool(c.observations) is called]
+        if scores:
+            found[f"turns/reward_{kind}"] = fmean(s.value for s in scores)
+        if judged := [s.accuracy for s in scores if s.accuracy is not None]:
+            found[f"turns/accuracy_{kind}"] = fmean(judged)
+    return found
 
 
 def sampled_tokens(groups: list[RolloutGroup]) -> int:

@@ -66,6 +66,34 @@ CHARTS = [
         series={"mean": "turns/mean", "largest": "turns/max"},
     ),
     Chart(
+        title="Answers that call",
+        unit="fraction",
+        about="Answers to which the environment gave something back, as they called for it.",
+        series={"sampled": "turns/called", "held-out, greedy": "eval/turns/called"},
+    ),
+    Chart(
+        title="Accuracy with and without a call",
+        unit="fraction",
+        about="Correct ones of the answers that called, and of those that did not.",
+        series={
+            "with": "turns/accuracy_called",
+            "without": "turns/accuracy_uncalled",
+            "held-out, with": "eval/turns/accuracy_called",
+            "held-out, without": "eval/turns/accuracy_uncalled",
+        },
+    ),
+    Chart(
+        title="Reward with and without a call",
+        unit="reward",
+        about="Mean reward of the answers that called, and of those that did not.",
+        series={
+            "with": "turns/reward_called",
+            "without": "turns/reward_uncalled",
+            "held-out, with": "eval/turns/reward_called",
+            "held-out, without": "eval/turns/reward_uncalled",
+        },
+    ),
+    Chart(
         title="Supervised loss",
         unit="nats per token",
         about="Cross-entropy of the reference responses.",

@@ -1,7 +1,7 @@
 """RUN/report.html: the run on one page that works offline. Also the README's picture of several runs.
 
 Everything a model or a data set wrote is escaped (jinja2's autoescape); curves are plotly's, whose script is put
-into the page once; images are data: URLs, each distinct one once per group.
+into the page once; images are data: URLs. Boxes that a model asked to see are drawn on copies, whose URLs the page's script sets.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from gspo_mm.observe.charts import CHARTS, Chart
 from gspo_mm.observe.metrics import finite, read_metrics
 from gspo_mm.rollout.saved import list_steps, load_rollouts
 from gspo_mm.runtime.disk import written_whole
-from gspo_mm.types import EncodedImage, GspoError, RolloutGroup, Turn
+from gspo_mm.types import Completion, EncodedImage, GspoError, Look, RolloutGroup
 
 MAX_SAVES = 8  # saved steps shown, spread over the run
 MAX_GROUPS = 6  # groups of a step shown
 MAX_COMPLETIONS = 8  # completions of a group shown
+SMALL = 128  # pixels; a picture that is narrower is shown larger, pixel by pixel
 # name in summary.json -> (label, how to show it)
 HEADLINES = {
     "accuracy_before": ("held-out accuracy before", "{:.1%}"),
@@ -186,16 +187,18 @@ def _save(run_dir: Path, step: int) -> dict[str, Any]:
 
 
 def _group(group: RolloutGroup) -> dict[str, Any]:
+    images = [_picture(image) for image in group.prompt.images]
     return {
         "key": group.prompt.key,
         "task": group.prompt.task,
         "answer": json.dumps(group.prompt.answer, ensure_ascii=False),
         "question": "\n".join(_text(message) for message in group.prompt.messages),
-        "images": [_picture(image) for image in group.prompt.images],
+        "images": images,
+        "pages": len(group.prompt.pages),
         "left_out": max(0, len(group.completions) - MAX_COMPLETIONS),
         "completions": [
             {
-                "turns": [_turn(turn) for turn in completion.turns],
+                "turns": _turns(completion, images),
                 "finish": str(completion.finish),
                 "value": "failed" if score is None or math.isnan(score.value) else f"{score.value:.2f}",
                 "right": bool(score and score.accuracy),
@@ -211,10 +214,33 @@ def _group(group: RolloutGroup) -> dict[str, Any]:
     }
 
 
-def _turn(turn: Turn) -> dict[str, Any]:
-    seen = turn.observation
-    came_back = seen and {"text": seen.text, "images": [_picture(image) for image in seen.images]}
-    return {"text": turn.text, "observation": came_back}
+def _turns(completion: Completion, of_prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each with what came back after it, and with the box that it asked to see on one of the pictures until then."""
+    shown, found = [*of_prompt], []
+    for turn in completion.turns:
+        came_back = None
+        if seen := turn.observation:
+            images = [_picture(image) for image in seen.images]
+            came_back = {"text": seen.text, "images": images, "look": _look(seen.look, shown)}
+            shown += images
+        found.append({"text": turn.text, "observation": came_back})
+    return found
+
+
+def _look(look: Look | None, shown: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The picture, and the box on it in percent, clipped."""
+    if look is None or not 1 <= look.image <= len(shown):
+        return None
+    left, top, right, bottom = (100 * min(max(edge, 0.0), 1.0) for edge in look.box)
+    return {
+        "of": shown[look.image - 1],
+        "image": look.image,
+        "left": min(left, right),
+        "top": min(top, bottom),
+        "width": abs(right - left),
+        "height": abs(bottom - top),
+        "clipped": any(not 0 <= edge <= 1 for edge in look.box),
+    }
 
 
 def _text(message: Any) -> str:
@@ -226,12 +252,13 @@ def _text(message: Any) -> str:
     )
 
 
-def _picture(image: EncodedImage) -> str:
-    """A URL that holds the picture; empty where its file in the run folder is damaged."""
+def _picture(image: EncodedImage) -> dict[str, Any]:
+    """A URL that holds the picture, empty where its file in the run folder is damaged."""
     try:
-        return data_url(image.data)
+        url = data_url(image.data)
     except BadSample:
-        return ""
+        url = ""
+    return {"url": url, "key": image.key, "small": image.width < SMALL}
 
 
 def _plotly_js() -> str:

@@ -68,7 +68,7 @@ def seen_by_parts(
         return replace(turn, logprobs=(), versions=(), observation=read)
 
     answers = [replace(c, turns=tuple(map(slim, c.turns))) for c in completions]
-    return replace(prompt, images=shown(prompt.images)), answers
+    return replace(prompt, images=shown(prompt.images), pages=shown(prompt.pages)), answers
 
 
 # What follows runs in a worker.

@@ -19,7 +19,17 @@ from typing import Any
 import orjson
 
 from gspo_mm.runtime.disk import written_whole
-from gspo_mm.types import Completion, EncodedImage, Finish, Observation, Prompt, RolloutGroup, Score, Turn
+from gspo_mm.types import (
+    Completion,
+    EncodedImage,
+    Finish,
+    Look,
+    Observation,
+    Prompt,
+    RolloutGroup,
+    Score,
+    Turn,
+)
 
 type PutImage = Callable[[EncodedImage], dict[str, Any]]
 type TakeImage = Callable[[dict[str, Any]], EncodedImage]
@@ -66,8 +76,8 @@ def _as_json(value: Any) -> bytes:
 
 
 def _encode(group: RolloutGroup) -> dict[str, Any]:
-    images = [image_by_key(image) for image in group.prompt.images]
-    prompt = {f.name: getattr(group.prompt, f.name) for f in dataclasses.fields(Prompt)} | {"images": images}
+    prompt = {f.name: getattr(group.prompt, f.name) for f in dataclasses.fields(Prompt)}
+    prompt |= {name: list(map(image_by_key, prompt[name])) for name in ("images", "pages")}
     return {
         "id": group.id,
         "prompt": prompt,
@@ -84,7 +94,7 @@ def decode_group(line: dict[str, Any], read_image: Callable[[str], bytes]) -> Ro
         return EncodedImage(data=read_image(saved["key"]), **saved)
 
     prompt = line["prompt"]
-    prompt |= {"images": tuple(map(take, prompt["images"]))}
+    prompt |= {name: tuple(map(take, prompt.get(name, ()))) for name in ("images", "pages")}
     prompt |= {name: tuple(prompt.get(name, ())) for name in ("messages", "first_turns")}
     group = RolloutGroup(
         id=line["id"],
@@ -97,9 +107,9 @@ def decode_group(line: dict[str, Any], read_image: Callable[[str], bytes]) -> Ro
 
 
 def images_of(group: RolloutGroup) -> list[EncodedImage]:
-    """Those of the question and those that came back, as often as they were shown."""
+    """Those of the sample and those that came back, as often as they were shown."""
     seen = [image for c in group.completions for o in c.observations for image in o.images]
-    return [*group.prompt.images, *seen]
+    return [*group.prompt.pictures, *seen]
 
 
 def image_with_bytes(image: EncodedImage) -> dict[str, Any]:
@@ -152,7 +162,8 @@ def _encode_turn(turn: Turn, put_image: PutImage) -> dict[str, Any]:
         return saved
     seen = turn.observation
     images = [put_image(image) for image in seen.images]
-    return saved | {"observation": {"token_ids": seen.token_ids, "images": images, "text": seen.text}}
+    look = {"look": dataclasses.asdict(seen.look)} if seen.look else {}
+    return saved | {"observation": {"token_ids": seen.token_ids, "images": images, "text": seen.text, **look}}
 
 
 def _decode_turn(saved: dict[str, Any], take_image: TakeImage) -> Turn:
@@ -162,6 +173,7 @@ def _decode_turn(saved: dict[str, Any], take_image: TakeImage) -> Turn:
             token_ids=tuple(seen["token_ids"]),
             images=tuple(map(take_image, seen["images"])),
             text=seen["text"],
+            look=_decode_look(seen.get("look")),
         )
     return Turn(
         token_ids=tuple(saved["token_ids"]),
@@ -170,3 +182,7 @@ def _decode_turn(saved: dict[str, Any], take_image: TakeImage) -> Turn:
         text=saved["text"],
         observation=observation,
     )
+
+
+def _decode_look(saved: dict[str, Any] | None) -> Look | None:
+    return Look(image=saved["image"], box=tuple(saved["box"])) if saved else None

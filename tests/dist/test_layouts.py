@@ -1,7 +1,9 @@
 """Every parallel layout computes what one rank computes: log-probs, loss, gradients, and weights after two steps."""
 
 from functools import cache
+from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ from gspo_mm.plan.hardware import gpu_of
 from gspo_mm.plan.memory import held_by, optimizer_bytes, stages
 from gspo_mm.plan.model import read_model
 from gspo_mm.plan.setup import Job, Lengths, Policy, Work
-from tests.dist.layouts import LAYOUTS, LORA, measure, policy_config
+from tests.dist.layouts import LAYOUTS, LORA, batches_of, loss_of, measure, policy_config
 from tests.forked import COMMANDS
 from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_sinks, tiny_text, tiny_vl, tiny_windows
+from tools.check_parity import load_reference, reference_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,33 @@ def test_a_layout_computes_what_one_rank_computes(name: str, measured: Any, alon
         for key, tensor in expected[what].items():
             scale = float(tensor.abs().max()) + 1e-12
             assert float((found[what][key] - tensor).abs().max()) / scale <= tolerance, f"{what} of {key}"
+
+
+@pytest.fixture(scope="module")
+def by_transformers(folders: dict[str, Path]) -> dict[str, Any]:
+    """Log-probs and gradients of what the layouts of `moe` measure, each sequence by itself."""
+    model = load_reference(folders["moe"])
+    batches = batches_of(SimpleNamespace(hf=model.config))
+    logprobs = [reference_logprobs(model, batch, 0.7) for batch in batches]
+    of_loss = loss_of([*range(len(batches))], batches)
+    sum(of_loss(i, of_batch, torch.zeros(1))[0] for i, of_batch in enumerate(logprobs)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {"batches": batches, "logprobs": logprobs, "gradients": gradients}
+
+
+@pytest.mark.parametrize("name", ["tp2 ep2 etp1", "pp2", "cp2"])
+def test_answers_in_turns_are_those_of_transformers(
+    name: str, measured: Any, by_transformers: dict[str, Any]
+) -> None:
+    """The second sequence of a batch with images has three turns, and a new picture before each."""
+    batch, found = by_transformers["batches"][0], measured(name)
+    trained = batch.response_mask[slice(*batch.cu_seqlens[1:3].tolist())].tolist()
+    assert [sampled for sampled, _ in groupby(trained)] == [False, True] * 3
+    for ours, theirs in zip(found["logprobs"], by_transformers["logprobs"], strict=True):
+        assert (ours - theirs).abs().max() <= 2e-5
+    for key, theirs in by_transformers["gradients"].items():
+        worst = float((found["gradients"][key] - theirs).abs().max() / theirs.abs().max())
+        assert worst <= 1e-4, key
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -19,6 +19,7 @@ from PIL import Image
 from gspo_mm.config import DataConfig, RolloutConfig
 from gspo_mm.config.environment import EnvironmentConfig
 from gspo_mm.data.faults import BadSample
+from gspo_mm.data.pictures import decode_image
 from gspo_mm.data.processor import Processor, TemplateError
 from gspo_mm.data.samples import to_prompt
 from gspo_mm.environment.conversation import Conversation, Conversations, check_faults, conversations_of
@@ -29,12 +30,13 @@ from gspo_mm.types import (
     EncodedPrompt,
     Finish,
     GspoError,
+    Look,
     Observation,
     RolloutGroup,
     Turn,
 )
 from tests.tars import image_bytes
-from tests.unit.test_environment import asked, encoded, turn
+from tests.unit.test_environment import asked, call, encoded, turn
 
 # --- answers that are led on
 
@@ -82,6 +84,7 @@ def said(processor: Processor) -> Turn:
         ("is no picture", "corrupt image"),
         ("spells a special token", r"special token in text: <\|im_end\|>"),
         ("is long", "rollout.environment.max_observation_tokens=1024"),
+        ("looks nowhere", r"ValueError: Look\(.*\) has an edge that is no number"),
         ("is something else", "'a string', which is no Feedback"),
     ],
 )
@@ -208,6 +211,40 @@ def test_an_answer_goes_on_with_what_came_back(showing: Conversations, processor
     grid = found.read.image_grid_thw
     assert grid is not None
     assert seen.token_ids.count(processor.image_token_id) == int(grid.prod()) // 4
+
+
+def test_a_tool_takes_boxes_as_the_family_gives_them(tiny_windows_model: Path) -> None:
+    """Qwen2.5-VL's are in pixels of the resized picture, here twice as wide and high."""
+    processor = Processor(str(tiny_windows_model), DataConfig(train=["x"], min_pixels=112 * 56))
+    picture = Image.new("RGB", (56, 28), "blue")
+    picture.paste("red", (28, 0, 56, 14))
+    prompt = processor.encode(asked((encoded(picture),)))
+    assert prompt.image_grid_thw is not None
+    assert prompt.image_grid_thw.tolist() == [[1, 4, 8]]
+    tools = conversations(processor, None, type="image_tools", args={"least_side": 14})
+    turns = (turn(call("zoom_in", box=[56, 0, 112, 28]), 5, processor.stop_token_ids[0]),)
+    found = asyncio.run(tools.follow(Conversation.of(prompt, Completion(turns=turns, finish=Finish.STOP))))
+    tools.close()
+    (seen,) = found.answer.observations if isinstance(found, Conversation) else ()
+    assert seen.look == Look(image=1, box=(0.5, 0, 1, 0.5))
+    assert decode_image(seen.images[0].data).getcolors() == [(28 * 14, (255, 0, 0))]
+
+
+def test_pages_come_one_by_one_and_no_other_is_read(tiny_model: Path) -> None:
+    processor = Processor(str(tiny_model), DataConfig(train=["x"]), shows_pages=True)
+    tools = conversations(processor, None, type="image_tools", args={"pages": True}, max_turns=3)
+    pages = tuple(encoded(Image.new("RGB", (32 * number, 32))) for number in (1, 2))
+    led = Conversation.of(
+        processor.encode(replace(asked(), pages=pages)), Completion(turns=(), finish=Finish.STOP)
+    )
+    for number in (1, 2):
+        sampled = turn(call("next_image"), 5, processor.stop_token_ids[0])
+        found = asyncio.run(tools.follow(led.with_turn(Completion(turns=(sampled,), finish=Finish.STOP))))
+        assert isinstance(found, Conversation)
+        led = found
+        assert led.read.prompt.images == pages[:number]
+        assert led.read.token_ids.count(processor.image_token_id) == 2 * number * (number + 1)
+    tools.close()
 
 
 def test_turns_and_tokens_come_to_an_end(showing: Conversations, processor: Processor) -> None:

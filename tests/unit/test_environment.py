@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,15 @@ import pytest
 from PIL import Image
 
 import gspo_mm.environment
-from gspo_mm.config import DataConfig
+from gspo_mm.config import Config
 from gspo_mm.config.environment import EnvironmentConfig
-from gspo_mm.data.processor import Processor
-from gspo_mm.environment import Call, CallError, Feedback, read_calls
+from gspo_mm.data.pictures import decode_image
+from gspo_mm.environment import Call, CallError, Feedback, Look, read_calls
+from gspo_mm.environment.base import SIZES
 from gspo_mm.environment.image_tools import ImageTools
-from gspo_mm.environment.pool import BadEnvironmentError, tools_of
-from gspo_mm.types import (
-    EncodedImage,
-    Prompt,
-    Turn,
-)
+from gspo_mm.environment.pool import BadEnvironmentError, make
+from gspo_mm.stages import processor_of
+from gspo_mm.types import EncodedImage, Observation, Prompt, Turn
 from tests.tars import image_bytes
 
 BOX = {"box": [1, 2, 3, 4]}
@@ -92,13 +91,15 @@ def quarters() -> EncodedImage:
     return encoded(image)
 
 
-def used(quarters: EncodedImage, text: str, **args: Any) -> Feedback | None:
-    return asyncio.run(ImageTools(**args).step(asked((quarters,)), [turn(text)]))
+def used(quarters: EncodedImage, text: str, unit: Any = "thousand", **args: Any) -> Feedback | None:
+    """What comes back where the model sees the picture in 84 x 56 pixels."""
+    SIZES.set({quarters.key: (84, 56)})
+    return asyncio.run(ImageTools(unit, **args).step(asked((quarters,)), [turn(text)]))
 
 
 @pytest.mark.parametrize(
     ("unit", "box"),
-    [("thousand", [500, 0, 1000, 500]), ("one", [0.5, 0, 1, 0.5]), ("pixels", [20, 0, 40, 10])],
+    [("thousand", [500, 0, 1000, 500]), ("one", [0.5, 0, 1, 0.5]), ("pixels", [42, 0, 84, 28])],
 )
 def test_zooming_shows_the_part_of_the_box_enlarged(
     quarters: EncodedImage, unit: str, box: list[float]
@@ -109,6 +110,7 @@ def test_zooming_shows_the_part_of_the_box_enlarged(
     assert isinstance(image, Image.Image)
     assert image.size == (100, 50)
     assert image.getpixel((50, 25)) == (0, 128, 0)
+    assert found.look == Look(image=1, box=(0.5, 0, 1, 0.5))
 
 
 def test_a_box_that_reaches_out_is_cut_and_a_tiny_one_is_a_pixel(quarters: EncodedImage) -> None:
@@ -116,6 +118,7 @@ def test_a_box_that_reaches_out_is_cut_and_a_tiny_one_is_a_pixel(quarters: Encod
     assert found
     assert isinstance(found.images[0], Image.Image)
     assert found.images[0].size == (20, 10)
+    assert found.look == Look(image=1, box=(-0.5, -0.5, 0.5, 0.5))
     found = used(quarters, call("zoom_in", box=[0, 0, 1, 1]), least_side=500, most_zoom=16)
     assert found
     assert isinstance(found.images[0], Image.Image)
@@ -138,12 +141,13 @@ def test_turning_is_clockwise(quarters: EncodedImage) -> None:
         (call("zoom_in", box=[10, 10, 5, 5]), "holds nothing of the picture"),
         (
             '<tool_call>{"name": "zoom_in", "arguments": {"box": [NaN, 0, NaN, 9]}}</tool_call>',
-            "holds nothing",
+            "zoom_in: box.0: Input should be a finite number",
         ),
         (call("zoom_in", box=[1, 2]), "zoom_in: box"),
         (call("zoom_in", box=[0, 0, 9, 9], image=7), "no picture 7, only 1 to 1"),
         (call("rotate", degrees=45), "rotate: degrees"),
         (call("erase"), "no tool 'erase', only zoom_in and rotate"),
+        (call("next_image"), "no tool 'next_image', only zoom_in and rotate"),
         (call("rotate", degrees=90) * 2, "one call at a time"),
         ("<tool_call>{</tool_call>", "no JSON"),
     ],
@@ -156,19 +160,58 @@ def test_what_cannot_be_done_is_told_to_the_model(quarters: EncodedImage, text: 
     assert not found.images
 
 
+def test_a_box_that_holds_nothing_is_kept_to_be_drawn(quarters: EncodedImage) -> None:
+    found = used(quarters, call("zoom_in", box=[2000, 0, 3000, 10]))
+    assert found
+    assert found.look == Look(image=1, box=(2, 0, 3, 0.01))
+
+
+def test_pages_are_shown_one_by_one_and_as_they_are(quarters: EncodedImage) -> None:
+    """The second one is equal to what a tool makes of the first: calls are counted, not pictures."""
+    whole = call("zoom_in", box=[0, 0, 1000, 1000])
+    pages = tuple(encoded(Image.new("RGB", (20, side))) for side in (20, 20, 8))
+    prompt, turns = replace(asked(), pages=pages), list[Turn]()
+    tools = ImageTools("thousand", least_side=1, pages=True)
+    for text in (call("next_image"), whole, *[call("next_image")] * 3):
+        found = asyncio.run(tools.step(prompt, [*turns, turn(text)]))
+        assert found
+        shown = [
+            encoded(image if isinstance(image, Image.Image) else decode_image(image))
+            for image in found.images
+        ]
+        seen = Observation(token_ids=(), images=tuple(shown), text=found.text)
+        turns.append(replace(turn(text), observation=seen))
+    first, again, second, third, over = (turn.observation for turn in turns if turn.observation)
+    assert again.images == pages[:1]
+    assert first.images + second.images + third.images == pages
+    assert (over.images, over.text) == ((), "Error: there is no further picture")
+
+
+def test_only_a_run_with_pages_is_told_of_them() -> None:
+    names = [[t["function"]["name"] for t in ImageTools("one", pages=pages).tools] for pages in (False, True)]
+    assert names == [["zoom_in", "rotate"], ["zoom_in", "rotate", "next_image"]]
+
+
 def test_a_turn_without_a_call_ends_the_answer(quarters: EncodedImage) -> None:
     assert used(quarters, "seven") is None
 
 
-def test_models_are_told_of_the_tools(tiny_model: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_model, tmp_path / "hf")
+@pytest.mark.parametrize(
+    ("model", "says"), [("tiny_model", (False, True)), ("tiny_windows_model", (True, False))]
+)
+def test_models_are_told_of_the_tools_in_their_familys_unit(
+    model: str, says: tuple[bool, bool], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(request.getfixturevalue(model), tmp_path / "hf")
     template = folder / "chat_template.jinja"
     template.write_text("{%- if tools %}{{ tools | tojson }}{%- endif -%}" + template.read_text())
-    config = EnvironmentConfig.model_validate({"type": "image_tools"})
-    told = Processor(str(folder), DataConfig(train=["x"], max_prompt_tokens=4096), tools=tools_of(config))
-    text = told.decode(told.encode(asked()).token_ids)
-    assert "zoom_in" in text
-    assert "thousandths of the picture" in text
+    config = {"model": {"path": str(folder)}, "data": {"train": ["x"], "max_prompt_tokens": 4096}}
+    config |= {"run": {"name": "r"}, "reward": {"file": "r.yaml"}}
+    environment = {"type": "image_tools", "args": {"pages": True}}
+    told = processor_of(Config.model_validate(config | {"rollout": {"environment": environment}}))
+    text = told.decode(told.encode(replace(asked(), pages=(encoded(Image.new("RGB", (8, 8))),))).token_ids)
+    assert "next_image" in text
+    assert ("pixels of the picture" in text, "thousandths of the picture" in text) == says
 
 
 @pytest.mark.parametrize(
@@ -178,11 +221,12 @@ def test_models_are_told_of_the_tools(tiny_model: Path, tmp_path: Path) -> None:
         ({"python": "tests.environments:Nothing"}, "has no attribute 'Nothing'"),
         ({"python": "tests.environments:Shows", "args": {"first": 1}}, "unexpected keyword argument 'first'"),
         ({"type": "image_tools", "args": {"unit": "miles"}}, "miles"),
+        ({"type": "image_tools"}, "no unit for places in pictures; set args.unit"),
     ],
 )
 def test_an_environment_that_cannot_be_made_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(BadEnvironmentError, match=said):
-        tools_of(EnvironmentConfig.model_validate(settings))
+        make(EnvironmentConfig.model_validate(settings), None)
 
 
 def of_the_readme(name: str) -> Any:
@@ -212,11 +256,11 @@ def test_the_calculator_of_the_readme(text: str, said: str) -> None:
     assert asyncio.run(of_the_readme("Calculator")().step(asked(), [turn("it is 7")])) is None
 
 
-def test_the_pages_of_the_readme(tmp_path: Path) -> None:
-    (tmp_path / "1.png").write_bytes(b"one")
-    pages = of_the_readme("Pages")(folder=tmp_path)
-    prompt = asked(pages=["1.png"])
-    assert asyncio.run(pages.step(prompt, [turn("next page")])) == Feedback(images=[b"one"])
+def test_the_pages_of_the_readme() -> None:
+    pages = of_the_readme("Pages")()
+    page = encoded(Image.new("RGB", (8, 8)))
+    prompt = replace(asked(), pages=(page,))
+    assert asyncio.run(pages.step(prompt, [turn("next page")])) == Feedback(images=[page.data])
     assert asyncio.run(pages.step(prompt, [turn("next page")] * 2)) == Feedback(
         text="That was the last page."
     )

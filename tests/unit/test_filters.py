@@ -78,6 +78,7 @@ def test_a_held_out_prompt_is_known_by_what_the_model_sees() -> None:
     it.hold_out([prompt(key="validation/0")])
     with pytest.raises(BadSample, match="held out"):
         it.check(prompt(key="train/9", other=1), 0)
-    for other in (prompt(text="??"), prompt(width=65), dataclasses.replace(prompt(), images=())):
+    others = [{"images": ()}, {"pages": prompt().images}]
+    for other in (prompt(text="??"), prompt(width=65), *(dataclasses.replace(prompt(), **o) for o in others)):
         it.check(other, 0)
         assert fingerprint(other) != fingerprint(prompt())

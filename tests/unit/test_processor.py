@@ -78,7 +78,9 @@ def test_ids_are_those_of_the_hugging_face_processor(
 ODD_SIZES = [(1, 1), (7, 3), (37, 91), (120, 1), (1, 190), (15, 200), (1000, 9), (700, 500)]
 
 
-@pytest.mark.parametrize("model", ["tiny_model", "tiny_sigmoid_model", "tiny_hybrid_model"])
+@pytest.mark.parametrize(
+    "model", ["tiny_model", "tiny_sigmoid_model", "tiny_hybrid_model", "tiny_windows_model"]
+)
 def test_sizes_alone_give_the_ids_and_grids_of_the_hugging_face_processor(
     model: str, request: pytest.FixtureRequest
 ) -> None:
@@ -96,6 +98,24 @@ def test_sizes_alone_give_the_ids_and_grids_of_the_hugging_face_processor(
     assert found.token_ids == tuple(inputs["input_ids"][0].tolist())
     assert torch.equal(found.image_grid_thw, inputs["image_grid_thw"])
     assert found.pixel_values is None
+    side = theirs.image_processor.patch_size
+    seen = [(columns * side, rows * side) for _, rows, columns in inputs["image_grid_thw"].tolist()]
+    assert [ours.size_seen(image) for image in it.images] == seen
+
+
+def test_pages_are_checked_and_not_encoded(processor: Processor, tiny_model: Path) -> None:
+    question = prompt("Which page?", encoded(64, 64))
+    with_pages = dataclasses.replace(question, pages=(encoded(64, 32), encoded(32, 32)))
+    shows = Processor(str(tiny_model), DataConfig(train=["x"]), shows_pages=True)
+    assert shows.encode(with_pages).token_ids == processor.encode(question).token_ids
+    with pytest.raises(BadSample, match="it has 2 pages, which nothing shows") as caught:
+        processor.encode(with_pages)
+    assert caught.value.reason == "image count"
+    damaged = dataclasses.replace(encoded(64, 32), data=b"GIF89a is all there is")
+    for page, reason in ((damaged, "corrupt image"), (encoded(4100, 20), "image refused")):
+        with pytest.raises(BadSample) as caught:
+            shows.encode(dataclasses.replace(question, pages=(page,)))
+        assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_sigmoid_model"])

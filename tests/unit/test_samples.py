@@ -140,6 +140,30 @@ def test_images_that_the_json_lists_are_the_members(listed: Any) -> None:
     assert caught.value.reason == "image order"
 
 
+PAGES = {"0.png": 8, "b.png": 9, "a.png": 10}
+
+
+def test_members_that_the_json_lists_as_pages_are_in_no_message() -> None:
+    members = {name: png(width) for name, width in PAGES.items()}
+    prompt = to_prompt(raw(good(pages=["b.png", "7.a.png"]), **members))
+    assert [image.width for image in prompt.images] == [8]
+    assert [page.width for page in prompt.pages] == [9, 10]
+    assert prompt.pictures == prompt.images + prompt.pages
+    with pytest.raises(BadSample, match="1 image parts in the messages but 2 images") as caught:
+        to_prompt(raw(good(pages=["b.png"], images=["0.png", "a.png"]), **members))
+    assert caught.value.reason == "image count"
+
+
+@pytest.mark.parametrize("listed", [["c.png"], ["b.png", "b.png"], "b.png", [1]])
+def test_pages_that_are_no_members_are_refused(listed: Any) -> None:
+    members = {name: png(width) for name, width in PAGES.items()}
+    with pytest.raises(
+        BadSample, match=r"pages in the json is .*, but the members are 0\.png, b\.png, a"
+    ) as caught:
+        to_prompt(raw(good(pages=listed), **members))
+    assert caught.value.reason == "image order"
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
