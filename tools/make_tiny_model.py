@@ -12,6 +12,7 @@ knows the words of the digit tasks, so that prompts and answers are short.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,12 +74,14 @@ def make_tiny_model(
     image_size: int = 64,
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
+    ends: float | None = None,
     force: bool = False,
 ) -> PreTrainedModel:
     """Write the model folder `out` and return the model (float32).
 
     `text` and `vision` override single values of the two halves of the config, for instance
     `text={"num_key_value_heads": 4}`; `text={"tie_word_embeddings": True}` ties the embeddings.
+    `ends`: about how often the next token is to be the one that ends a turn, of embeddings that are not tied.
     Images of `image_size` squared keep their size; up to 4x as many pixels are admitted, fewer are scaled up.
 
     Raises FileExistsError unless `force`, ValueError when the expert dims would make the layout ambiguous.
@@ -105,6 +108,8 @@ def make_tiny_model(
             if name.endswith("correction_bias"):  # zeros would hide where it is left out
                 torch.nn.init.normal_(buffer, std=0.1)
     stop = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+    if ends:
+        _end_often(model, stop[0], ends)
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop[1], bos_token_id=stop[1])
 
     partial = out.with_name(f".{out.name}.partial")
@@ -120,6 +125,19 @@ def make_tiny_model(
         shutil.rmtree(out)
     partial.rename(out)
     return model
+
+
+def _end_often(model: PreTrainedModel, token: int, share: float) -> None:
+    """Let `token` be about that share of what is drawn, whatever it follows: all text has one feature, which it alone reads."""
+    import torch
+
+    tokens, head = (layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    with torch.no_grad():
+        # beside it all others are small, so that norms make of it the root of their number
+        tokens[:, 0] = 30.0
+        head[:, 0] = 0.0
+        head[token] = 0.0
+        head[token, 0] = math.log(share / (1 - share) * head.shape[0]) / math.sqrt(head.shape[1])
 
 
 def train_tokenizer(special: list[str] = SPECIAL_TOKENS) -> Tokenizer:
@@ -292,6 +310,9 @@ def main(
         list[str] | None,
         typer.Option("--set", help="Override a config value: text.KEY=JSON or vision.KEY=JSON."),
     ] = None,
+    ends: Annotated[
+        float | None, typer.Option(help="About how often the next token ends a turn, for answers in turns.")
+    ] = None,
     force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Make a small random **Qwen3-VL-MoE** (or another family's) folder that `from_pretrained` loads.
@@ -312,7 +333,14 @@ def main(
     values = _overrides(set_ or [])
     try:
         model = make_tiny_model(
-            out, family=family, seed=seed, patch_size=patch_size, image_size=image_size, force=force, **values
+            out,
+            family=family,
+            seed=seed,
+            patch_size=patch_size,
+            image_size=image_size,
+            ends=ends,
+            force=force,
+            **values,
         )
     except (FileExistsError, ValueError) as error:
         typer.secho(str(error), fg="red", err=True)

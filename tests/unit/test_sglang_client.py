@@ -18,7 +18,9 @@ from tenacity import wait_none
 
 from gspo_mm.config import parse_config
 from gspo_mm.rollout import sglang as module
-from gspo_mm.rollout.sglang import PromptMismatchError, SGLangEngine, collapse_images, versions_of
+from gspo_mm.rollout.replies import versions_of
+from gspo_mm.rollout.requests import PromptMismatchError, collapse_images
+from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving import fleet
 from gspo_mm.serving.admin import call_all
 from gspo_mm.serving.fleet import Fleet
