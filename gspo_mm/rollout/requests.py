@@ -20,7 +20,13 @@ class PromptMismatchError(GspoError):
 
 
 class RetokenizedError(GspoError):
-    """A server decodes the ids of a prompt and tokenises them again."""
+    """A server does not read a prompt's ids as they are."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"{found}: with rollout.environment servers must read what was sampled as it is; start them with the processor of "
+            "model.path and SGLANG_MM_AVOID_RETOKENIZE=1 (SGLang 0.5.15 or newer), or set rollout.engine=embedded"
+        )
 
 
 def request_of(
@@ -99,7 +105,5 @@ def check_kept(reply: dict[str, Any], probe: EncodedPrompt, *, who: str) -> None
     except PromptMismatchError:
         made = reply["meta_info"]["prompt_tokens"]
         raise RetokenizedError(
-            f"{who} made {made} tokens of a probe that has {len(probe.token_ids)}, or other ones: it tokenises again what "
-            "rollout.environment needs as it was sampled; start it with SGLANG_MM_AVOID_RETOKENIZE=1 (SGLang 0.5.15 or newer) "
-            "and the processor of model.path"
+            f"{who} made {made} tokens of a probe that has {len(probe.token_ids)}, or other ones"
         ) from None

@@ -25,7 +25,14 @@ from gspo_mm.data.processor import Processor
 from gspo_mm.environment.conversation import Conversation, Conversations, conversations_of
 from gspo_mm.rollout.engine import TokenSide
 from gspo_mm.rollout.replies import ReplyError, ReplyReader
-from gspo_mm.rollout.requests import check_kept, check_prompt, completion_of, request_of, with_seeds
+from gspo_mm.rollout.requests import (
+    RetokenizedError,
+    check_kept,
+    check_prompt,
+    completion_of,
+    request_of,
+    with_seeds,
+)
 from gspo_mm.runtime.background import Background
 from gspo_mm.runtime.phases import Busy
 from gspo_mm.runtime.preempt import StopRequest
@@ -289,6 +296,8 @@ class SGLangEngine:
         try:
             (reply,) = await self._post(server.url, server.api_key, request, {})
         except _RetryError as fault:
+            if fault.answered:  # a processor that takes the ids for those of their text may fail over them
+                raise RetokenizedError(f"{fault}, to a probe of ids that it would not make itself") from None
             raise ServerError(f"a probe was not answered: {fault}") from None
         check_kept(reply, probe, who=f"server {server.name} at {server.url}")
 

@@ -13,7 +13,7 @@ from gspo_mm.data.processor import Processor
 from gspo_mm.rollout.requests import RetokenizedError
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving.server import ServerError
-from tests.fake_server import FakeServer, reply, status
+from tests.fake_server import FakeServer, drop, reply, status
 from tests.unit.test_conversations import conversations
 from tests.unit.test_sglang_client import open_engine
 
@@ -74,16 +74,22 @@ def test_a_server_that_keeps_ids_is_asked_once(engine: SGLangEngine, server: Rea
 
 def test_a_server_that_tokenises_again_is_refused(engine: SGLangEngine, server: Reads) -> None:
     server.keeps_ids = False
-    with pytest.raises(RetokenizedError, match=rf"server-0 at {server.url}.*SGLANG_MM_AVOID_RETOKENIZE=1"):
+    with pytest.raises(RetokenizedError, match=rf"server-0 at {server.url} .*SGLANG_MM_AVOID_RETOKENIZE=1"):
         hold(engine, 1)
     assert engine.version == 0
 
 
-def test_a_server_that_fails_over_the_probe_is_brought_the_weights_again(
-    engine: SGLangEngine, server: Reads
-) -> None:
+def test_a_server_that_cannot_read_the_probe_is_refused(engine: SGLangEngine, server: Reads) -> None:
+    """As SGLang's processor of GLM-4V does, which masks the ids as if they were those of their text."""
     server.script.append(status(500))
-    with pytest.raises(ServerError, match=r"a probe was not answered: server-0 at .* answered 500"):
+    with pytest.raises(RetokenizedError, match=r"answered 500: .no., to a probe of ids"):
+        hold(engine, 1)
+    assert engine.version == 0
+
+
+def test_a_server_that_is_gone_is_brought_the_weights_again(engine: SGLangEngine, server: Reads) -> None:
+    server.script.append(drop)
+    with pytest.raises(ServerError, match="a probe was not answered"):
         hold(engine, 1)
     hold(engine, 1)
     assert engine.version == 1
