@@ -112,6 +112,7 @@ def test_no_token_is_older_than_the_bound_and_no_group_is_trained_on_twice(
     assert is_fine(server, "/ready", timeout=60), "a server that others keep running goes on"
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_turns_goes_on_with_the_answers_that_it_had(
     prepare: Prepare, turning_model: Path, tmp_path: Path
 ) -> None:
