@@ -1,6 +1,4 @@
-"""A run on answers in turns whose servers are killed between two turns, one, then both, and that is killed itself in the end.
-
-All processes are real."""
+"""A run on answers in turns: between two turns a server is killed, then both, and in the end the run; all processes are real."""
 
 from __future__ import annotations
 
@@ -97,14 +95,15 @@ def test_a_run_survives_its_servers_and_they_do_not_survive_it(run: Watched, gat
         versions = {v for g in groups[step] for c in g.completions for v in c.versions}
         assert versions == {step - 1}
     keys = [g.prompt.key for step in steps for g in groups[step]]
-    answers = [c for step in steps for g in groups[step] for c in g.completions]
-    assert {len(answer.turns) for answer in answers} == {1, 2}
-    assert not [answer.fault for answer in answers if answer.fault]
-    # with both servers later turns are asked for where the first was answered
-    lines = [line for line in read_metrics(run.path) if line["step"] in (1, 2)]
-    assert all(line["turns/cached_fraction"] > 0.9 for line in lines)
     epoch = 200  # prompts in the shards
     assert all(len(set(keys[i : i + epoch])) == len(keys[i : i + epoch]) for i in range(0, len(keys), epoch))
+
+    # answers have their second turn, and with both servers it was asked for where the first was answered
+    answers = [answer for step in steps for group in groups[step] for answer in group.completions]
+    assert {len(answer.turns) for answer in answers} == {1, 2}
+    assert not [answer.fault for answer in answers if answer.fault]
+    cached = [line["turns/cached_fraction"] for line in read_metrics(run.path) if line["step"] in (1, 2)]
+    assert min(cached) > 0.9
 
     # the trainer is killed: nothing of it is left
     everything = run.family()
