@@ -56,15 +56,15 @@ class Fails:
 
 
 class Waits(Shows):
-    """As `Shows`, when the file `go` is in a folder, where it leaves one that it waits."""
+    """As `Shows`, when the file `go` is in a folder; until it is, each answer leaves one there, `waiting`, again and again."""
 
     def __init__(self, folder: str, last: int = 2) -> None:
         super().__init__(last)
         self._folder = Path(folder)
 
     async def step(self, prompt: Prompt, turns: Sequence[Turn]) -> Feedback | None:
-        (self._folder / "waiting").touch()
         while not (self._folder / "go").exists():
+            (self._folder / "waiting").touch()
             time.sleep(0.05)
         return await super().step(prompt, turns)
 

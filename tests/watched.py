@@ -58,6 +58,29 @@ class Watched:
         self.wait(f"step {goal}", lambda: self.steps() >= goal)
 
 
+class Gate:
+    """An environment that holds answers up between two turns: `Waits`, at first open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            "python": "tests.environments:Waits",
+            "args": {"folder": str(folder)},
+            "timeout": 600.0,
+        }
+        self.open()
+
+    def open(self) -> None:
+        (self.folder / "go").touch()
+
+    def close(self, run: Watched) -> None:
+        """Returns when answers wait between two turns, and none goes on."""
+        waiting = self.folder / "waiting"
+        (self.folder / "go").unlink()
+        waiting.unlink(missing_ok=True)
+        run.wait("answers between two turns", waiting.exists)
+
+
 def kill_server(server: Server) -> None:
     """Whatever listens where it did."""
     port = urlsplit(server.url).port

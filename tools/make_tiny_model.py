@@ -12,6 +12,7 @@ knows the words of the digit tasks, so that prompts and answers are short.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,12 +78,14 @@ def make_tiny_model(
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
     tools: bool = False,
+    ends: float | None = None,
     force: bool = False,
 ) -> PreTrainedModel:
     """Write the model folder `out` and return the model (float32).
 
     `text` and `vision` override single values of the two halves of the config, for instance
     `text={"num_key_value_heads": 4}`; `text={"tie_word_embeddings": True}` ties the embeddings.
+    `ends`: about how often the next token is to be the one that ends a turn, of embeddings that are not tied.
     Images of `image_size` squared keep their size; up to 4x as many pixels are admitted, fewer are scaled up.
     With `tools` the tokenizer knows the words of a call, too.
 
@@ -110,6 +113,8 @@ def make_tiny_model(
             if name.endswith("correction_bias"):  # zeros would hide where it is left out
                 torch.nn.init.normal_(buffer, std=0.1)
     stop = [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|endoftext|>")]
+    if ends:
+        _end_often(model, stop[0], ends)
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=stop[1], bos_token_id=stop[1])
 
     partial = out.with_name(f".{out.name}.partial")
@@ -125,6 +130,19 @@ def make_tiny_model(
         shutil.rmtree(out)
     partial.rename(out)
     return model
+
+
+def _end_often(model: Any, token: int, share: float) -> None:
+    """Let `token` be about that share of what is drawn, whatever it follows: all text has one feature, which it alone reads."""
+    import torch
+
+    tokens, head = (layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    with torch.no_grad():
+        # beside it all others are small, so that norms make of it the root of their number
+        tokens[:, 0] = 30.0
+        head[:, 0] = 0.0
+        head[token] = 0.0
+        head[token, 0] = math.log(share / (1 - share) * head.shape[0]) / math.sqrt(head.shape[1])
 
 
 def train_tokenizer(special: list[str] = SPECIAL_TOKENS, *, tools: bool = False) -> Tokenizer:
@@ -299,6 +317,9 @@ def main(
         list[str] | None,
         typer.Option("--set", help="Override a config value: text.KEY=JSON or vision.KEY=JSON."),
     ] = None,
+    ends: Annotated[
+        float | None, typer.Option(help="About how often the next token ends a turn, for answers in turns.")
+    ] = None,
     force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Make a small random **Qwen3-VL-MoE** (or another family's) folder that `from_pretrained` loads.
@@ -325,6 +346,7 @@ def main(
             patch_size=patch_size,
             image_size=image_size,
             tools=tools,
+            ends=ends,
             force=force,
             **values,
         )

@@ -15,6 +15,8 @@ import math
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from PIL import Image
 
 from gspo_mm.config import DataConfig
 from gspo_mm.data.faults import BadSample
-from gspo_mm.data.pictures import decode_image
+from gspo_mm.data.pictures import decode_image, png_of
 from gspo_mm.families.table import family_of
 from gspo_mm.hf.decoding import Decoder
 from gspo_mm.hf.processor import load_processor, size_within, tokenizer_of
@@ -122,6 +124,20 @@ class Processor:
                 "too long", f"{len(token_ids)} tokens, data.max_prompt_tokens={self._max_prompt_tokens}"
             )
         return EncodedPrompt(prompt=prompt, token_ids=token_ids, pixel_values=pixels, image_grid_thw=grids)
+
+    def probe(self) -> EncodedPrompt | None:
+        """A prompt with a picture, and words in single letters: whoever decodes its ids and tokenises them gets fewer.
+
+        None where models take text alone.
+        """
+        if self.image_token_id is None:
+            return None
+        data, content = png_of(Image.new("RGB", (64, 64))), [{"type": "image"}, {"type": "text", "text": "?"}]
+        image = EncodedImage(data=data, key=EncodedImage.key_of(data), width=64, height=64)
+        messages = ({"role": "user", "content": content},)
+        asked = self.encode(Prompt(key="probe", messages=messages, images=(image,), answer="", task=""))
+        letters = self._tokenizer([*"the answer"], add_special_tokens=False)["input_ids"]
+        return replace(asked, token_ids=(*asked.token_ids, *chain(*letters)))
 
     def encode_turn(
         self,

@@ -70,6 +70,10 @@ class Conversations:
     def close(self) -> None:
         self._environments.close()
 
+    def probe(self) -> EncodedPrompt | None:
+        """See `Processor.probe`."""
+        return self._processor.probe()
+
     async def follow(self, led: Conversation) -> Completion | Conversation:
         """What becomes of an answer whose last turn has just been sampled: it is complete, or another turn is to be sampled.
 

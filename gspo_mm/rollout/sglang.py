@@ -1,10 +1,9 @@
 """The rollout engine of real runs: asks SGLang servers over HTTP, from an event loop beside the training thread.
 
 One request asks for all answers of a group, so that an image is sent, decoded and prefilled once; only to a server whose
-draws are decided by seeds (deterministic inference) the prompt is sent once for each of them. A request holds the
-prompt's token ids with a single image token per image, which the server expands; the expanded ids come back with the
-answer and must be the ones that training will use. A request is sent again when the connection or the server fails,
-never when the server refuses it (4xx).
+draws are decided by seeds (deterministic inference) the prompt is sent once for each of them. Later turns are asked for one by
+one, where the first was answered. A request is sent again when the connection or the server fails, never when the server refuses
+it (4xx).
 """
 
 from __future__ import annotations
@@ -12,20 +11,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
 from gspo_mm.config import Config
-from gspo_mm.data.pictures import data_url
 from gspo_mm.data.processor import Processor
 from gspo_mm.environment.conversation import Conversation, Conversations, conversations_of
 from gspo_mm.rollout.engine import TokenSide
-from gspo_mm.rollout.replies import ReplyError, ReplyReader, versions_of
+from gspo_mm.rollout.replies import ReplyError, ReplyReader
+from gspo_mm.rollout.requests import (
+    RetokenizedError,
+    check_kept,
+    check_prompt,
+    completion_of,
+    request_of,
+    with_seeds,
+)
 from gspo_mm.runtime.background import Background
 from gspo_mm.runtime.phases import Busy
 from gspo_mm.runtime.preempt import StopRequest
@@ -34,8 +41,9 @@ from gspo_mm.runtime.watchdog import beat
 from gspo_mm.serving.fleet import Fleet
 from gspo_mm.serving.host import ServerHost, host_of_other_machine
 from gspo_mm.serving.inspection import inspect_servers
+from gspo_mm.serving.router import GROUP
 from gspo_mm.serving.served import check_served, served
-from gspo_mm.serving.server import ServerError, bearer
+from gspo_mm.serving.server import Server, ServerError, bearer
 from gspo_mm.types import Completion, EncodedPrompt, GspoError, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -43,10 +51,6 @@ logger = logging.getLogger(__name__)
 # how often one request is sent again before it is given up, of servers that
 _REFUSALS = 5  # did not do it: 5xx, an answer broken off, a reply that cannot be used
 _LOSSES = 50  # closed the connection, and are there all the same
-
-
-class PromptMismatchError(GspoError):
-    """A server made other token ids of a prompt than training will use."""
 
 
 class _RetryError(Exception):
@@ -139,6 +143,19 @@ class SGLangEngine:
         """Run a coroutine on the engine's loop and wait for it."""
         return self._background.run(work)
 
+    async def hold(self, version: int, servers: list[Server]) -> None:
+        """From now on ask `servers`, which have the weights of `version`: each is looked at once before answers in turns.
+
+        Raises RetokenizedError for one that cannot have them, ServerError for one that does not answer.
+        """
+        if self._conversations and (probe := self._conversations.probe()):
+            for server in servers:
+                holding = self.fleet.holding(server)
+                if not holding.keeps_ids:
+                    await self._check_keeps_ids(server, probe)
+                    holding.keeps_ids = True
+        await self.fleet.hold(version, servers)
+
     def generate(
         self, prompts: list[EncodedPrompt], *, group_size: int, sampling: SamplingParams, seed: int
     ) -> list[list[Completion]]:
@@ -196,10 +213,15 @@ class SGLangEngine:
         self, prompt: EncodedPrompt, group_size: int, sampling: SamplingParams, *, priority: int = 0
     ) -> list[Completion]:
         """One group. Raises PromptMismatchError, or ServerError past rollout.sglang.request_timeout."""
+        # all turns of a group are asked for where its first was answered: that server has its prompt and answers in its cache
+        turn = partial(self._sample_turn, priority=priority, group=secrets.token_hex(8))
         async with self._slots[priority]:
-            answers = await self._sample_turn(prompt, group_size, sampling, priority)
+            answers = await turn(prompt, group_size, sampling)
             if conversations := self._conversations:
-                led = (self._lead(conversations, prompt, answer, sampling, priority) for answer in answers)
+                led = (
+                    self._lead(conversations, Conversation.of(prompt, answer), sampling, turn)
+                    for answer in answers
+                )
                 answers = await asyncio.gather(*led)
         return answers
 
@@ -208,8 +230,9 @@ class SGLangEngine:
         prompt: EncodedPrompt,
         count: int,
         sampling: SamplingParams,
-        priority: int,
         *,
+        priority: int,
+        group: str,
         known: int = 0,
     ) -> list[Completion]:
         """`known`: how many tokens of the prompt are those of the turn before, which a server has read or sampled."""
@@ -223,7 +246,7 @@ class SGLangEngine:
                 self._sampled += 1
                 labels = ("sample", self.version, self._sampled)
                 request = with_seeds(request, [derive_seed(self._seed, *labels, i) for i in range(count)])
-            replies = await self.ask(request)
+            replies = await self.ask(request, group=group)
         beat()
         if known:
             self._known += known * count
@@ -233,28 +256,27 @@ class SGLangEngine:
     async def _lead(
         self,
         conversations: Conversations,
-        prompt: EncodedPrompt,
-        answer: Completion,
+        led: Conversation,
         sampling: SamplingParams,
-        priority: int,
+        turn: Callable[..., Awaitable[list[Completion]]],
     ) -> Completion:
         """The answer with all of its turns."""
-        led = Conversation.of(prompt, answer)
         while isinstance(found := await conversations.follow(led), Conversation):
             limited = replace(sampling, max_new_tokens=found.most)
             known = len(led.read.token_ids) + len(led.answer.turns[-1].token_ids)
-            (new,) = await self._sample_turn(found.read, 1, limited, priority, known=known)
+            (new,) = await turn(found.read, 1, limited, known=known)
             led = found.with_turn(new)
         return found
 
-    async def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+    async def ask(self, request: dict[str, Any], *, group: str | None = None) -> list[dict[str, Any]]:
         """POST /generate until it is answered; one reply per sample, as `replies.answers` makes them.
 
-        Raises ServerError when servers cannot answer it.
+        Requests of one `group` go to the same server. Raises ServerError when servers cannot answer it.
         """
+        headers = {GROUP: group or secrets.token_hex(8)}
         async for attempt in self._attempts():
             with attempt:
-                return await self._post(request)
+                return await self._post(*await self.fleet.url(), request, headers)
         raise AssertionError
 
     def close(self, reason: str = "the run has ended") -> None:
@@ -269,11 +291,22 @@ class SGLangEngine:
         self._background.run(self._client.aclose())
         self._background.close()
 
-    async def _post(self, request: dict[str, Any]) -> Any:
-        url, key = await self.fleet.url()
+    async def _check_keeps_ids(self, server: Server, probe: EncodedPrompt) -> None:
+        request = request_of(probe, self._processor, SamplingParams(max_new_tokens=1), 1)
+        try:
+            (reply,) = await self._post(server.url, server.api_key, request, {})
+        except _RetryError as fault:
+            if fault.answered:  # a processor that takes the ids for those of their text may fail over them
+                raise RetokenizedError(f"{fault}, to a probe of ids that it would not make itself") from None
+            raise ServerError(f"a probe was not answered: {fault}") from None
+        check_kept(reply, probe, who=f"server {server.name} at {server.url}")
+
+    async def _post(self, url: str, key: str, request: dict[str, Any], headers: dict[str, str]) -> Any:
         try:
             async with asyncio.timeout(self._deadline):
-                response = await self._client.post(f"{url}/generate", json=request, headers=bearer(key))
+                response = await self._client.post(
+                    f"{url}/generate", json=request, headers=headers | bearer(key)
+                )
         except TimeoutError:
             raise ServerError(
                 f"a prompt was not answered within rollout.sglang.request_timeout={self._deadline} s; raise it, or "
@@ -328,75 +361,6 @@ def vocab_size(model_path: str) -> int:
 
     text: Any = AutoConfig.from_pretrained(model_path).get_text_config()
     return text.vocab_size
-
-
-def request_of(
-    prompt: EncodedPrompt, processor: TokenSide, sampling: SamplingParams, group_size: int
-) -> dict[str, Any]:
-    """Body of POST /generate: a batch of one prompt, so that the reply is a list whatever `group_size` is."""
-    parameters = {
-        "n": group_size,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,
-        "max_new_tokens": sampling.max_new_tokens,
-        "stop_token_ids": list(processor.stop_token_ids),
-    }
-    images = [data_url(image.data, lossless=True) for image in prompt.prompt.images]  # what the policy sees
-    return {
-        "input_ids": [collapse_images(prompt.token_ids, processor.image_token_id, prompt.image_grid_thw)],
-        "image_data": [images] if images else None,
-        "sampling_params": parameters,
-        "return_logprob": True,
-        "return_prompt_token_ids": True,
-    }
-
-
-def with_seeds(request: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
-    """`request` as a batch of its prompt once per sample, each with a seed: the samples of one `n` would share it."""
-    count, images, parameters = len(seeds), request["image_data"], request["sampling_params"]
-    return request | {
-        "input_ids": request["input_ids"] * count,
-        "image_data": images and images * count,
-        "sampling_params": [parameters | {"n": 1, "sampling_seed": seed} for seed in seeds],
-    }
-
-
-def collapse_images(token_ids: Sequence[int], image_token_id: int | None, grids: Any) -> list[int]:
-    """The ids with one image token per image, which is what servers expand themselves."""
-    if grids is None:
-        return list(token_ids)
-    assert image_token_id is not None
-    collapsed: list[int] = []
-    for token in token_ids:
-        if token != image_token_id or not collapsed or collapsed[-1] != image_token_id:
-            collapsed.append(token)
-    assert collapsed.count(image_token_id) == len(grids), "images are set apart by other tokens"
-    return collapsed
-
-
-def completion_of(reply: dict[str, Any], prompt: EncodedPrompt) -> Completion:
-    """One of `ask`. Raises PromptMismatchError."""
-    check_prompt(reply, prompt)
-    meta, tokens = reply["meta_info"], tuple(reply["output_ids"])
-    return Completion.of_one_turn(
-        token_ids=tokens,
-        logprobs=tuple(meta["output_token_logprobs"]),
-        versions=versions_of(meta, len(tokens)),
-        finish=reply["finish"],
-        text=reply["text"],
-    )
-
-
-def check_prompt(reply: dict[str, Any], prompt: EncodedPrompt) -> None:
-    """Raise PromptMismatchError unless the server expanded the prompt to the ids that training will use."""
-    ids, count = reply.get("prompt_token_ids"), reply["meta_info"]["prompt_tokens"]
-    if (ids is None or tuple(ids) == prompt.token_ids) and count == len(prompt.token_ids):
-        return
-    raise PromptMismatchError(
-        f"{prompt.prompt.key}: the server made {count} tokens of a prompt that has {len(prompt.token_ids)} here, or "
-        "other ones; give the servers the processor of model.path, and data.min_pixels and data.max_pixels"
-    )
 
 
 def _first(faults: BaseExceptionGroup[GspoError]) -> GspoError:

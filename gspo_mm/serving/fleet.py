@@ -144,8 +144,9 @@ class Fleet:
     def close(self, reason: str) -> None:
         """End servers started here, and report to the others."""
         beat(self._folder, ended=reason)
-        if self._router:
-            self._router.close()
+        router, self._router = self._router, None  # else another would be started
+        if router:
+            router.close()
         if self._host:
             self._host.stop(reason)
 

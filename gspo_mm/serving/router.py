@@ -1,4 +1,4 @@
-"""sglang-router in front of several servers: one address, prompts spread by load and by what is in their caches."""
+"""sglang-router in front of several servers: one address, groups of requests spread by load."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from gspo_mm.serving.server import Server, ServerError
 
 logger = logging.getLogger(__name__)
 
+GROUP = "X-SMG-Routing-Key"  # the header that names a request's group
 _KEY = "GSPO_MM_ROUTER_KEY"
 # the key travels in the environment: a command line is for everybody to read
 _LAUNCH = (
@@ -47,13 +48,11 @@ class Router:
             base_url=self.url, headers={"Authorization": f"Bearer {self.api_key}"}, timeout=10.0
         )
         port = self.url.rpartition(":")[2]
-        # a prompt goes where its beginning is known, unless that server has more than one prompt more to answer than
-        # another: each stands for a whole group, and sglang-router's own 64 would leave servers idle
+        # a group's first request goes to the server that has fewest to answer, all others where that went while it lives
         command = [
             sys.executable, "-c", _LAUNCH, "--host", LOOPBACK, "--port", port, "--prometheus-host", LOOPBACK,
-            "--prometheus-port", str(free_port(LOOPBACK)), "--policy", "cache_aware", "--balance-abs-threshold", "1",
-            "--balance-rel-threshold", "1.0", "--disable-retries",
-            "--request-timeout-secs", "86400", "--log-level", "warn",
+            "--prometheus-port", str(free_port(LOOPBACK)), "--policy", "manual", "--assignment-mode", "min_load",
+            "--disable-retries", "--request-timeout-secs", "86400", "--log-level", "warn",
         ]  # fmt: skip
         self.log = log
         log.touch(mode=0o600)

@@ -35,6 +35,7 @@ class Holding:
     version: int | None = None  # of its weights; None: those that it started with
     asleep: set[str] = field(default_factory=set)  # what it gave back of its memory
     audited: bool = False  # whether it was seen to hold in FP8 the layers that are sent so
+    keeps_ids: bool = False  # whether it was seen to tokenise no prompt again
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -136,7 +136,7 @@ class SGLangPush:
                     self._audit(servers, names)
                 self._wake(servers, "kv_cache")
                 self._call(servers, "/continue_generation")
-                self._engine.run(self._engine.fleet.hold(version, servers))
+                self._engine.run(self._engine.hold(version, servers))
 
     def _audit(self, servers: list[Server], sent: list[str]) -> None:
         """Once for each start of a server, which decides what it holds in FP8."""
@@ -176,6 +176,6 @@ class SGLangPush:
         call_all(servers, "/pause_generation", timeout=timeout, mode="abort")
         load_folder(servers, path, config, version=0)
         call_all(servers, "/continue_generation", timeout=timeout)
-        engine.run(engine.fleet.hold(0, servers))
+        engine.run(engine.hold(0, servers))
         if config.rollout.sglang.fp8:
             shutil.rmtree(path, ignore_errors=True)

@@ -28,6 +28,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def turning_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_model`, and about every sixth token that it samples ends a turn."""
+    path = tmp_path_factory.mktemp("model") / "turning"
+    run_tool("make_tiny_model.py", path, "--set", "text.num_hidden_layers=4", "--ends", 0.2)
+    return path
+
+
+@pytest.fixture(scope="session")
 def make_config(tiny_model: Path, digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
     """A config of the digits task on SGLang servers; keyword arguments replace whole sections' keys."""
     runs = tmp_path_factory.mktemp("runs")

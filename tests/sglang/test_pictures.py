@@ -14,8 +14,9 @@ from gspo_mm.config import Config
 from gspo_mm.data.pictures import decode_image, measure
 from gspo_mm.data.processor import Processor
 from gspo_mm.policy.engine import Policy
-from gspo_mm.rollout import sglang as client
-from gspo_mm.rollout.sglang import SGLangEngine, request_of
+from gspo_mm.rollout import requests as client
+from gspo_mm.rollout.requests import request_of
+from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.stages import check_servers
 from gspo_mm.sync.parity import ParityError, check_parity
 from gspo_mm.sync.sglang import SGLangPush

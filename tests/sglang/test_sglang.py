@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from gspo_mm.config import Config
-from gspo_mm.rollout.sglang import PromptMismatchError, SGLangEngine
+from gspo_mm.rollout.requests import PromptMismatchError
+from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving.server import ServerError
 from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import EncodedPrompt, Finish, SamplingParams

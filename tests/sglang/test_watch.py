@@ -9,7 +9,7 @@ import yaml
 
 from gspo_mm import stages
 from gspo_mm.config import Config
-from gspo_mm.rollout import sglang as client
+from gspo_mm.rollout import requests as client
 from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.sync.parity import ParityError

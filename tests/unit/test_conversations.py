@@ -101,7 +101,7 @@ def test_an_environment_that_fails_costs_its_answer_and_no_more(
 
 
 class Server(BaseHTTPRequestHandler):
-    """Counts the turns of each session, shows a picture in the first, and ends with the second."""
+    """Counts the turns of each session, shows a picture in the first, and ends with the second, or in the way of the meta."""
 
     sessions: ClassVar[Counter[str]] = Counter()
     asked: ClassVar[list[dict[str, Any]]] = []
@@ -118,6 +118,8 @@ class Server(BaseHTTPRequestHandler):
             }
         elif asked["meta"].get("way") == "nonsense":
             reply = {"txet": "?"}
+        elif asked["meta"].get("way") == "dies":
+            return
         self.send_response(500 if asked["meta"].get("way") == "broken" else 200)
         self.end_headers()
         self.wfile.write(json.dumps(reply).encode())
@@ -131,7 +133,11 @@ def served(processor: Processor) -> Iterator[Conversations]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     found = conversations(
-        processor, None, type="http", args={"url": f"http://127.0.0.1:{server.server_port}/step"}
+        processor,
+        None,
+        type="http",
+        args={"url": f"http://127.0.0.1:{server.server_port}/step"},
+        timeout=30.0,
     )
     yield found
     found.close()
@@ -160,7 +166,9 @@ def test_a_server_is_told_the_turns_and_knows_the_answer_by_its_session(
     assert len(Server.sessions) == 2
 
 
-@pytest.mark.parametrize(("way", "why"), [("broken", "500 Internal Server Error"), ("nonsense", "txet")])
+@pytest.mark.parametrize(
+    ("way", "why"), [("broken", "500 Internal Server Error"), ("nonsense", "txet"), ("dies", "disconnected")]
+)
 def test_a_server_that_fails_costs_its_answer(
     served: Conversations, processor: Processor, way: str, why: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from gspo_mm.serving.router import Router
+from gspo_mm.serving.router import GROUP, Router
 from gspo_mm.serving.server import Server, ServerError
 from tests.fake_server import FakeServer, Handler
 from tests.waiting import PATIENCE, eventually
@@ -74,11 +75,11 @@ def registration(server: FakeServer) -> Server:
     )
 
 
-def ask(router: Router, key: str | None = None) -> httpx.Response:
+def ask(router: Router, key: str | None = None, *, group: str = "") -> httpx.Response:
     return httpx.post(
         router.url + "/generate",
         json={"input_ids": [[1, 2, 3]], "sampling_params": {"n": 2}},
-        headers={"Authorization": f"Bearer {key or router.api_key}"},
+        headers={"Authorization": f"Bearer {key or router.api_key}", GROUP: group or secrets.token_hex(8)},
         timeout=PATIENCE,
     )
 
@@ -122,6 +123,23 @@ def test_prompts_that_begin_alike_are_spread_over_all_servers(
         finally:
             go_on.set()
         assert [call.result().status_code for call in asked] == [200] * 8
+
+
+def test_requests_of_a_group_go_to_one_server_while_it_is_there(
+    router: Router, servers: list[FakeServer], do: Do
+) -> None:
+    first, second = servers
+    do(router.serve([registration(first), registration(second)]))
+    for group in range(8):
+        before = [len(server.prompts()) for server in servers]
+        for _ in range(4):
+            ask(router, group=f"group {group}")
+        assert sorted(
+            len(server.prompts()) - count for server, count in zip(servers, before, strict=True)
+        ) == [0, 4]
+    do(router.serve([registration(second)]))
+    answers = [ask(router, group=f"group {group}").status_code for group in range(8)]
+    assert answers == [200] * 8
 
 
 def test_it_answers_nobody_without_its_key(router: Router, servers: list[FakeServer], do: Do) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -17,14 +18,18 @@ from PIL import Image
 from tenacity import wait_none
 
 from gspo_mm.config import parse_config
+from gspo_mm.environment.conversation import Conversation
 from gspo_mm.rollout import sglang as module
-from gspo_mm.rollout.sglang import PromptMismatchError, SGLangEngine, collapse_images, versions_of
+from gspo_mm.rollout.replies import versions_of
+from gspo_mm.rollout.requests import PromptMismatchError, collapse_images
+from gspo_mm.rollout.sglang import SGLangEngine
 from gspo_mm.serving import fleet
 from gspo_mm.serving.admin import call_all
 from gspo_mm.serving.fleet import Fleet
 from gspo_mm.serving.registry import register, servers_folder
+from gspo_mm.serving.router import GROUP
 from gspo_mm.serving.server import Server, ServerError
-from gspo_mm.types import EncodedImage, EncodedPrompt, Finish, GspoError, Prompt, SamplingParams
+from gspo_mm.types import Completion, EncodedImage, EncodedPrompt, Finish, GspoError, Prompt, SamplingParams
 from tests.fake_server import Action, FakeServer, Handler, Hang, answers, drop, reply, status
 from tests.tars import image_bytes
 from tests.waiting import PATIENCE, eventually
@@ -232,6 +237,29 @@ def test_no_request_ever_asks_for_routed_experts(
         assert not {name for name in names if "rout" in name or "expert" in name}
         assert b"routed" not in request.raw.lower()
         assert not [header for header in request.headers.items() if "routed" in str(header).lower()]
+
+
+class ThreeTurns:
+    """Leads answers to their third turn with nothing in between."""
+
+    async def follow(self, led: Conversation) -> Completion | Conversation:
+        return led.answer if len(led.answer.turns) == 3 else replace(led, most=4)
+
+    def close(self) -> None:
+        pass
+
+
+def test_all_turns_of_a_group_are_asked_for_under_one_name(
+    server: FakeServer, make_engine: MakeEngine
+) -> None:
+    engine: Any = make_engine(server)
+    engine._conversations = ThreeTurns()
+    groups = engine.generate([TEXT, prompt(4)], group_size=2, sampling=SAMPLING, seed=0)
+    assert [len(answer.turns) for answers in groups for answer in answers] == [3] * 4
+    asked: dict[str, list[int]] = {}
+    for request in server.prompts():
+        asked.setdefault(request.headers[GROUP.title()], []).append(request.body["input_ids"][0][0])
+    assert sorted(asked.values()) == [[1] * 5, [4] * 5]
 
 
 def test_groups_under_way_number_at_most_max_in_flight(server: FakeServer, make_engine: MakeEngine) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from gspo_mm.hf.decoding import Decoder
 from gspo_mm.rollout.replies import ReplyReader
-from gspo_mm.rollout.sglang import completion_of
+from gspo_mm.rollout.requests import completion_of
 from gspo_mm.runtime.background import Background
 from gspo_mm.types import EncodedPrompt, Prompt
 
