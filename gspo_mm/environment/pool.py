@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import io
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from gspo_mm.data.pictures import MAX_PIXELS, decode_image, measure
 from gspo_mm.environment.base import SESSION, Environment, Feedback
 from gspo_mm.environment.http import HttpEnvironment
 from gspo_mm.environment.image_tools import ImageTools
+from gspo_mm.runtime.named import function_named
 from gspo_mm.runtime.workers import WorkerError, Workers
 from gspo_mm.types import EncodedImage, GspoError, Prompt, Turn
 
@@ -80,19 +80,12 @@ def make(config: EnvironmentConfig) -> Environment:
         else f"rollout.environment.type={config.type}"
     )
     try:
-        factory = _import(config.python) if config.python else TYPES[str(config.type)]
+        factory = function_named(config.python) if config.python else TYPES[str(config.type)]
         return factory(**config.args)
     except Exception as error:  # the user's code raises what it likes
         raise BadEnvironmentError(
             f"{key} with args={config.args} cannot be made: {type(error).__name__}: {error}"
         ) from None
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ValueError("write it as package.module:factory")
-    return getattr(importlib.import_module(module), name)
 
 
 # What follows runs in a worker.

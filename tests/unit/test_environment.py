@@ -174,8 +174,8 @@ def test_models_are_told_of_the_tools(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"python": "tests.environments"}, "write it as package.module:factory"),
-        ({"python": "tests.environments:Nothing"}, "has no attribute 'Nothing'"),
+        ({"python": "tests.environments"}, "write it as package.module:function"),
+        ({"python": "tests.environments:Nothing"}, "has no Nothing; correct the name"),
         ({"python": "tests.environments:Shows", "args": {"first": 1}}, "unexpected keyword argument 'first'"),
         ({"type": "image_tools", "args": {"unit": "miles"}}, "miles"),
     ],
