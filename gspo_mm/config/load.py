@@ -60,7 +60,7 @@ def _read(path: Path, unquoted: list[Misread], within: tuple[Path, ...] = ()) ->
     if path.resolve() in [each.resolve() for each in within]:
         raise ConfigError(f"{said} extends itself; name another file, or none")
     try:
-        loaded = OmegaConf.load(path)
+        loaded: Any = OmegaConf.load(path)
         found = misread(path.read_text())
     except Exception as error:  # YAML's own scanner and parser errors share no public base with OmegaConf's
         if type(error).__module__.startswith("yaml"):
