@@ -3,7 +3,7 @@
     o_it = sg[ clip(ρ_it, 1 − clip_low, 1 + clip_high) ] A_it log π_θ(y_it)
 
 No token loses its gradient: what is clipped is its weight, whatever the sign of A. The paper has no lower bound and does not
-say its upper one; 5 is what ScaleRL (arXiv 2510.13786) takes. The value holds log π and says nothing by itself.
+say its upper one; 5 is what TRL recommends, after ScaleRL (arXiv 2510.13786). The value holds log π and says nothing by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GMPO, geometric-mean policy optimisation (Zhao et al. 2025, arXiv 2507.20673, eq. 4).
+"""GMPO, geometric-mean policy optimisation (Zhao et al. 2025, arXiv 2507.20673).
 
     o_i = A_i exp( (1/L_i) Σ_t x̂_it ),    x̂_it = min( x_it, log(1 + clip_high) )  for A_i > 0
                                            x̂_it = max( x_it, log(1 − clip_low) )   for A_i < 0

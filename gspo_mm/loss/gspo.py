@@ -93,7 +93,7 @@ def policy_loss(
 
     logprobs          [R] float32 or float64, nats, of the policy being trained; alone gets a gradient
     old_logprobs      [R] nats, of the policy that this batch of rollouts started with, by the trainer
-    advantages        [S], or [R] at levels token and sequence_token
+    advantages        [S], or [R] at levels token and sequence_token but with gmpo
     cu_seqlens        [S+1] integers, offsets of sequences in R, from 0 to R
     num_sequences     S of the whole batch of this optimizer step, over all micro-batches and ranks
     num_tokens        N of the same; needed for aggregation token_mean and for the metric clip_token_fraction
@@ -131,22 +131,14 @@ def policy_loss(
         "rollout_logprobs": rollout_logprobs,
         "entropy": entropy,
     }
-    _check_tensors(given, advantages, cu_seqlens, names, config.level)
+    _check_tensors(given, advantages, cu_seqlens, names, config)
 
     owner_R = torch.repeat_interleave(lengths_S)  # the sequence that each token belongs to
     logprobs_R, old_R = logprobs.double(), old_logprobs.detach().double()
     x_R = logprobs_R - old_R
-    log_s_S = segment_sum(x_R, lengths_S) / lengths_S
-    match config.level:
-        case "sequence":
-            log_ratio_U = log_s_S
-        case "token":
-            log_ratio_U = x_R
-        case "sequence_token":
-            log_ratio_U = log_s_S.detach()[owner_R] + (logprobs_R - logprobs_R.detach())
-    per_token = config.level != "sequence"
+    log_ratio_U = _log_ratio(config.level, x_R, logprobs_R, lengths_S)
     advantage_U = advantages.detach().double()
-    if per_token and advantages.numel() == len(lengths_S):
+    if config.level != "sequence" and advantages.numel() == len(lengths_S):
         advantage_U = advantage_U[owner_R]
     terms = surrogate_of(config)(
         LossInputs(
@@ -158,15 +150,13 @@ def policy_loss(
             config=config,
         )
     )
-    weight_S = _token_weights(lengths_S, config, num_sequences, num_tokens)
-    weight_R = weight_S[owner_R]
-    of_tokens = len(terms.loss) == len(owner_R)  # with one token each, both are the same
-    values = terms.loss
-    mismatch = None
+    values, mismatch = terms.loss, None
     if rollout_logprobs is not None:
         mismatch = compare(old_R, rollout_logprobs, lengths_S, config.correction)
-        values = values * (mismatch.weight[owner_R] if of_tokens else mismatch.weight)
-    values = values * (weight_R if of_tokens else weight_S * lengths_S)
+        values = values * _like(values, mismatch.weight[owner_R], mismatch.weight)
+    weight_S = _token_weights(lengths_S, config, num_sequences, num_tokens)
+    weight_R = weight_S[owner_R]
+    values = values * _like(values, weight_R, weight_S * lengths_S)
     loss = _total("loss", values, cu_seqlens, names, logprobs.dtype)
     kl_R = None
     if ref_logprobs is not None:
@@ -184,6 +174,21 @@ def policy_loss(
     return LossOutput(loss=loss, metrics={**metrics, **of_mismatch})
 
 
+def _log_ratio(level: str, x_R: Tensor, logprobs_R: Tensor, lengths_S: Tensor) -> Tensor:
+    """[U] of the equations' part 1."""
+    if level == "token":
+        return x_R
+    log_s_S = segment_sum(x_R, lengths_S) / lengths_S
+    if level == "sequence":
+        return log_s_S
+    return log_s_S.detach()[torch.repeat_interleave(lengths_S)] + (logprobs_R - logprobs_R.detach())
+
+
+def _like(values: Tensor, of_tokens_R: Tensor, of_sequences_S: Tensor) -> Tensor:
+    """That of the two which goes with `values` [R] or [S]; where all sequences have one token, they are equal."""
+    return of_tokens_R if len(values) == len(of_tokens_R) else of_sequences_S
+
+
 @torch.no_grad()
 def _metrics(
     log_ratio_U: Tensor,
@@ -196,21 +201,18 @@ def _metrics(
     """See `policy_loss`; `token_means` [R] are averaged within their sequence, then over sequences."""
     owner_R = torch.repeat_interleave(lengths_S)
     in_sequence_R = (1.0 / (num_sequences * lengths_S.double()))[owner_R]
+    sequence_S = torch.full_like(lengths_S, 1.0 / num_sequences, dtype=torch.float64)
 
     def mean(values: Tensor) -> Tensor:
-        if len(values) == len(in_sequence_R):
-            return values.double() @ in_sequence_R
-        return values.double() @ torch.full_like(values, 1.0 / num_sequences, dtype=torch.float64)
+        return values.double() @ _like(values, in_sequence_R, sequence_S)
 
     ratio_U = torch.exp(log_ratio_U)
     sums = {"ratio_mean": mean(ratio_U), "ratio_min": ratio_U.min(), "ratio_max": ratio_U.max()}
     sums |= {f"clip_{name}_fraction": mean(mask) for name, mask in terms.clipped.items()}
     if num_tokens is not None and terms.clipped:
-        any_of = torch.stack(list(terms.clipped.values())).any(0).double()
-        sums["clip_token_fraction"] = (
-            any_of if len(any_of) == len(owner_R) else any_of * lengths_S
-        ).sum() / num_tokens
-    sums |= {f"loss/{name}": mean(values.detach()) for name, values in terms.metrics.items()}
+        masks_R = [mask if len(mask) == len(owner_R) else mask[owner_R] for mask in terms.clipped.values()]
+        sums["clip_token_fraction"] = torch.stack(masks_R).any(0).double().sum() / num_tokens
+    sums |= {f"loss/{name}": mean(values) for name, values in terms.metrics.items()}
     for name, values_R in token_means.items():
         if values_R is not None:
             sums[name] = values_R.double() @ in_sequence_R
@@ -310,7 +312,7 @@ def _check_tensors(
     advantages: Tensor,
     cu_seqlens: Tensor,
     names: Sequence[str],
-    level: str,
+    config: LossConfig,
 ) -> None:
     """Shapes and finiteness of the inputs; `given["logprobs"]` sets R."""
     assert given["logprobs"] is not None
@@ -325,10 +327,13 @@ def _check_tensors(
                 f"{what} has shape {list(values.shape)}; logprobs has [{R}] and both must be equal"
             )
         _require_finite(what, values, cu_seqlens, names)
-    per_token = level != "sequence"
+    per_token = config.level != "sequence" and config.type != "gmpo"
     if advantages.shape != (S,) and not (per_token and advantages.shape == (R,)):
         allowed = f"[{S}] (sequences)" + (f" or [{R}] (tokens)" if per_token else "")
-        raise ValueError(f"advantages has shape {list(advantages.shape)}; level={level} takes {allowed}")
+        raise ValueError(
+            f"advantages has shape {list(advantages.shape)}; loss.type={config.type} at loss.level={config.level} takes "
+            f"{allowed}"
+        )
     _require_finite("advantages", advantages, cu_seqlens, names)
 
 

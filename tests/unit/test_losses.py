@@ -181,6 +181,12 @@ def test_gspo_is_the_default_and_token_means_are_of_the_batch() -> None:
     assert torch.equal(same, gradient)
 
 
+def test_gmpo_takes_one_advantage_per_answer() -> None:
+    batch = Batch()
+    with pytest.raises(ValueError, match=r"advantages has shape \[22\]; loss.type=gmpo .* takes \[6\]"):
+        batch.loss(of_type("gmpo"), advantages=batch.token_advantages)
+
+
 def test_a_bound_that_is_left_out_clips_nothing() -> None:
     batch = Batch(seed=2, spread=0.5)
     output, gradient = batch.gradient(of_type("grpo", clip_low=None, clip_high=None))
