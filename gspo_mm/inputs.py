@@ -40,10 +40,6 @@ def check_files(config: Config) -> None:
             f"data.validation shares {min(overlap)} with data.train; held-out shards must be their own"
         )
     load_rewards(config.reward, config.data.reward_files())
-    if config.loss.python:
-        from gspo_mm.loss.table import surrogate_of  # imports torch, as nothing else here does
-
-        surrogate_of(config.loss)
     if config.rollout.replay and not (Path(config.rollout.replay) / "rollouts").is_dir():
         raise ConfigError(
             f"rollout.replay={config.rollout.replay} has no saved rollouts in it"

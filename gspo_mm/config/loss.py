@@ -81,7 +81,7 @@ _ROWS: dict[str | None, tuple[str | float | None, ...]] = {
     "sapo": ("token", "sequence_mean", None, None, 1.0, 1.05),
     None: ("token", "sequence_mean", None, None, None, None),
 }
-# what a file or an override that names loss.type or loss.python takes from nothing that it builds on
+# keys of a variant: a file or command line that names a loss takes none of them from the config that it builds on
 VARIANT_KEYS = (
     "advantage.std",
     *(f"loss.{key}" for key in ("type", "python", "args", "allow_wide_clip", "dual_clip", *_SET)),

@@ -119,7 +119,7 @@ def policy_loss(
 
     Raises NonFiniteError naming the sequence for NaN or Inf in an input or in the loss, and ValueError for
     shapes, counts or config values that do not fit together (ConfigError where rollouts came without log-probs
-    that loss.correction needs: data decide that, so it may happen on one rank only).
+    that loss.correction needs, or the user's loss fails: data decide that, so it may happen on one rank only).
     """
     lengths_S = _lengths(cu_seqlens, logprobs.numel(), names)
     names = names or [f"sequence {i}" for i in range(len(lengths_S))]

@@ -124,7 +124,7 @@ def batches_of(policy: Policy) -> list[MicroBatch]:
 
 
 def loss_of(mine: list[int], batches: list[MicroBatch]) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
-    """A loss that weighs every token differently, plus every loss that loss.type names; and a metric."""
+    """A loss that weighs every token differently, plus losses that loss.type names, two to a micro-batch; and a metric."""
     S, N = sum(b.num_sequences for b in batches), sum(b.num_response_tokens for b in batches)
 
     def loss_fn(index: int, logprobs_R: torch.Tensor, entropy_R: torch.Tensor) -> Any:
@@ -134,7 +134,7 @@ def loss_of(mine: list[int], batches: list[MicroBatch]) -> Callable[..., tuple[t
         total = (logprobs_R * weights_R).sum() / 10
         old_R = logprobs_R.detach() + 0.3 * torch.randn(len(weights_R), generator=generator)
         advantages = torch.randn(batch.num_sequences, generator=generator)
-        for name in SURROGATES:
+        for name in list(SURROGATES)[mine[index] % 4 :: 4]:
             config = LossConfig.model_validate({"type": name, "dr_grpo_length": 9})
             offsets = batch.response_cu_seqlens
             made = policy_loss(
