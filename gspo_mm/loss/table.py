@@ -56,7 +56,7 @@ def _users(key: str, function: Any, args: dict[str, Any], inputs: LossInputs) ->
     R, S = len(inputs.logprobs), len(inputs.lengths)
     if not isinstance(terms, LossTerms):
         raise ConfigError(f"{key} returned {type(terms).__name__}; return gspo_mm.loss.LossTerms(loss=...)")
-    if isinstance(terms.loss, Tensor) and not terms.loss.requires_grad:
+    if isinstance(terms.loss, Tensor) and inputs.logprobs.requires_grad and not terms.loss.requires_grad:
         raise ConfigError(
             f"{key} returned a loss without a gradient; make it of inputs.logprobs or inputs.log_ratio"
         )
