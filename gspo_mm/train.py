@@ -25,6 +25,7 @@ from gspo_mm.config import Config
 from gspo_mm.environment.conversation import check_faults
 from gspo_mm.harness import Training, run_training
 from gspo_mm.loss.gspo import check_clip_can_act
+from gspo_mm.loss.table import surrogate_of
 from gspo_mm.observe.answers import rollout_metrics, sampled_tokens, turn_metrics
 from gspo_mm.observe.metrics import summarize
 from gspo_mm.observe.throughput import peak_flops, peak_memory, throughput
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 def train(config: Config, stop: StopRequest) -> dict[str, Any]:
     """Run or resume GSPO training as `config` says: see `run_training`."""
+    surrogate_of(config.loss)  # a loss of the user's is imported before anything heavy starts
     return run_training(Gspo, config, stop)
 
 

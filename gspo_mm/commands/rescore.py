@@ -46,7 +46,7 @@ def rewards_of(path: Path) -> Rewards:
         loaded = OmegaConf.load(path) if path.is_file() else None
     except Exception:  # whatever is wrong with the YAML, load_reward says it in one sentence
         loaded = None
-    if loaded is not None and "reward" in loaded and "parts" not in loaded:
+    if loaded is not None and "parts" not in loaded and ("reward" in loaded or "extends" in loaded):
         config = load_config(path, any_world=True)
         return load_rewards(config.reward, config.data.reward_files())
     return load_rewards(RewardConfig(file=str(path)), {})

@@ -1,4 +1,9 @@
-"""YAML -> OmegaConf (`${...}`, `key=value` overrides) -> Config; every fault becomes one sentence with key, value and fix."""
+"""YAML -> OmegaConf (`${...}`, `key=value` overrides) -> Config; every fault becomes one sentence with key, value and fix.
+
+`extends: FILE` on top of a config, beside it or by a path from it, is a config that it changes. Where a config or the
+overrides name loss.type or loss.python, what they extend says nothing of the variant (loss.VARIANT_KEYS) any more: clip
+ranges of one loss mean nothing for another.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from gspo_mm.config.base import ALTERNATIVES, ConfigError
+from gspo_mm.config.loss import VARIANT_KEYS
 from gspo_mm.config.paths import from_here
 from gspo_mm.config.schema import Config
 from gspo_mm.config.unquoted import Misread, faults, misread
@@ -23,23 +29,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, any_wor
     Raises ConfigError: one sentence per fault, naming the key, the value and the fix.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist{from_here(path)}; try configs/quickstart.yaml")
-    changes = [_parse_override(item) for item in overrides or []]
+    changes = OmegaConf.merge({}, *[_parse_override(item) for item in overrides or []])
     unquoted: list[Misread] = []
     try:
-        loaded = OmegaConf.load(path)
-        if not OmegaConf.is_dict(loaded) or not loaded:
-            raise ConfigError(f"{path} holds no mapping of sections; start from configs/quickstart.yaml")
-        raw = OmegaConf.merge(loaded, *changes)
+        raw = _changed(_read(path, unquoted), changes)
         values = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
-        unquoted += misread(path.read_text())
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # YAML's own scanner and parser errors share no public base with OmegaConf's
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-        raise
     for item in overrides or []:
         key, _, value = item.partition("=")
         unquoted += misread(value, tuple(key.split(".")))
@@ -54,6 +50,41 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, any_wor
     if found := faults(unquoted, values, refused):
         raise ConfigError("\n".join(f"{path}: {sentence}" for sentence in found))
     return parse_config(values, source=str(path), any_world=any_world)
+
+
+def _read(path: Path, unquoted: list[Misread], within: tuple[Path, ...] = ()) -> Any:
+    """A config file on top of those that it extends; `unquoted` is filled with what YAML misreads in them."""
+    said = f"{within[-1]}: extends={path}, which" if within else f"config file {path}"
+    if not path.is_file():
+        raise ConfigError(f"{said} does not exist{from_here(path)}; try configs/quickstart.yaml")
+    if path.resolve() in [each.resolve() for each in within]:
+        raise ConfigError(f"{said} extends itself; name another file, or none")
+    try:
+        loaded: Any = OmegaConf.load(path)
+        found = misread(path.read_text())
+    except Exception as error:  # YAML's own scanner and parser errors share no public base with OmegaConf's
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise
+    if not OmegaConf.is_dict(loaded) or not loaded:
+        raise ConfigError(f"{path} holds no mapping of sections; start from configs/quickstart.yaml")
+    unquoted += found
+    extends = loaded.pop("extends", None)
+    return (
+        loaded
+        if extends is None
+        else _changed(_read(path.parent / str(extends), unquoted, (*within, path)), loaded)
+    )
+
+
+def _changed(base: Any, changes: Any) -> Any:
+    """`changes` on top of `base`, without the keys of another variant of the loss."""
+    if any(OmegaConf.select(changes, f"loss.{key}") is not None for key in ("type", "python")):
+        for key in VARIANT_KEYS:
+            section, _, name = key.partition(".")
+            if OmegaConf.is_dict(base.get(section)):
+                base[section].pop(name, None)
+    return OmegaConf.merge(base, changes)
 
 
 def _parse_override(item: str) -> Any:

@@ -36,9 +36,9 @@ rollout.sglang.extra_args rollout.sglang.start_timeout rollout.sglang.request_ti
 rollout.sglang.down_timeout rollout.sglang.max_restarts rollout.sglang.max_logprob_gap
 rollout.sglang.max_group_gap sync.mode sync.folder sync.bucket_mb sync.verify sync.timeout reward.file
 reward.on_failure reward.max_failed_fraction reward.workers reward.timeout reward.memory_gib advantage.std
-advantage.max_dead_steps loss.level loss.aggregation loss.clip_low loss.clip_high loss.allow_wide_clip
-loss.dual_clip loss.kl_coef loss.dr_grpo_length loss.correction.kind loss.correction.low
-loss.correction.high policy.parallel.tp policy.parallel.pp policy.parallel.vpp
+advantage.max_dead_steps loss.type loss.python loss.args loss.level loss.aggregation loss.clip_low loss.clip_high
+loss.allow_wide_clip loss.dual_clip loss.tau_positive loss.tau_negative loss.kl_coef loss.dr_grpo_length
+loss.correction.kind loss.correction.low loss.correction.high policy.parallel.tp policy.parallel.pp policy.parallel.vpp
 policy.parallel.first_stage_layers policy.parallel.last_stage_layers policy.parallel.cp policy.parallel.ep
 policy.parallel.etp policy.parallel.dp policy.optimizer.lr policy.optimizer.min_lr_ratio
 policy.optimizer.warmup_steps policy.optimizer.beta1 policy.optimizer.beta2 policy.optimizer.eps

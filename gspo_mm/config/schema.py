@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from pydantic import ValidationInfo, model_validator
 
@@ -44,6 +45,15 @@ class Config(Section):
         rollout = self.rollout
         read = rollout.environment.most_read if rollout.environment else 0
         return self.data.max_prompt_tokens + rollout.sampling.max_new_tokens + read
+
+    @model_validator(mode="before")
+    @classmethod
+    def _advantage_of_dr_grpo(cls, values: Any) -> Any:
+        sections = values if isinstance(values, dict) else {}
+        loss, advantage = sections.get("loss"), sections.get("advantage", {})
+        if isinstance(loss, dict) and loss.get("type") == "dr_grpo" and isinstance(advantage, dict):
+            return {**sections, "advantage": {"std": "none", **advantage}}
+        return values
 
     @model_validator(mode="after")
     def _served_in_fp8(self) -> Config:

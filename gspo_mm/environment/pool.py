@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from gspo_mm.data.pictures import MAX_PIXELS, decode_image, measure
 from gspo_mm.environment.base import SESSION, SIZES, Environment, Feedback
 from gspo_mm.environment.http import HttpEnvironment
 from gspo_mm.environment.image_tools import ImageTools
+from gspo_mm.runtime.named import function_named
 from gspo_mm.runtime.workers import WorkerError, Workers
 from gspo_mm.types import EncodedImage, GspoError, Look, Prompt, Turn
 
@@ -80,20 +80,13 @@ def make(config: EnvironmentConfig, box_unit: str | None) -> Environment:
         else f"rollout.environment.type={config.type}"
     )
     try:
-        factory = _import(config.python) if config.python else TYPES[str(config.type)]
+        factory = function_named(config.python) if config.python else TYPES[str(config.type)]
         unit = {"unit": box_unit} if factory is ImageTools else {}
         return factory(**{**unit, **config.args})
     except Exception as error:  # the user's code raises what it likes
         raise BadEnvironmentError(
             f"{key} with args={config.args} cannot be made: {type(error).__name__}: {error}"
         ) from None
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ValueError("write it as package.module:factory")
-    return getattr(importlib.import_module(module), name)
 
 
 # What follows runs in a worker.

@@ -1,19 +1,17 @@
 """The policy loss, as equations (GSPO: Zheng et al. 2025, arXiv 2507.18071).
 
 One answer y_i has L_i trained response tokens; x_it = log π_θ(y_it) − log π_old(y_it). Three pieces make the
-loss:
+loss, and `loss.type` names how they go together (README.md beside this file):
 
-1. A ratio, by `loss.level`, each clipped as its value demands:
+1. A ratio, by `loss.level`:
 
        sequence        s_i  = exp( (1/L_i) Σ_t x_it )                            GSPO, eq. 7
        token           w_it = exp( x_it )                                        GRPO / PPO
        sequence_token  s_it = sg[s_i] · π_θ(y_it) / sg[π_θ(y_it)]                GSPO-token, eq. 14
                        (in value s_i, its gradient that of the token; advantages may then differ per token)
 
-2. A surrogate, pessimistic in the ratio ρ (one of the three above, with its advantage A):
-
-       o(ρ, A) = min( ρ A, clip(ρ, 1 − clip_low, 1 + clip_high) A )              eq. 5, eq. 13
-       o(ρ, A) ← max( o, dual_clip · A )   for A < 0, where `dual_clip` is set   Ye et al., arXiv 1912.09729
+2. A surrogate o(ρ, A) of the ratio ρ (one of the three above) with its advantage A, by `loss.type`: clip.py for GSPO
+   and all that clip as PPO does, gmpo.py, cispo.py, sapo.py, or the user's own. It is made large.
 
 3. A weight a_i per token, by `loss.aggregation`. S and N are the sequences and response tokens of the *whole*
    batch of this update (all micro-batches, all data-parallel ranks), C is `loss.dr_grpo_length`:
@@ -40,13 +38,10 @@ rollout engine: correction.py. It changes nothing else above.
 Since S, N and C are given, losses and metrics of micro-batches add up to those of the batch, whatever the
 split.
 
-Deviations from the paper: the KL term (absent there; `kl_coef` is 0 by default) and dual clip (off by
-default). The paper's mean over groups of means over answers equals the mean over all S answers when groups
-are of equal size; for unequal groups every *answer*, not every group, weighs the same here.
-
-"Clipped" means that the surrogate took a constant branch, so that the gradient is exactly 0: A > 0 and
-ρ > 1 + clip_high (high), A < 0 and ρ < 1 − clip_low (low), or A < 0 and ρ > dual_clip (dual). A ratio outside
-the range whose advantage pulls it back is not clipped.
+Deviations from the papers: the KL term (`kl_coef` is 0 by default, for GRPO too; GSPO, DAPO and CISPO have none) and
+dual clip (off by default). The mean over groups of means over answers equals the mean over all S answers when groups
+are of equal size; for unequal groups every *answer*, not every group, weighs the same here. Where papers divide by the
+tokens of a group (DAPO, CISPO), N is of the batch, as in their code.
 
 Everything is computed in float64 (R numbers cost nothing beside the model that made them); the loss comes
 back in the dtype of `logprobs`. No step of value or gradient adds atomically, so runs repeat exactly.
@@ -67,6 +62,8 @@ from torch import Tensor
 from gspo_mm.config import ConfigError, LossConfig
 from gspo_mm.loss.correction import compare
 from gspo_mm.loss.metrics import Metrics
+from gspo_mm.loss.surrogate import LossInputs, LossTerms, segment_sum
+from gspo_mm.loss.table import surrogate_of
 from gspo_mm.types import NonFiniteError
 
 
@@ -96,7 +93,7 @@ def policy_loss(
 
     logprobs          [R] float32 or float64, nats, of the policy being trained; alone gets a gradient
     old_logprobs      [R] nats, of the policy that this batch of rollouts started with, by the trainer
-    advantages        [S], or [R] at levels token and sequence_token
+    advantages        [S], or [R] at levels token and sequence_token but with gmpo
     cu_seqlens        [S+1] integers, offsets of sequences in R, from 0 to R
     num_sequences     S of the whole batch of this optimizer step, over all micro-batches and ranks
     num_tokens        N of the same; needed for aggregation token_mean and for the metric clip_token_fraction
@@ -111,8 +108,9 @@ def policy_loss(
         ratio_mean, ratio_min, ratio_max     of s_i, or of w_it at level token
         clip_low_fraction, clip_high_fraction, clip_dual_fraction (with dual_clip)
                                              of sequences, at the other levels of the tokens within each;
-                                             "clipped" is defined at the top of this file
+                                             "clipped" as in clip.py, gmpo.py, cispo.py; none with sapo
         clip_token_fraction                  clipped tokens (all of a clipped sequence) / num_tokens
+        loss/gate                            see sapo.py; loss/* of the user's own loss
         approx_kl                            k3 of KL(π_old ‖ π_θ): exp(x) − 1 − x per token
         entropy, kl_ref                      per token, where given
         logprob_gap_mean, logprob_gap_max    |log π_old − log π_rollout| per token, where given
@@ -121,7 +119,7 @@ def policy_loss(
 
     Raises NonFiniteError naming the sequence for NaN or Inf in an input or in the loss, and ValueError for
     shapes, counts or config values that do not fit together (ConfigError where rollouts came without log-probs
-    that loss.correction needs: data decide that, so it may happen on one rank only).
+    that loss.correction needs, or the user's loss fails: data decide that, so it may happen on one rank only).
     """
     lengths_S = _lengths(cu_seqlens, logprobs.numel(), names)
     names = names or [f"sequence {i}" for i in range(len(lengths_S))]
@@ -133,33 +131,33 @@ def policy_loss(
         "rollout_logprobs": rollout_logprobs,
         "entropy": entropy,
     }
-    _check_tensors(given, advantages, cu_seqlens, names, config.level)
+    _check_tensors(given, advantages, cu_seqlens, names, config)
 
     owner_R = torch.repeat_interleave(lengths_S)  # the sequence that each token belongs to
     logprobs_R, old_R = logprobs.double(), old_logprobs.detach().double()
     x_R = logprobs_R - old_R
-    log_s_S = _segment_sum(x_R, lengths_S) / lengths_S
-    match config.level:
-        case "sequence":
-            log_ratio_U = log_s_S
-        case "token":
-            log_ratio_U = x_R
-        case "sequence_token":
-            log_ratio_U = log_s_S.detach()[owner_R] + (logprobs_R - logprobs_R.detach())
-    per_token = config.level != "sequence"
+    log_ratio_U = _log_ratio(config.level, x_R, logprobs_R, lengths_S)
     advantage_U = advantages.detach().double()
-    if per_token and advantages.numel() == len(lengths_S):
+    if config.level != "sequence" and advantages.numel() == len(lengths_S):
         advantage_U = advantage_U[owner_R]
-    surrogate_U, clipped = _surrogate(log_ratio_U, advantage_U, config)
-    mismatch = None
+    terms = surrogate_of(config)(
+        LossInputs(
+            logprobs=logprobs_R,
+            old_logprobs=old_R,
+            log_ratio=log_ratio_U,
+            advantages=advantage_U,
+            lengths=lengths_S,
+            config=config,
+        )
+    )
+    values, mismatch = terms.loss, None
     if rollout_logprobs is not None:
         mismatch = compare(old_R, rollout_logprobs, lengths_S, config.correction)
-        surrogate_U = surrogate_U * (mismatch.weight[owner_R] if per_token else mismatch.weight)
-
+        values = values * _like(values, mismatch.weight[owner_R], mismatch.weight)
     weight_S = _token_weights(lengths_S, config, num_sequences, num_tokens)
     weight_R = weight_S[owner_R]
-    loss_U = -surrogate_U * (weight_R if per_token else weight_S * lengths_S)
-    loss = _total("loss", loss_U, cu_seqlens, names, logprobs.dtype)
+    values = values * _like(values, weight_R, weight_S * lengths_S)
+    loss = _total("loss", values, cu_seqlens, names, logprobs.dtype)
     kl_R = None
     if ref_logprobs is not None:
         d_R = ref_logprobs.detach().double() - logprobs_R
@@ -171,32 +169,50 @@ def policy_loss(
     token_means = {"approx_kl": torch.expm1(x_R) - x_R, "entropy": entropy, "kl_ref": kl_R}
     if mismatch is not None:
         token_means |= {"logprob_gap_mean": mismatch.gap.abs(), **mismatch.token_means()}
-    metrics = _metrics(log_ratio_U, clipped, token_means, lengths_S, num_sequences, num_tokens)
+    metrics = _metrics(log_ratio_U, terms, token_means, lengths_S, num_sequences, num_tokens)
     of_mismatch = mismatch.metrics(num_sequences) if mismatch is not None else {}
     return LossOutput(loss=loss, metrics={**metrics, **of_mismatch})
+
+
+def _log_ratio(level: str, x_R: Tensor, logprobs_R: Tensor, lengths_S: Tensor) -> Tensor:
+    """[U] of the equations' part 1."""
+    if level == "token":
+        return x_R
+    log_s_S = segment_sum(x_R, lengths_S) / lengths_S
+    if level == "sequence":
+        return log_s_S
+    return log_s_S.detach()[torch.repeat_interleave(lengths_S)] + (logprobs_R - logprobs_R.detach())
+
+
+def _like(values: Tensor, of_tokens_R: Tensor, of_sequences_S: Tensor) -> Tensor:
+    """That of the two which goes with `values` [R] or [S]; where all sequences have one token, they are equal."""
+    return of_tokens_R if len(values) == len(of_tokens_R) else of_sequences_S
 
 
 @torch.no_grad()
 def _metrics(
     log_ratio_U: Tensor,
-    clipped: Mapping[str, Tensor],
+    terms: LossTerms,
     token_means: Mapping[str, Tensor | None],
     lengths_S: Tensor,
     num_sequences: int,
     num_tokens: int | None,
 ) -> dict[str, float]:
     """See `policy_loss`; `token_means` [R] are averaged within their sequence, then over sequences."""
-    per_token = len(log_ratio_U) != len(lengths_S) or bool((lengths_S == 1).all())
     owner_R = torch.repeat_interleave(lengths_S)
     in_sequence_R = (1.0 / (num_sequences * lengths_S.double()))[owner_R]
-    share_U = in_sequence_R if per_token else torch.full_like(log_ratio_U, 1.0 / num_sequences)
+    sequence_S = torch.full_like(lengths_S, 1.0 / num_sequences, dtype=torch.float64)
+
+    def mean(values: Tensor) -> Tensor:
+        return values.double() @ _like(values, in_sequence_R, sequence_S)
+
     ratio_U = torch.exp(log_ratio_U)
-    sums = {"ratio_mean": ratio_U @ share_U, "ratio_min": ratio_U.min(), "ratio_max": ratio_U.max()}
-    for name, mask_U in clipped.items():
-        sums[f"clip_{name}_fraction"] = mask_U.double() @ share_U
-    if num_tokens is not None:
-        any_U = torch.stack(list(clipped.values())).any(0).double()
-        sums["clip_token_fraction"] = (any_U if per_token else any_U * lengths_S).sum() / num_tokens
+    sums = {"ratio_mean": mean(ratio_U), "ratio_min": ratio_U.min(), "ratio_max": ratio_U.max()}
+    sums |= {f"clip_{name}_fraction": mean(mask) for name, mask in terms.clipped.items()}
+    if num_tokens is not None and terms.clipped:
+        masks_R = [mask if len(mask) == len(owner_R) else mask[owner_R] for mask in terms.clipped.values()]
+        sums["clip_token_fraction"] = torch.stack(masks_R).any(0).double().sum() / num_tokens
+    sums |= {f"loss/{name}": mean(values) for name, values in terms.metrics.items()}
     for name, values_R in token_means.items():
         if values_R is not None:
             sums[name] = values_R.double() @ in_sequence_R
@@ -227,46 +243,19 @@ def _token_weights(
 
 
 def check_clip_can_act(config: LossConfig, updates_per_batch: int) -> str | None:
-    """A one-sentence warning where the clip range cannot do its work, else None."""
-    clip = f"loss.clip_low={config.clip_low:g} and loss.clip_high={config.clip_high:g}"
-    if updates_per_batch == 1:
+    """A one-sentence warning where what bounds the ratio cannot do its work, else None."""
+    bound = "the gate of loss.type=sapo" if config.type == "sapo" else config.clip
+    if updates_per_batch == 1 and bound:
         return (
-            "train.updates_per_batch=1: the policy equals the old policy during the only update, so every "
-            f"ratio is 1 and {clip} never act; use 2 or more to train as the GSPO paper does."
+            "train.updates_per_batch=1: the policy equals the old policy during the only update, so every ratio is 1 "
+            f"and nothing is bounded by {bound}; use 2 or more to train as the papers do."
         )
-    if config.level != "token" and max(config.clip_low, config.clip_high) > 0.01:
+    if config.level != "token" and max(config.clip_low or 0.0, config.clip_high or 0.0) > 0.01:
         return (
-            f"{clip} at loss.level={config.level} clip nothing, since such ratios stay within about 1e-3; "
+            f"{bound} at loss.level={config.level} clip nothing, since such ratios stay within about 1e-3; "
             "the GSPO paper uses 3e-4 and 4e-4."
         )
     return None
-
-
-def _surrogate(
-    log_ratio_U: Tensor, advantage_U: Tensor, config: LossConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """o(ρ, A) [U] and the masks [U] of its constant branches."""
-    positive_U, negative_U = advantage_U > 0, advantage_U < 0
-    clipped = {
-        "low": negative_U & (log_ratio_U < math.log1p(-config.clip_low)),
-        "high": positive_U & (log_ratio_U > math.log1p(config.clip_high)),
-    }
-    bounds = {"low": 1.0 - config.clip_low, "high": 1.0 + config.clip_high}
-    if config.dual_clip is not None:
-        clipped["dual"] = negative_U & (log_ratio_U > math.log(config.dual_clip))
-        bounds["dual"] = config.dual_clip
-    # A clipped ratio is replaced before exp, not after: exp may overflow there, and 0 · inf is NaN in the
-    # gradient.
-    any_U = torch.stack(list(clipped.values())).any(0)
-    ratio_U = torch.exp(log_ratio_U.masked_fill(any_U, 0.0))
-    for name, mask_U in clipped.items():
-        ratio_U = ratio_U.masked_fill(mask_U, bounds[name])
-    return ratio_U * advantage_U, clipped
-
-
-def _segment_sum(values_R: Tensor, lengths_S: Tensor) -> Tensor:
-    """Sums of consecutive stretches; unlike index_add, neither it nor its gradient adds atomically."""
-    return torch.segment_reduce(values_R, "sum", lengths=lengths_S, axis=0)
 
 
 def _lengths(cu_seqlens: Tensor, R: int, names: Sequence[str] | None) -> Tensor:
@@ -323,7 +312,7 @@ def _check_tensors(
     advantages: Tensor,
     cu_seqlens: Tensor,
     names: Sequence[str],
-    level: str,
+    config: LossConfig,
 ) -> None:
     """Shapes and finiteness of the inputs; `given["logprobs"]` sets R."""
     assert given["logprobs"] is not None
@@ -338,10 +327,13 @@ def _check_tensors(
                 f"{what} has shape {list(values.shape)}; logprobs has [{R}] and both must be equal"
             )
         _require_finite(what, values, cu_seqlens, names)
-    per_token = level != "sequence"
+    per_token = config.level != "sequence" and config.type != "gmpo"
     if advantages.shape != (S,) and not (per_token and advantages.shape == (R,)):
         allowed = f"[{S}] (sequences)" + (f" or [{R}] (tokens)" if per_token else "")
-        raise ValueError(f"advantages has shape {list(advantages.shape)}; level={level} takes {allowed}")
+        raise ValueError(
+            f"advantages has shape {list(advantages.shape)}; loss.type={config.type} at loss.level={config.level} takes "
+            f"{allowed}"
+        )
     _require_finite("advantages", advantages, cu_seqlens, names)
 
 

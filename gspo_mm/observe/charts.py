@@ -38,8 +38,14 @@ CHARTS = [
     Chart(
         title="Clipped",
         unit="fraction",
-        about="Answers, and tokens in them, that got no gradient because their ratio left the clip range.",
+        about="Answers, and tokens in them, that got no gradient, with CISPO less, because their ratio left the clip range.",
         series={"low": "clip_low_fraction", "high": "clip_high_fraction", "tokens": "clip_token_fraction"},
+    ),
+    Chart(
+        title="Gate",
+        unit="fraction",
+        about="How much of the gradient SAPO's gate lets through: 1 where the policy is still the one that sampled.",
+        series={"mean": "loss/gate"},
     ),
     Chart(
         title="Response length",

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ConfigDict
 
 from gspo_mm.reward.part import Args, PartType
 from gspo_mm.reward.pattern import extract_answer
+from gspo_mm.runtime.named import function_named
 from gspo_mm.types import Completion, Json, Prompt
 
 
@@ -32,7 +33,7 @@ class UserArgs(Args):
 
 def user_part(path: str, args: Mapping[str, Any], pattern: str | None) -> PartType:
     """Import the function. Raises ValueError saying what is wrong with `path` or `args`."""
-    function = _import(path)
+    function = function_named(path)
     try:
         inspect.signature(function).bind("", None, None, **args)
     except TypeError as error:
@@ -55,18 +56,3 @@ def user_part(path: str, args: Mapping[str, Any], pattern: str | None) -> PartTy
         lowest=-1.0,
         check=None if usable is None else lambda prompt: usable(prompt, **args),
     )
-
-
-def _import(path: str) -> Callable[..., Any]:
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ValueError("write it as package.module:function")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ValueError(f"{error}; install it, or name its folder in PYTHONPATH") from None
-    except AttributeError:
-        raise ValueError(f"module {module} has no {name}; correct the name") from None
-    if not callable(function):
-        raise ValueError("it is no function; name one")
-    return function

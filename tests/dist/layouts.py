@@ -16,8 +16,10 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from gspo_mm.config import PolicyConfig
+from gspo_mm.config import LossConfig, PolicyConfig
 from gspo_mm.families.folder import read_hf
+from gspo_mm.loss import policy_loss
+from gspo_mm.loss.table import SURROGATES
 from gspo_mm.policy import engine
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.weights import gradient_of
@@ -122,12 +124,24 @@ def batches_of(policy: Policy) -> list[MicroBatch]:
 
 
 def loss_of(mine: list[int], batches: list[MicroBatch]) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
-    """A loss that weighs every token differently, plus a metric."""
+    """A loss that weighs every token differently, plus losses that loss.type names, two to a micro-batch; and a metric."""
+    S, N = sum(b.num_sequences for b in batches), sum(b.num_response_tokens for b in batches)
 
     def loss_fn(index: int, logprobs_R: torch.Tensor, entropy_R: torch.Tensor) -> Any:
+        batch = batches[mine[index]]
         generator = torch.Generator().manual_seed(mine[index])
-        weights_R = torch.randn(batches[mine[index]].num_response_tokens, generator=generator)
-        return (logprobs_R * weights_R).sum() / 10, {"entropy": float(entropy_R.sum())}
+        weights_R = torch.randn(batch.num_response_tokens, generator=generator)
+        total = (logprobs_R * weights_R).sum() / 10
+        old_R = logprobs_R.detach() + 0.3 * torch.randn(len(weights_R), generator=generator)
+        advantages = torch.randn(batch.num_sequences, generator=generator)
+        for name in list(SURROGATES)[mine[index] % 4 :: 4]:
+            config = LossConfig.model_validate({"type": name, "dr_grpo_length": 9})
+            offsets = batch.response_cu_seqlens
+            made = policy_loss(
+                logprobs_R, old_R, advantages, offsets, config=config, num_sequences=S, num_tokens=N
+            )
+            total = total + made.loss
+        return total, {"entropy": float(entropy_R.sum())}
 
     return loss_fn
 

@@ -45,6 +45,12 @@ def test_a_missing_shard_is_named(short_config: Path) -> None:
     assert "/nowhere/x-*.tar" in message
 
 
+def test_a_loss_that_is_nowhere_is_named(short_config: Path) -> None:
+    message = failure("train", str(short_config), "loss.python=nowhere:loss", "run.name=nowhere")
+    assert "loss.python=nowhere:loss: No module named 'nowhere'" in message
+    assert not (short_config.parent / "runs" / "nowhere").exists()
+
+
 def test_a_missing_model_is_named(short_config: Path) -> None:
     message = failure("train", str(short_config), "model.path=/nowhere")
     assert "model.path=/nowhere" in message

@@ -114,27 +114,29 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(short_config: Path, s
 
 def test_a_continued_run_trains_with_the_settings_it_has_now(short_config: Path, short_run: Path) -> None:
     """Two steps, then two with other settings; the last is at the promised rate, and what is ignored is named."""
-    command = ["train", str(short_config), "run.name=changed"]
-    gspo_mm(*command, "train.steps=2")
+    gspo_mm("train", str(short_config), "run.name=changed", "train.steps=2")
+    sapo = short_config.with_name("sapo.yaml")
+    sapo.write_text(f"extends: {short_config.name}\nloss: {{type: sapo}}\nrun: {{name: changed}}\n")
     changes = [
         "policy.optimizer.lr=2.0e-3",
         "policy.optimizer.min_lr_ratio=0.1",
         "policy.optimizer.beta1=0.5",
-        "loss.level=token",
         "rollout.group_size=2",
         "sft.steps=9",
     ]
-    gspo_mm(*command, *changes)
+    gspo_mm("train", str(sapo), *changes)
     run = short_run.parent / "changed"
     before, after = read_metrics(short_run)[1:3], read_metrics(run)[1:]
     assert [numbers(line)["loss"] for line in after[:2]] == pytest.approx([line["loss"] for line in before])
     log = (run / "log.txt").read_text()
-    for change in changes[:-1]:
+    for change in ["loss.type=sapo", "loss.clip_low=", *changes[:-1]]:
         assert change.replace("e-3", "").split("=")[0] + "=" in log
     assert "changed and ignored: sft.steps=9 (gspo-mm train does not use it)" in log
     assert after[3]["lr"] == pytest.approx(2e-4, rel=1e-12)
     assert after[2]["lr"] > after[3]["lr"]
     assert after[2]["loss"] != before[1]["loss"]
+    assert 0 < after[2]["loss/gate"] <= 1
+    assert "clip_token_fraction" not in after[2]
     groups = load_rollouts(run, 3)
     assert {len(group.completions) for group in groups} == {2}
     assert {len(group.completions) for group in load_rollouts(run, 2)} == {4}

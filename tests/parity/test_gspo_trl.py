@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trl.experimental.gmpo.gmpo_trainer import GMPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from gspo_mm.config import CorrectionConfig, LossConfig
@@ -32,7 +33,7 @@ def trl_loss(
     delta=None,
     weights=None,
 ):
-    """GRPOTrainer._compute_loss of TRL 1.16 on a stub: log-probs [S, T] in, scalar loss out."""
+    """GRPOTrainer._compute_loss of TRL 1.16 on a stub, or GMPOTrainer's: log-probs [S, T] in, scalar loss out."""
     S, T = new.shape
     trainer = SimpleNamespace(
         importance_sampling_level=level,
@@ -45,7 +46,13 @@ def trl_loss(
         use_vllm=weights is not None,
         vllm_importance_sampling_correction=weights is not None,
         max_completion_length=TRL_MAX_LENGTH,
-        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
+        args=SimpleNamespace(
+            delta=delta,
+            use_bias_correction_kl=False,
+            steps_per_generation=1,
+            sapo_temperature_pos=1.0,
+            sapo_temperature_neg=2.0,
+        ),
         model=SimpleNamespace(training=True),
         current_gradient_accumulation_steps=1,
         accelerator=SimpleNamespace(
@@ -67,7 +74,7 @@ def trl_loss(
         "num_items_in_batch": mask.sum(),
         "importance_sampling_ratio": weights,
     }
-    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    loss = (GMPOTrainer if loss_type == "gmpo" else GRPOTrainer)._compute_loss(trainer, None, inputs)
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
@@ -157,6 +164,55 @@ def test_loss_and_gradient_equal_trl(level, aggregation, loss_type, beta, dual_c
         "the cases must hold every kind of clipping"
     )
     assert seen["clip_token_fraction"] < 8
+
+
+# loss.type as it is named -> TRL's loss_type and range. Its bound of cispo is the ratio itself, those of gmpo are
+# logarithms, and its temperatures of sapo are float32: a power of two is exact
+NAMED = [
+    ({"type": "gspo"}, "sequence", "grpo", (3e-4, 4e-4)),
+    ({"type": "grpo"}, "token", "grpo", (0.2, 0.2)),
+    ({"type": "dr_grpo"}, "token", "dr_grpo", (0.2, 0.2)),
+    ({"type": "dapo"}, "token", "dapo", (0.2, 0.28)),
+    ({"type": "gmpo"}, "token", "gmpo", (0.4, 0.4)),
+    ({"type": "cispo"}, "token", "cispo", (None, 5.0)),
+    ({"type": "cispo", "level": "sequence_token", "clip_high": 1e-3}, "sequence", "cispo", (None, 1.001)),
+    ({"type": "sapo", "tau_negative": 2.0}, "token", "sapo", (None, None)),
+    ({"type": "sapo", "tau_negative": 2.0, "level": "sequence"}, "sequence", "sapo", (None, None)),
+]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize(("named", "level", "loss_type", "range_"), NAMED)
+def test_a_named_loss_and_its_gradient_equal_trl(named, level, loss_type, range_, beta):
+    config = LossConfig.model_validate({**named, "kl_coef": beta, "dr_grpo_length": TRL_MAX_LENGTH})
+    low, high = range_
+    clipped = 0.0
+    for seed in range(6):
+        new, old, ref, advantages, mask = batch(seed, spread=3e-3 if level == "sequence" else 0.6)
+        if loss_type == "cispo" and level == "token":
+            old[0] -= 1.5  # ratios beyond 5
+        theirs_in, ours_in = new.clone().requires_grad_(), new[mask].clone().requires_grad_()
+        theirs, metrics = trl_loss(
+            theirs_in, old, advantages, mask, level=level, loss_type=loss_type, low=low, high=high, beta=beta, ref=ref
+        )  # fmt: skip
+        ours = policy_loss(
+            ours_in,
+            old[mask],
+            advantages,
+            torch.tensor([0, *accumulate(LENGTHS)]),
+            config=config,
+            num_sequences=len(LENGTHS),
+            num_tokens=sum(LENGTHS),
+            ref_logprobs=ref[mask],
+        )
+        assert ours.loss.item() == pytest.approx(theirs.item(), abs=1e-12)
+        (their_gradient,) = torch.autograd.grad(theirs, theirs_in)
+        (our_gradient,) = torch.autograd.grad(ours.loss, ours_in)
+        torch.testing.assert_close(our_gradient, their_gradient[mask], atol=1e-12, rtol=0)
+        if "clip_ratio/region_mean" in metrics and level == "token":
+            assert ours.metrics["clip_token_fraction"] == pytest.approx(metrics["clip_ratio/region_mean"])
+        clipped += ours.metrics.get("clip_token_fraction", 1.0)
+    assert clipped > 0
 
 
 @pytest.mark.parametrize("kind", ["truncate", "mask"])

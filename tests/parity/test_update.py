@@ -105,6 +105,7 @@ def weights(policy: Policy) -> torch.Tensor:
         {"aggregation": "token_mean"},
         {"aggregation": "dr_grpo"},
         {"level": "token"},
+        {"type": "gmpo"},
         {"correction": {"kind": "mask", "low": 0.5, "high": 1.1}},
     ],
 )

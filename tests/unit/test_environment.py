@@ -217,8 +217,8 @@ def test_models_are_told_of_the_tools_in_their_familys_unit(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"python": "tests.environments"}, "write it as package.module:factory"),
-        ({"python": "tests.environments:Nothing"}, "has no attribute 'Nothing'"),
+        ({"python": "tests.environments"}, "write it as package.module:function"),
+        ({"python": "tests.environments:Nothing"}, "has no Nothing; correct the name"),
         ({"python": "tests.environments:Shows", "args": {"first": 1}}, "unexpected keyword argument 'first'"),
         ({"type": "image_tools", "args": {"unit": "miles"}}, "miles"),
         ({"type": "image_tools"}, "no unit for places in pictures; set args.unit"),

@@ -36,7 +36,7 @@ def test_a_name_without_an_explanation_is_an_error_in_tests_and_a_warning_in_a_r
     assert [line["reward/median"] for line in read_metrics(tmp_path)] == [1.0, 1.0]
     assert is_documented("eval/accuracy/where")
     assert not is_documented("time")
-    assert not is_documented("loss/x")
+    assert not is_documented("lr/x")
 
 
 def test_a_line_cut_off_by_a_crash_is_ignored(tmp_path: Path) -> None:
