@@ -134,9 +134,9 @@ def draw_scene(scans: Scans, digits: list[int], rng: np.random.Generator) -> tup
 
 
 def draw_large_scene(scans: Scans, digit: int, rng: np.random.Generator) -> tuple[np.ndarray, Placed]:
-    """Grey canvas [256, 256] uint8 with one digit of 12 to 14 pixels on it; its box is that one of 8x8 cells which holds it."""
-    cell, margin = LARGE // CELLS, 4
-    scan, size = scans.draw(rng, digit), int(rng.integers(12, 15))
+    """Grey canvas [256, 256] uint8 with one digit of 14 or 15 pixels on it; its box is that one of 8x8 cells which holds it."""
+    cell, margin = LARGE // CELLS, 6
+    scan, size = scans.draw(rng, digit), int(rng.integers(14, 16))
     left, top = (cell * int(v) for v in rng.integers(CELLS, size=2))
     x, y = (int(v) for v in rng.integers(margin, cell - size - margin + 1, size=2))
     ink = np.zeros((LARGE, LARGE))

@@ -291,7 +291,7 @@ def zoom(
     samples_per_shard: SamplesPerShard = 1000,
     force: Force = False,
 ) -> None:
-    """Handwritten digits **too small to read**: 10 to 12 pixels of a picture of 256x256, which models see at 64x64.
+    """Handwritten digits **too small to read**: 14 or 15 pixels of a picture of 256x256, which models see at 64x64.
 
     The reference answer looks again at the eighth of the picture that holds the digit:
 
