@@ -1,6 +1,6 @@
 # Everything a newcomer needs is `make quickstart` and `make test`; both install what they need on first use.
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart zoom test lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -31,6 +31,19 @@ quickstart: .venv/quickstart  ## teach a small model to read handwritten digits 
 	test -f data/tiny-model/config.json || $(BIN)/python tools/make_tiny_model.py data/tiny-model
 	$(BIN)/gspo-mm sft configs/quickstart_sft.yaml run.seed=$(SEED)
 	$(BIN)/gspo-mm train configs/quickstart.yaml run.seed=$(SEED)
+
+# what the run without the tool does otherwise: it answers at once
+WITHOUT := rollout.environment=null rollout.sampling.max_new_tokens=16 'data.train=["data/zoom-direct/train-*.tar"]'
+
+zoom: .venv/quickstart  ## digits too small to read: GSPO with a tool that enlarges, and without it (about 8 minutes)
+	test -f data/zoom/train-000000.tar || $(BIN)/python tools/make_shards.py zoom data/zoom
+	test -f data/zoom-direct/train-000000.tar || $(BIN)/python tools/make_shards.py zoom data/zoom-direct --no-calls
+	test -f data/tiny-zoom/config.json || $(BIN)/python tools/make_tiny_model.py data/tiny-zoom --tools
+	$(BIN)/gspo-mm sft configs/zoom_sft.yaml run.seed=$(SEED)
+	$(BIN)/gspo-mm train configs/zoom.yaml run.seed=$(SEED)
+	$(BIN)/gspo-mm sft configs/zoom_sft.yaml run.seed=$(SEED) run.name=zoom-without-sft-$(SEED) $(WITHOUT)
+	$(BIN)/gspo-mm train configs/zoom.yaml run.seed=$(SEED) run.name=zoom-without-$(SEED) \
+		model.path=runs/zoom-without-sft-$(SEED)/hf $(WITHOUT)
 
 test: .venv/dev  ## lint, type check and run all tests that need no GPU
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The digit shards are real scans, deterministic, truthful, and split so that no scan is in both parts."""
 
+import asyncio
 import io
 import json
 import tarfile
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from gspo_mm.environment.image_tools import ImageTools
 from gspo_mm.reward.spec import load_reward
-from gspo_mm.types import Completion, Finish, Prompt
+from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, Turn
 from tests.conftest import TOOLS, run_tool
 
 ROOT = TOOLS.parent
@@ -142,6 +144,50 @@ def test_existing_shards_are_not_replaced_unless_forced(digit_shards: Path, tmp_
         run_tool("make_shards.py", "digits", tmp_path, "--train", 2, "--validation", 1)
     run_tool("make_shards.py", "digits", tmp_path, "--train", 2, "--validation", 1, "--force")
     assert len(records(tmp_path, "train")) == 2
+
+
+# zoom
+
+
+def test_what_a_reference_call_shows_is_the_digit_which_the_picture_is_too_small_for(tmp_path: Path) -> None:
+    run_tool("make_shards.py", "zoom", tmp_path, "--train", 20, "--validation", 20)
+    images, labels, found = load_digits().images, load_digits().target, {}
+    for split in ("train", "validation"):
+        better = []
+        for record in records(tmp_path, split):
+            call, answer = record["response"]
+            scan = record["meta"]["scan"]
+            assert answer == f"<answer>{labels[scan]}</answer>" == f"<answer>{record['answer']}</answer>"
+            found.setdefault(split, set()).add(scan)
+            picture = Image.open(io.BytesIO(record["png"]))
+            assert picture.size == (256, 256)
+            assert sum((np.asarray(picture.resize((64, 64), Image.Resampling.BOX)) != 128).any(0)) <= 5
+            (shown,) = zoomed(record["png"], call).images
+            assert isinstance(shown, Image.Image)
+            pixels = np.asarray(shown.convert("L"), dtype=float)
+            assert pixels.shape == (64, 64)
+            inked = pixels > 160
+            part = pixels[np.ix_(inked.any(1), inked.any(0))]
+            own, *others = (likeness(images[i], part) for i in (scan, *range(0, 1797, 20)))
+            better.append(np.mean([own > other for other in others]))
+        assert np.mean(better) > 0.95
+    assert not found["train"] & found["validation"]
+
+
+def zoomed(png: bytes, call: str) -> Any:
+    image = EncodedImage(data=png, key="k", width=256, height=256)
+    prompt = Prompt(key="k", messages=(), images=(image,), answer=0, task="digit")
+    tools = ImageTools(unit="thousand", least_side=64)
+    return asyncio.run(tools.step(prompt, [Turn(token_ids=(1,), logprobs=(), versions=(), text=call)]))
+
+
+def test_without_calls_the_pictures_are_the_same_and_the_answer_is_direct(tmp_path: Path) -> None:
+    arguments = ("--train", 5, "--validation", 1)
+    run_tool("make_shards.py", "zoom", tmp_path / "calls", *arguments)
+    run_tool("make_shards.py", "zoom", tmp_path / "direct", *arguments, "--no-calls")
+    with_calls, direct = (records(tmp_path / name, "train") for name in ("calls", "direct"))
+    assert [r["png"] for r in with_calls] == [r["png"] for r in direct]
+    assert [r["response"][1] for r in with_calls] == [r["response"] for r in direct]
 
 
 # arithmetic

@@ -37,6 +37,15 @@ def test_digits_and_answer_tags_are_one_token_each(tiny_model: Path) -> None:
     assert len(tokenizer("<answer>37</answer>", add_special_tokens=False)["input_ids"]) == 4
 
 
+def test_with_tools_a_call_is_short(tmp_path: Path) -> None:
+    run_tool("make_tiny_model.py", tmp_path / "m", "--tools")
+    tokenizer = AutoProcessor.from_pretrained(tmp_path / "m").tokenizer
+    call = '<tool_call>{"name":"zoom_in","arguments":{"box":[125,0,250,125]}}</tool_call>'
+    ids = tokenizer(call, add_special_tokens=False)["input_ids"]
+    assert len(ids) < 30
+    assert tokenizer.decode(ids, skip_special_tokens=True) == call
+
+
 def test_the_seed_decides_the_weights(tiny_model: Path, tmp_path: Path) -> None:
     run_tool("make_tiny_model.py", tmp_path / "same", "--seed", 0, forked=False)
     run_tool("make_tiny_model.py", tmp_path / "other", "--seed", 1)
