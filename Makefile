@@ -37,7 +37,7 @@ WITHOUT := rollout.environment=null rollout.sampling.max_new_tokens=16 'data.tra
 
 zoom: .venv/quickstart  ## digits too small to read: GSPO with a tool that enlarges, and without it (about 8 minutes)
 	test -f data/zoom/train-000000.tar || $(BIN)/python tools/make_shards.py zoom data/zoom
-	test -f data/zoom-direct/train-000000.tar || $(BIN)/python tools/make_shards.py zoom data/zoom-direct --no-calls
+	test -f data/zoom-direct/train-000000.tar || $(BIN)/python tools/make_shards.py zoom data/zoom-direct --calls 0
 	test -f data/tiny-zoom/config.json || $(BIN)/python tools/make_tiny_model.py data/tiny-zoom --tools
 	$(BIN)/gspo-mm sft configs/zoom_sft.yaml run.seed=$(SEED)
 	$(BIN)/gspo-mm train configs/zoom.yaml run.seed=$(SEED)

@@ -174,8 +174,8 @@ def digit_sample(index: int, *, scans: Scans, split: str, tasks: list[str], seed
     return {"__key__": f"{index:06d}", "png": png_bytes(pixels), "json": json.dumps(record).encode()}
 
 
-def zoom_sample(index: int, *, scans: Scans, split: str, calls: bool, seed: int) -> dict[str, Any]:
-    """Sample `index` of a split: a digit too small to read; with `calls` the reference answer looks again before it says."""
+def zoom_sample(index: int, *, scans: Scans, split: str, calls: float, seed: int) -> dict[str, Any]:
+    """Sample `index` of a split: a digit too small to read; a share of the reference answers, `calls`, look again first."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     digit = int(rng.integers(10))
     pixels, placed = draw_large_scene(scans, digit, rng)
@@ -191,7 +191,7 @@ def zoom_sample(index: int, *, scans: Scans, split: str, calls: bool, seed: int)
         ],
         "answer": digit,
         "task": "digit",
-        "response": [f"<tool_call>{_compact(call)}</tool_call>", answer] if calls else answer,
+        "response": [f"<tool_call>{_compact(call)}</tool_call>", answer] if rng.random() < calls else answer,
         "meta": {"scan": placed.scan, "cell": list(placed.box)},
     }
     return {"__key__": f"{index:06d}", "png": png_bytes(pixels), "json": json.dumps(record).encode()}

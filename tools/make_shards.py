@@ -293,7 +293,7 @@ def zoom(
 ) -> None:
     """Handwritten digits **too small to read**: 14 or 15 pixels of a picture of 256x256, which models see at 64x64.
 
-    The reference answer looks again at the eighth of the picture that holds the digit:
+    Half of the reference answers look again, at the eighth of the picture that holds the digit; the others say it at once:
 
         <tool_call>{"name":"zoom_in","arguments":{"box":[250,500,375,625]}}</tool_call>
 
@@ -305,7 +305,7 @@ def zoom(
 
         python tools/make_shards.py zoom data/zoom
 
-        python tools/make_shards.py zoom data/zoom-direct --no-calls
+        python tools/make_shards.py zoom data/zoom-direct --calls 0
     """
     make = {
         split: partial(zoom_sample, scans=load_scans(split), split=split, calls=calls, seed=seed)

@@ -150,7 +150,7 @@ def test_existing_shards_are_not_replaced_unless_forced(digit_shards: Path, tmp_
 
 
 def test_what_a_reference_call_shows_is_the_digit_which_the_picture_is_too_small_for(tmp_path: Path) -> None:
-    run_tool("make_shards.py", "zoom", tmp_path, "--train", 20, "--validation", 20)
+    run_tool("make_shards.py", "zoom", tmp_path, "--train", 20, "--validation", 20, "--calls", 1)
     images, labels, found = load_digits().images, load_digits().target, {}
     for split in ("train", "validation"):
         better = []
@@ -181,13 +181,16 @@ def zoomed(png: bytes, call: str) -> Any:
     return asyncio.run(tools.step(prompt, [Turn(token_ids=(1,), logprobs=(), versions=(), text=call)]))
 
 
-def test_without_calls_the_pictures_are_the_same_and_the_answer_is_direct(tmp_path: Path) -> None:
-    arguments = ("--train", 5, "--validation", 1)
-    run_tool("make_shards.py", "zoom", tmp_path / "calls", *arguments)
-    run_tool("make_shards.py", "zoom", tmp_path / "direct", *arguments, "--no-calls")
-    with_calls, direct = (records(tmp_path / name, "train") for name in ("calls", "direct"))
-    assert [r["png"] for r in with_calls] == [r["png"] for r in direct]
-    assert [r["response"][1] for r in with_calls] == [r["response"] for r in direct]
+def test_a_share_of_the_reference_answers_calls_and_the_pictures_are_the_same(tmp_path: Path) -> None:
+    by_share = {}
+    for share in (0, 0.5, 1):
+        run_tool("make_shards.py", "zoom", tmp_path / str(share), "--train", 60, "--calls", share)
+        by_share[share] = records(tmp_path / str(share), "train")
+    assert len({tuple(r["png"] for r in found) for found in by_share.values()}) == 1
+    called = {share: [isinstance(r["response"], list) for r in found] for share, found in by_share.items()}
+    assert (sum(called[0]), sum(called[1])) == (0, 60)
+    assert 15 < sum(called[0.5]) < 45
+    assert [r["response"] for r in by_share[0]] == [r["response"][1] for r in by_share[1]]
 
 
 # arithmetic
