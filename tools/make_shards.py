@@ -285,8 +285,8 @@ def zoom(
         int, typer.Option(min=0, help="Held-out samples, drawn from scans never trained on.")
     ] = 500,
     calls: Annotated[
-        bool, typer.Option(help="Whether reference answers call zoom_in before they say.")
-    ] = True,
+        float, typer.Option(min=0.0, max=1.0, help="Share of the reference answers that call zoom_in first.")
+    ] = 0.5,
     seed: Annotated[int, typer.Option(help="Decides scenes; the split of the scans is fixed.")] = 0,
     samples_per_shard: SamplesPerShard = 1000,
     force: Force = False,
