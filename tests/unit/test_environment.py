@@ -4,7 +4,9 @@ import asyncio
 import json
 import re
 import shutil
+import threading
 from dataclasses import replace
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from gspo_mm.config import Config
 from gspo_mm.config.environment import EnvironmentConfig
 from gspo_mm.data.pictures import decode_image
 from gspo_mm.environment import Call, CallError, Feedback, Look, read_calls
-from gspo_mm.environment.base import SIZES
+from gspo_mm.environment.base import SESSION, SIZES
+from gspo_mm.environment.http import HttpEnvironment
 from gspo_mm.environment.image_tools import ImageTools
 from gspo_mm.environment.pool import BadEnvironmentError, make
 from gspo_mm.stages import processor_of
@@ -233,7 +236,9 @@ def of_the_readme(name: str) -> Any:
     """The class of that name, as the README has it."""
     text = (Path(gspo_mm.environment.__file__).parent / "README.md").read_text()
     (code,) = [
-        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if f"class {name}:" in code
+        code
+        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if re.search(rf"class {name}\b", code)
     ]
     values: dict[str, Any] = {}
     exec(code, values)
@@ -265,3 +270,25 @@ def test_the_pages_of_the_readme() -> None:
         text="That was the last page."
     )
     assert asyncio.run(pages.step(prompt, [turn("seven")])) is None
+
+
+def test_the_server_of_the_readme_remembers_each_answers_number() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), of_the_readme("Guessing"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = HttpEnvironment(url=f"http://127.0.0.1:{server.server_port}")
+
+    def answered(session: str, text: str) -> Feedback | None:
+        SESSION.set(session)
+        return asyncio.run(environment.step(asked(), [turn(text)]))
+
+    try:
+        assert answered("a", "no number") == Feedback(text="Guess a number from 1 to 99.")
+        for session in ("a", "b"):
+            low, high = 1, 99
+            while (found := answered(session, str((low + high) // 2))) is not None:
+                middle = (low + high) // 2
+                low, high = (middle + 1, high) if found.text == "It is larger." else (low, middle - 1)
+                assert low <= high
+    finally:
+        server.shutdown()
+        server.server_close()
