@@ -45,11 +45,12 @@ class StopRequest:
         self._before: dict[int, object] = {}
         # its put() may be called from a handler, at any moment
         self._received: SimpleQueue[str] = SimpleQueue()
+        self._reporter = threading.Thread(target=self._report, name="signals", daemon=True)
 
     def listen(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._on_signal) for s in _SIGNALS}
-            threading.Thread(target=self._report, name="signals", daemon=True).start()
+            self._reporter.start()
         return self
 
     def __enter__(self) -> Self:
@@ -60,6 +61,7 @@ class StopRequest:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         if self._before:
             self._received.put("")
+            self._reporter.join(5.0)  # what was received is in the log before what follows
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
