@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from PIL import Image
 
 from gspo_mm.config.environment import EnvironmentConfig
 from gspo_mm.data.faults import BadSample
-from gspo_mm.data.pictures import MAX_PIXELS, decode_image, measure
+from gspo_mm.data.pictures import MAX_PIXELS, decode_image, measure, png_of
 from gspo_mm.environment.base import SESSION, SIZES, Environment, Feedback
 from gspo_mm.environment.http import HttpEnvironment
 from gspo_mm.environment.image_tools import ImageTools
@@ -119,9 +118,7 @@ def _encoded(image: Image.Image | bytes) -> EncodedImage:
     if isinstance(image, Image.Image):
         if image.width * image.height > MAX_PIXELS:
             raise BadSample("image too large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS}")
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        data, size = file.getvalue(), image.size
+        data, size = png_of(image), image.size
     else:
         measure(image)  # before any memory is taken
         data, size = image, decode_image(image).size

@@ -148,12 +148,11 @@ class SGLangEngine:
 
         Raises RetokenizedError for one that cannot have them, ServerError for one that does not answer.
         """
-        if self._conversations and (probe := self._conversations.probe()):
-            for server in servers:
-                holding = self.fleet.holding(server)
-                if not holding.keeps_ids:
-                    await self._check_keeps_ids(server, probe)
-                    holding.keeps_ids = True
+        new = [server for server in servers if not self.fleet.holding(server).keeps_ids]
+        if new and self._conversations and (probe := self._conversations.probe()):
+            for server in new:
+                await self._check_keeps_ids(server, probe)
+                self.fleet.holding(server).keeps_ids = True
         await self.fleet.hold(version, servers)
 
     def generate(
