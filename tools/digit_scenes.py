@@ -158,20 +158,19 @@ def digit_sample(index: int, *, scans: Scans, split: str, tasks: list[str], seed
     question = TASKS[task](rng)
     pixels, placed = draw_scene(scans, question.digits, rng)
     answer = question.answer if question.target is None else list(placed[question.target].box)
-    record = {
-        "messages": [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},
-        ],
-        "answer": answer,
-        "task": task,
-        "response": f"<answer>{_compact(answer)}</answer>",
-        "meta": {
+    return _written(
+        index,
+        pixels,
+        question.text,
+        answer=answer,
+        task=task,
+        response=f"<answer>{_compact(answer)}</answer>",
+        meta={
             "scans": [p.scan for p in placed],
             "digits": [p.digit for p in placed],
             "boxes": [list(p.box) for p in placed],
         },
-    }
-    return {"__key__": f"{index:06d}", "png": png_bytes(pixels), "json": json.dumps(record).encode()}
+    )
 
 
 def zoom_sample(index: int, *, scans: Scans, split: str, calls: float, seed: int) -> dict[str, Any]:
@@ -182,18 +181,20 @@ def zoom_sample(index: int, *, scans: Scans, split: str, calls: float, seed: int
     box = [1000 * side // LARGE for side in placed.box]
     call = {"name": "zoom_in", "arguments": {"box": box}}
     answer = f"<answer>{digit}</answer>"
-    record = {
-        "messages": [
-            {
-                "role": "user",
-                "content": [{"type": "image"}, {"type": "text", "text": "Which digit is this?"}],
-            },
-        ],
-        "answer": digit,
-        "task": "digit",
-        "response": [f"<tool_call>{_compact(call)}</tool_call>", answer] if rng.random() < calls else answer,
-        "meta": {"scan": placed.scan, "cell": list(placed.box)},
-    }
+    return _written(
+        index,
+        pixels,
+        "Which digit is this?",
+        answer=digit,
+        task="digit",
+        response=[f"<tool_call>{_compact(call)}</tool_call>", answer] if rng.random() < calls else answer,
+        meta={"scan": placed.scan, "cell": list(placed.box)},
+    )
+
+
+def _written(index: int, pixels: np.ndarray, question: str, **values: Any) -> dict[str, Any]:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    record = {"messages": [{"role": "user", "content": content}], **values}
     return {"__key__": f"{index:06d}", "png": png_bytes(pixels), "json": json.dumps(record).encode()}
 
 
