@@ -7,8 +7,8 @@ these k-th micro-batches together.
     units of work      answers that show the same images stay together: in one micro-batch an image is encoded once
       -> bins          ranks * micro-batches of them, the costliest unit first into the cheapest bin that has room
       -> slots         neighbours by cost, then single sequences moved until the slot is even
-      -> ranks         of each slot the costliest bin to the rank with least so far, or of those that are alike to the one that
-                       has most of its images; then moved until ranks are even
+      -> ranks         of each slot the costliest bin to the rank with least so far; then bins of a slot exchanged so that few
+                       ranks show an image, and sequences moved until ranks are even
 
 This is done with groups cut into smaller and into larger pieces. Where a rank has but a group or two, the other way round is
 better: whole groups -> ranks -> bins (`_by_ranks`). What ranks that meet in every slot finish first is kept. One rank has
@@ -29,6 +29,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
 from gspo_mm.batch.bins import TRIES, Bin, Bins, Item, Unit
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.types import EncodedImage, TrainSequence
@@ -46,9 +49,8 @@ EVEN_RANKS = 0.02
 # A group that shares images is cut into pieces of at most this many bins' worth of work. Smaller pieces even out
 # better, larger ones encode fewer images twice: both are tried, the faster is kept.
 PIECES = (1.0, 1.2)
-# Ranks whose work so far differs by less than this fraction of a whole rank's are alike to the next bin, which goes to the one
-# that has its images. With more, ranks have to be evened out at the expense of their slots.
-ALIKE = 0.01
+# How often bins of each slot are exchanged between ranks: after four times little changes.
+SWEEPS = 4
 # So much longer may take what shows images on fewer ranks: sending and decoding them is not in the cost.
 FEWER_RANKS = 0.01
 
@@ -255,25 +257,36 @@ def _rows(bins: list[Bin], ranks: int) -> list[list[Bin]]:
     """Each rank's bins, one of every slot; the costliest slot first, so that memory runs out at once or never."""
     bins = _apart(bins)
     rows: list[list[Bin]] = [[] for _ in range(ranks)]
-    shown_by: defaultdict[int, set[int]] = defaultdict(set)  # the ranks of an image
-    tolerance = ALIKE * sum(it.cost for it in bins) / ranks
     for start in range(0, len(bins), ranks):
         slot = bins[start : start + ranks]
         _even_out([[it] for it in slot], EVEN_SLOT)
         slot.sort(key=lambda it: -it.cost)
-        so_far = {rank: sum(it.cost for it in rows[rank]) for rank in range(ranks)}
-        free = sorted(so_far, key=so_far.__getitem__)
-        for it in slot:
-            known = Counter(rank for image in it.images for rank in shown_by[image])
-            most = so_far[free[0]] + tolerance
-            alike = [rank for rank in free if so_far[rank] <= most]
-            chosen = max(alike, key=known.__getitem__)  # the first of them where none stands out
-            free.remove(chosen)
-            rows[chosen].append(it)
-            for image in it.images:
-                shown_by[image].add(chosen)
+        for row, it in zip(sorted(rows, key=lambda row: sum(it.cost for it in row)), slot, strict=True):
+            row.append(it)
+    _bring_together(rows)
     _even_out(rows, EVEN_RANKS)
     return rows
+
+
+def _bring_together(rows: list[list[Bin]]) -> None:
+    """Exchange bins of a slot, which cost alike, so that ranks get those whose images they show in other slots."""
+    shown_by: defaultdict[int, Counter[int]] = defaultdict(Counter)  # image -> in how many bins of each rank
+    for rank, row in enumerate(rows):
+        for image in (image for it in row for image in it.images):
+            shown_by[image][rank] += 1
+    for number in [*range(len(rows[0]))] * SWEEPS if shown_by else []:
+        slot = [row[number] for row in rows]
+        known = np.eye(len(rows)) / 100  # [bin, rank]: images that the rank shows; what gains nothing stays
+        for rank, it in enumerate(slot):
+            for image in it.images:
+                shown_by[image][rank] -= 1
+        for i, it in enumerate(slot):
+            for image in it.images:
+                known[i, [rank for rank, count in shown_by[image].items() if count]] += 1
+        for i, rank in zip(*linear_sum_assignment(known, maximize=True), strict=True):
+            rows[rank][number] = slot[i]
+            for image in slot[i].images:
+                shown_by[image][int(rank)] += 1
 
 
 def _apart(bins: list[Bin]) -> list[Bin]:
