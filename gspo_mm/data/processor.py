@@ -294,7 +294,8 @@ class Processor:
             first, *rest = text.split(token)
             counts = self._family.tokens_per_image(self._hf, grids)
             text = first + "".join(token * count + part for count, part in zip(counts, rest, strict=True))
-        return tuple(self._processor(text=[text])["input_ids"][0])
+        # the processor itself, from transformers 5.24 on, wants an image for every image token
+        return tuple(self._tokenizer(text)["input_ids"])
 
     def _refuse_special_tokens(self, messages: Sequence[Mapping[str, Any]]) -> None:
         for message in messages:
