@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -33,11 +32,9 @@ def setup_logging(run_dir: Path | None = None, *, rank: int = 0) -> None:
         file = logging.FileHandler(run_dir / (f"log-rank-{rank:05d}.txt" if rank else "log.txt"))
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         root.addHandler(file)
+        console.addFilter(lambda record: record.name != "py.warnings")  # libraries' words to their callers: in the file
     logging.captureWarnings(True)
-    python = logging.getLogger("py.warnings")
-    python.filters = [_Once()]
-    # torch's word to megatron-core, on every rank, about functions that it will rename
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    logging.getLogger("py.warnings").filters = [_Once()]
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
 

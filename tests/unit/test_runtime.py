@@ -147,7 +147,9 @@ def test_log_and_warnings_reach_the_runs_file(tmp_path: Path) -> None:
     assert "careful" in text
 
 
-def test_what_a_library_says_of_its_future_is_logged_once(tmp_path: Path) -> None:
+def test_what_a_library_says_of_its_future_is_in_the_log_once_and_not_on_the_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also where other code changes the filters, as the optimizer does at every step."""
     with warnings.catch_warnings():
         setup_logging(tmp_path)
@@ -155,6 +157,9 @@ def test_what_a_library_says_of_its_future_is_logged_once(tmp_path: Path) -> Non
             warnings.warn("`old` will go", FutureWarning, stacklevel=1)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="nothing")
+        logging.getLogger("ours").warning("careful")
+    screen = capsys.readouterr().err
+    assert "careful" in screen and "`old`" not in screen
     assert (tmp_path / "log.txt").read_text().count("FutureWarning: `old` will go") == 1
 
 
