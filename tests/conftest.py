@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from gspo_mm.runtime.threads import share_of_cores
@@ -33,6 +34,9 @@ def run_tool(name: str, *arguments: str | Path | int, forked: bool = True) -> No
 def pytest_configure() -> None:
     """Python's collector would look through all modules again and again while they are loaded, and at every save of a policy."""
     gc.disable()
+    # no test asserts how fast a machine is
+    hypothesis.settings.register_profile("any machine", deadline=None)
+    hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_finish() -> None:

@@ -297,7 +297,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[TrainSequence], dict[str, int]]:
     return draw(st.permutations(sequences)), options
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(jobs())
 def test_every_sequence_once_within_the_budget_and_equally_many_micro_batches(
     job: tuple[list[TrainSequence], dict[str, int]],
@@ -319,7 +319,7 @@ def test_every_sequence_once_within_the_budget_and_equally_many_micro_batches(
     assert names(deal(list(sequences), cost=COST, num_patches=num_patches, **options)) == names(dealt)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(jobs())
 def test_no_rank_is_worse_than_the_mean_by_more_than_one_sequence_with_its_images(
     job: tuple[list[TrainSequence], dict[str, int]],

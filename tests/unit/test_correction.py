@@ -336,7 +336,7 @@ def test_a_correction_is_off_by_default_and_reads_back_as_it_was_saved(tmp_path:
     assert load_config(tmp_path / "saved.yaml") == config
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8),
     seed=st.integers(0, 2**31),

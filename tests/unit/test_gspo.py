@@ -390,7 +390,7 @@ def test_a_clip_that_cannot_act_is_told():
 lengths_strategy = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=lengths_strategy,
     seed=st.integers(0, 2**31),
@@ -412,7 +412,7 @@ def test_any_batch_equals_the_equations(lengths, seed, spread, level, aggregatio
     assert metrics["approx_kl"] >= -1e-15
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(lengths=lengths_strategy, seed=st.integers(0, 2**31), data=st.data(), level=st.sampled_from(LEVELS))
 def test_order_of_sequences_does_not_matter(lengths, seed, data, level):
     batch = Batch(lengths, seed)

@@ -54,7 +54,7 @@ def micro_batches(draw: st.DrawFn) -> MicroBatch:
     return batch(sequences)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(micro_batches(), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2]), st.sampled_from([1, 4]))
 def test_tokens_predictions_and_images_are_shared_out_once(
     packed: MicroBatch, cp: int, tp: int, multiple: int

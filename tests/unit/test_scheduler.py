@@ -320,7 +320,7 @@ class Run:
         assert not missing or self.config.drop_dead_groups
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(CONFIGS, st.integers(0, 2**32), st.sampled_from([0.0, 0.2, 0.7, 1.0]))
 def test_the_rules_hold_whatever_comes_when(config: RolloutConfig, seed: int, dead_share: float) -> None:
     run = Run(config, Random(seed), dead_share)
