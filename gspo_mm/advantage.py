@@ -79,6 +79,11 @@ def group_advantages(
     return AdvantageResult(live=tuple(live), dead=dead, failed=failed)
 
 
+def is_dead(group: RolloutGroup, config: AdvantageConfig) -> bool:
+    """Whether a scored group teaches nothing, because all its rewards are equal."""
+    return group_advantages([group], config).dead > 0
+
+
 def normalise(rewards: list[float], std: str) -> list[float]:
     """Advantages of one group whose rewards differ; sums are exactly rounded, so order cannot matter."""
     span = max(rewards) - min(rewards)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gspo_mm.advantage import group_advantages
+from gspo_mm.advantage import is_dead
 from gspo_mm.config import Config
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.odd import odd_ones
@@ -179,7 +179,7 @@ def build_scheduler(
         source,
         engine,
         score=reward.start,
-        is_dead=lambda group: group_advantages([group], config.advantage).dead > 0,
+        is_dead=lambda group: is_dead(group, config.advantage),
         sampling=SamplingParams(**config.rollout.sampling.model_dump()),
     )
 

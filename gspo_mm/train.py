@@ -18,7 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from gspo_mm.advantage import AdvantageResult, DeadStepGuard, group_advantages
+from gspo_mm.advantage import AdvantageResult, DeadStepGuard, group_advantages, is_dead
 from gspo_mm.batch import sequences_of
 from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
@@ -32,7 +32,7 @@ from gspo_mm.observe.throughput import peak_flops, peak_memory, throughput
 from gspo_mm.policy.shares import share_out, split_evenly
 from gspo_mm.policy.update import update_policy
 from gspo_mm.reward.rewards import check_failures
-from gspo_mm.rollout.engine import sample_groups
+from gspo_mm.rollout.engine import replace_dead, sample_groups
 from gspo_mm.rollout.saved import save_rollouts
 from gspo_mm.rollout.scheduler import Pause, staleness_metrics
 from gspo_mm.runtime.preempt import StopRequest
@@ -59,6 +59,7 @@ class Gspo(Training):
     def __init__(self, config: Config, run: RunDir, stages: Stages, stack: ExitStack) -> None:
         super().__init__(config, run, stages, stack)
         self.next_group = 0
+        self.dropped = 0  # dead groups that the step's others replace
         self.dead_steps = DeadStepGuard(config.advantage.max_dead_steps)
         self.gap_watch = (
             GapWatch(config, stages.policy, stages.servers, stages.processor)
@@ -134,12 +135,25 @@ class Gspo(Training):
         assert stages.engine.version == self.step, "the engine samples with the weights of the last step"
         if stages.scheduler:
             return stages.scheduler.next_batch(self.step, stopping=lambda: stop.requested)
+        if not config.rollout.drop_dead_groups:
+            return self.answers(config.rollout.prompts_per_step)
+        groups, self.dropped = replace_dead(
+            lambda count, again: stages.reward.score_groups(self.answers(count, again)),
+            lambda group: is_dead(group, config.advantage),
+            wanted=config.rollout.prompts_per_step,
+        )
+        return groups
+
+    def answers(self, count: int, again: int = 0) -> list[RolloutGroup]:
+        """The embedded engine's to the next `count` prompts; the step asked for others `again` times before."""
+        assert self.stages.engine is not None
+        labels = ("rollout", self.step, *([again] if again else []))
         groups = sample_groups(
-            stages.engine,
-            stages.source.take(config.rollout.prompts_per_step),
-            group_size=config.rollout.group_size,
-            sampling=stages.sampling,
-            seed=derive_seed(config.run.seed, "rollout", self.step),
+            self.stages.engine,
+            self.stages.source.take(count),
+            group_size=self.config.rollout.group_size,
+            sampling=self.stages.sampling,
+            seed=derive_seed(self.config.run.seed, *labels),
             first_id=self.next_group,
         )
         self.next_group += len(groups)
@@ -213,7 +227,7 @@ class Gspo(Training):
         """How old the tokens were when they were trained on, and what else scheduler and servers did."""
         scheduler, servers = self.stages.scheduler, self.stages.servers
         if scheduler is None or servers is None:
-            return {}
+            return {"rollout/dropped": self.dropped} if self.config.rollout.drop_dead_groups else {}
         return staleness_metrics(groups, self.step - 1) | scheduler.take_counts() | servers.take_counts()
 
     def write_line(self, metrics: dict[str, float], work: Work, groups: list[RolloutGroup]) -> None:

@@ -161,7 +161,7 @@ class RolloutConfig(Section):
         description="groups started per group trained on; the slowest are given up, and come first in the next step",
     )
     drop_dead_groups: bool = Field(
-        default=False, description="start another group for each whose rewards are all equal (DAPO)"
+        default=False, description="sample another group for each whose rewards are all equal (DAPO), at most four times prompts_per_step"
     )
     on_update: Literal["retract", "in_place", "finish"] = Field(
         default="retract",
@@ -209,7 +209,7 @@ class RolloutConfig(Section):
                 "rollout.engine=sglang, or rollout.sglang.fp8=false"
             )
         if not ENGINES[self.engine].serves:
-            for name, off in (("max_staleness", 0), ("oversample", 1.0), ("drop_dead_groups", False)):
+            for name, off in (("max_staleness", 0), ("oversample", 1.0)):
                 if getattr(self, name) != off:
                     raise ValueError(
                         f"rollout.{name}={getattr(self, name)} needs servers that sample beside the trainer; set "

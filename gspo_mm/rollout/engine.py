@@ -6,7 +6,7 @@ in `sync/` a `WeightPush` that brings it the policy's weights. Whoever calls the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from itertools import count
 from typing import Protocol, runtime_checkable
@@ -16,6 +16,8 @@ from gspo_mm.config.engines import ENGINES
 from gspo_mm.data.processor import Processor
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.types import Completion, EncodedPrompt, RolloutGroup, SamplingParams
+
+MAX_DROPPED = 4  # batches' worth of dead groups dropped for one batch before dead ones are kept
 
 
 class TokenSide(Protocol):
@@ -111,3 +113,24 @@ def sample_groups(
         RolloutGroup(id=i, prompt=p.prompt, prompt_ids=p.token_ids, completions=tuple(completions))
         for i, p, completions in zip(count(first_id), prompts, answers, strict=False)
     ]
+
+
+def replace_dead(
+    sample: Callable[[int, int], list[RolloutGroup]], is_dead: Callable[[RolloutGroup], bool], *, wanted: int
+) -> tuple[list[RolloutGroup], int]:
+    """`wanted` groups in the order they came, and how many dead ones were dropped: others were sampled in their place.
+
+    `sample` is asked for a number of scored groups, and told how often it was before. After `MAX_DROPPED` batches' worth
+    of dead ones they are kept.
+    """
+    kept: list[RolloutGroup] = []
+    dropped = 0
+    for again in count():
+        for group in sample(wanted - len(kept), again):
+            if dropped < MAX_DROPPED * wanted and is_dead(group):
+                dropped += 1
+            else:
+                kept.append(group)
+        if len(kept) == wanted:
+            break
+    return kept, dropped

@@ -36,7 +36,7 @@ from threading import Event
 from typing import Any, Protocol
 
 from gspo_mm.config import RolloutConfig
-from gspo_mm.rollout.engine import ServingEngine
+from gspo_mm.rollout.engine import MAX_DROPPED, ServingEngine
 from gspo_mm.rollout.saved import decode_answers, encode_answers
 from gspo_mm.serving.server import ServerError
 from gspo_mm.types import Completion, EncodedPrompt, RolloutGroup, SamplingParams
@@ -44,7 +44,6 @@ from gspo_mm.types import Completion, EncodedPrompt, RolloutGroup, SamplingParam
 logger = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds between looks at what else may have happened
-_MAX_DROPPED = 4  # batches' worth of dead groups dropped for one batch before dead ones are kept
 
 type Cursor = dict[str, Any]
 
@@ -280,7 +279,7 @@ class Scheduler:
     def _drop_dead(self) -> None:
         if not self._config.drop_dead_groups:
             return
-        limit = _MAX_DROPPED * self._batch - self._dropped
+        limit = MAX_DROPPED * self._batch - self._dropped
         for group in self._open:
             if group.done and group.dead is None:
                 group.dead = self._is_dead(group.done)

@@ -56,7 +56,12 @@ def short_config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, dig
             "validation": [str(digit_shards / "validation-*.tar")],
             "shuffle_buffer": 50,
         },
-        "rollout": {"prompts_per_step": 8, "group_size": 4, "sampling": {"max_new_tokens": 6}},
+        "rollout": {
+            "prompts_per_step": 8,
+            "group_size": 4,
+            "drop_dead_groups": True,
+            "sampling": {"max_new_tokens": 6},
+        },
         "reward": {"file": str(folder / "reward.yaml")},
         "loss": {"clip_low": 0.004, "clip_high": 0.006},
         "policy": {"dtype": "float32", "optimizer": {"lr": 1e-3}, "micro_batch_tokens": 512},

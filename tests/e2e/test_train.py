@@ -57,6 +57,12 @@ def test_a_run_leaves_everything_it_promises(short_run: Path) -> None:
     assert list_steps(short_run) == [1, 2, 3, 4]
 
 
+def test_dead_groups_are_replaced_by_others(short_run: Path) -> None:
+    steps = read_metrics(short_run)[1:]
+    assert sum(line["rollout/dropped"] for line in steps) > 0
+    assert [(line["groups/live"], line["groups/dead"]) for line in steps] == [(8, 0)] * 4
+
+
 def test_engine_and_policy_are_the_same_model(short_run: Path) -> None:
     summary = json.loads((short_run / "summary.json").read_text())
     assert summary["max_ratio_error_first_update"] < 1e-6

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gspo_mm.advantage import DeadStepGuard, group_advantages
+from gspo_mm.advantage import DeadStepGuard, group_advantages, is_dead
 from gspo_mm.config import AdvantageConfig
+from gspo_mm.rollout.engine import replace_dead
 from gspo_mm.types import Completion, DeadRunError, Finish, NonFiniteError, Prompt, RolloutGroup, Score
 
 DDOF = {"unbiased": 1, "biased": 0}
@@ -48,6 +49,30 @@ def test_advantages_equal_numpy(std):
 def test_six_equal_rewards_of_nine_tenths_make_a_dead_group():
     result = group_advantages([group([0.9] * 6), group([0.3] * 7, id=1)], AdvantageConfig())
     assert (result.live, result.dead, result.failed) == ((), 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("dead", "kept", "asked"),
+    [
+        ({1, 3}, [0, 2, 4], [3, 1, 1]),
+        (set(), [0, 1, 2], [3]),
+        # twelve are dropped, four batches' worth: the rest is taken as it comes
+        (set(range(100)), [12, 13, 14], [3] * 5),
+        ({0, *range(2, 100)}, [1, 13, 14], [3] + [2] * 6),
+    ],
+)
+def test_dead_groups_are_replaced_until_four_batches_were_dropped(dead, kept, asked):
+    numbers, calls = count(), []
+
+    def sample(wanted, again):
+        assert again == len(calls)
+        calls.append(wanted)
+        return [group([1.0, 0.0 if i not in dead else 1.0], id=i) for _, i in zip(range(wanted), numbers)]
+
+    groups, dropped = replace_dead(sample, lambda group: is_dead(group, AdvantageConfig()), wanted=3)
+    assert [g.id for g in groups] == kept
+    assert calls == asked
+    assert dropped == sum(asked) - 3
 
 
 def test_dropping_a_dead_group_keeps_the_others_advantages_and_order():

@@ -146,10 +146,6 @@ def assert_told(config_file: Path, override: str, words: list[str]) -> None:
             ["rollout.oversample=0.9", "greater than or equal to 1"],
         ),
         ("rollout={engine: sglang, oversample: 2.5}", ["rollout.oversample=2.5", "less than or equal to 2"]),
-        (
-            "rollout.drop_dead_groups=true",
-            ["rollout.drop_dead_groups=True", "rollout.engine=sglang", "rollout.drop_dead_groups=False"],
-        ),
         ("rollout.on_update=abort", ["rollout.on_update='abort'", "'retract', 'in_place' or 'finish'"]),
         ("sync.mode=email", ["sync.mode='email'", "'disk'", "'distributed'"]),
         ("sync.bucket_mb=0", ["sync.bucket_mb=0", "greater than or equal to 1"]),
