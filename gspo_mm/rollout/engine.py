@@ -6,6 +6,7 @@ in `sync/` a `WeightPush` that brings it the policy's weights. Whoever calls the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from itertools import count
@@ -120,17 +121,20 @@ def replace_dead(
 ) -> tuple[list[RolloutGroup], int]:
     """`wanted` groups in the order they came, and how many dead ones were dropped: others were sampled in their place.
 
-    `sample` is asked for a number of scored groups, and told how often it was before. After `MAX_DROPPED` batches' worth
-    of dead ones they are kept.
+    `sample` is asked for a number of scored groups, and told how often it was before: each time for as many as should
+    do, by the share of dead ones so far, and for `wanted` at most. What is too many is left out. After `MAX_DROPPED`
+    batches' worth of dead ones they are kept.
     """
     kept: list[RolloutGroup] = []
     dropped = 0
     for again in count():
-        for group in sample(wanted - len(kept), again):
+        missing, so_far = wanted - len(kept), len(kept) + dropped
+        ask = min(wanted, math.ceil(missing * so_far / max(len(kept), 1))) if again else wanted
+        for group in sample(ask, again):
             if dropped < MAX_DROPPED * wanted and is_dead(group):
                 dropped += 1
             else:
                 kept.append(group)
-        if len(kept) == wanted:
+        if len(kept) >= wanted:
             break
-    return kept, dropped
+    return kept[:wanted], dropped
