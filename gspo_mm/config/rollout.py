@@ -161,7 +161,8 @@ class RolloutConfig(Section):
         description="groups started per group trained on; the slowest are given up, and come first in the next step",
     )
     drop_dead_groups: bool = Field(
-        default=False, description="sample another group for each whose rewards are all equal (DAPO), at most four times prompts_per_step"
+        default=False,
+        description="sample another group for each whose rewards are all equal (DAPO), at most four times prompts_per_step",
     )
     on_update: Literal["retract", "in_place", "finish"] = Field(
         default="retract",

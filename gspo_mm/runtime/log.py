@@ -32,7 +32,9 @@ def setup_logging(run_dir: Path | None = None, *, rank: int = 0) -> None:
         file = logging.FileHandler(run_dir / (f"log-rank-{rank:05d}.txt" if rank else "log.txt"))
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         root.addHandler(file)
-        console.addFilter(lambda record: record.name != "py.warnings")  # libraries' words to their callers: in the file
+        console.addFilter(
+            lambda record: record.name != "py.warnings"
+        )  # libraries' words to their callers: in the file
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").filters = [_Once()]
     for name in _NOISY:

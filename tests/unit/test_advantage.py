@@ -69,7 +69,10 @@ def test_dead_groups_are_replaced_until_four_batches_were_dropped(dead, kept, as
     def sample(wanted, again):
         assert again == len(calls)
         calls.append(wanted)
-        return [group([1.0, 0.0 if i not in dead else 1.0], id=i) for _, i in zip(range(wanted), numbers)]
+        return [
+            group([1.0, 0.0 if i not in dead else 1.0], id=i)
+            for _, i in zip(range(wanted), numbers, strict=False)
+        ]
 
     groups, counted = replace_dead(sample, lambda group: is_dead(group, AdvantageConfig()), wanted=3)
     assert [g.id for g in groups] == kept
