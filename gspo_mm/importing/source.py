@@ -86,7 +86,6 @@ def _python(text: str, path: Path) -> Source | None:
         if _name(call) in ("LoraConfig", "get_peft_model"):
             found = {word.arg: _literal(word.value, names) for word in call.keywords}
             keys |= {ours: found[name] for name, ours in _LORA.items() if name in found}
-            keys["use_peft"] = True
         if _name(call) in ("from_pretrained", "GRPOTrainer"):
             for word in call.keywords:
                 if word.arg in _OF_MODEL and isinstance(word.value, ast.Constant):

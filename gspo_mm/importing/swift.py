@@ -5,26 +5,27 @@ Source: docs/source_en/Instruction/Command-line-parameters.md of ms-swift 3.10 t
 
 from __future__ import annotations
 
+from gspo_mm.config import ConfigError
 from gspo_mm.importing import trl
 from gspo_mm.importing.translation import Format, Translation
 
 
 def _translate(made: Translation) -> None:
-    kind = next((name for name in ("train_type", "tuner_type") if name in made.given), "tuner_type")
-    if made.take(kind) == "full":
-        made.put("policy.optimizer.lr", made.given.get("learning_rate", 1e-5), "learning_rate")
-    else:
-        made.given.setdefault("use_peft", True)
+    if (kind := made.take("rlhf_type")) != "grpo":
+        raise ConfigError(f"rlhf_type={kind} is another algorithm; import takes rlhf_type=grpo")
+    full = "full" in (made.take("tuner_type"), made.take("train_type"))
+    if full and "learning_rate" not in made.given:
+        made.put("policy.optimizer.lr", 1e-5, note="learning_rate=1e-05 by default")
     if made.take("dynamic_sample"):
         made.put("rollout.drop_dead_groups", True, "dynamic_sample")
-    trl.translate(made, taus=("tau_pos", "tau_neg"), rank="lora_rank", dtype="torch_dtype")
+    trl.translate(made, taus=("tau_pos", "tau_neg"), rank="lora_rank", dtype="torch_dtype", adapters=not full)
 
 
 FORMAT = Format(
     name="ms-swift",
     defaults={
         **trl.FORMAT.defaults,
-        "tuner_type": "lora",
+        "rlhf_type": "grpo",
         "torch_dtype": "bfloat16",
         "per_device_train_batch_size": 1,
         "temperature": 0.9,
@@ -40,7 +41,9 @@ FORMAT = Format(
     },
     direct={**trl.DIRECT, "max_length": "data.max_prompt_tokens", "max_pixels": "data.max_pixels"},
     reasons={
-        "rlhf_type": "grpo is what import reads",
+        "rlhf_type": "the only one that is read here",
+        "tuner_type": "policy.lora names adapters; without it the weights are trained",
+        "train_type": "policy.lora names adapters; without it the weights are trained",
         "max_resample_times": "see rollout.drop_dead_groups",
         "overlong_filter": trl.REASONS["mask_truncated_completions"],
         "truncation_strategy": "prompts that are too long are skipped and counted, never cut",

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from gspo_mm.config import Config, ConfigError, parse_config
+from gspo_mm.config.loss import WIDEST_OF_ANSWERS
 from gspo_mm.importing.source import Source
 
 MISSING = "???"  # OmegaConf's own mark: a config that still holds it is refused with the key's name
-WIDEST = 0.01  # of a clip range at sequence level: config.loss
 _TEXTS = ("run.name", "policy.dtype")  # keys that hold no number; of those that a table fills
 # section.key of ours -> what a user has to say, which no config of another trainer can
 _BY_HAND = {
@@ -89,7 +89,7 @@ class Translation:
         """The clip range, which keys for the lower bound and then the upper one give, unless it is one of tokens at a level of
         sequences.
         """
-        if self.settings["loss.type"][0] in ("gspo", "gspo_token") and max(low, high) > WIDEST:
+        if self.settings["loss.type"][0] in ("gspo", "gspo_token") and max(low, high) > WIDEST_OF_ANSWERS:
             for name in dict.fromkeys(names):
                 self.leave(
                     name,

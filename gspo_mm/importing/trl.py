@@ -13,7 +13,6 @@ from gspo_mm.importing.translation import Format, Translation
 
 _SERVERS = "servers here are SGLang's: rollout.sglang"
 _SAMPLING = "answers would be of another distribution than the one whose log-probs are trained on"
-_ONE_PASS = "packed by tokens here: policy.micro_batch_tokens"
 _EPOCHS = "set train.steps: epochs x samples / rollout.prompts_per_step"
 
 # loss_type, at token level -> loss.type
@@ -27,7 +26,6 @@ _TOKEN = {
 }
 # the same at sequence level -> loss.aggregation of GSPO
 _SEQUENCE = {"grpo": None, "dapo": "token_mean", "bnpo": "token_mean", "dr_grpo": "dr_grpo"}
-_LEVELS = {"token": "token", "sequence": "gspo", "sequence_token": "gspo_token"}
 
 DIRECT = {
     "num_generations": "rollout.group_size",
@@ -79,6 +77,7 @@ REASONS = {
     "shuffle_dataset": "see data.shuffle_buffer",
     "lora_dropout": "0 alone: another would change the importance ratio at random",
     "lora_*": "see policy.lora",
+    "use_peft": "see policy.lora",
     "*entropy*": "there is no term of entropy in the loss",
     "sync_ref_model": "the reference is the model that the run starts from",
     "ref_model_*": "the reference is the model that the run starts from",
@@ -100,10 +99,11 @@ def translate(
     rank: str = "lora_r",
     dtype: str = "bf16",
     whole_groups: bool = False,
+    adapters: bool = False,
 ) -> None:
     """All that takes more than a table. What ms-swift calls otherwise: `taus` of SAPO, `rank` of adapters, `dtype`.
 
-    `whole_groups`: a GPU's batch is rounded up to the answers of whole prompts.
+    `whole_groups`: a GPU's batch is rounded up to the answers of whole prompts. `adapters` are trained without being asked for.
     """
     _steps(made, _batch(made, whole_groups))
     _loss(made, taus)
@@ -118,7 +118,7 @@ def translate(
     made.put("policy.dtype", "bfloat16" if made.take(dtype) in (True, "bfloat16") else "float32", dtype)
     if made.take("gradient_checkpointing"):
         made.put("policy.recompute", "full", "gradient_checkpointing")
-    if made.take("use_peft"):
+    if adapters or made.take("use_peft") or rank in made.given:
         made.put("policy.lora.rank", made.take(rank, int), rank)
         made.put("policy.lora.alpha", made.take("lora_alpha", float), "lora_alpha")
 
@@ -178,10 +178,12 @@ def _loss(made: Translation, taus: tuple[str, str]) -> None:
         made.put("loss.type", _TOKEN.get(kind, "grpo"), *names)
         if kind not in _TOKEN:
             made.leave("loss_type", f"there is no such loss here; others: {', '.join(_TOKEN)}")
-        if level != "token":
+        if level == "sequence" and kind == "sapo":
+            made.put("loss.level", "sequence", "importance_sampling_level")
+        elif level != "token":
             made.leave("importance_sampling_level", f"the ratio of {kind} is that of tokens")
     else:
-        made.put("loss.type", _LEVELS.get(str(level), "gspo"), *names)
+        made.put("loss.type", "gspo_token" if level == "sequence_token" else "gspo", *names)
         if kind not in _SEQUENCE:
             made.leave("loss_type", "there is no such loss here")
         elif aggregation := _SEQUENCE[kind]:

@@ -166,6 +166,10 @@ LOSSES = [
     ({"epsilon_high": 0.28}, {"type": "dapo", "clip_high": 0.28}),
     ({"loss_type": "dr_grpo", "scale_rewards": False}, {"type": "dr_grpo", "aggregation": "dr_grpo"}),
     ({"loss_type": "sapo", "sapo_temperature_neg": 1.2}, {"type": "sapo", "tau_negative": 1.2}),
+    (
+        {"loss_type": "sapo", "importance_sampling_level": "sequence"},
+        {"type": "sapo", "level": "sequence"},
+    ),
     ({"loss_type": "cispo", "epsilon_high": 5.0}, {"type": "cispo", "clip_low": None, "clip_high": 4.0}),
     ({"loss_type": "grpo", "delta": 3.0}, {"type": "grpo", "dual_clip": 3.0}),
     ({"loss_type": "vespo"}, {"type": "grpo"}),
@@ -231,6 +235,7 @@ BAD = {
     "cell.py": ("!pip install x\nGRPOConfig()", "line 1 is no Python"),
     "cold.yaml": ("{num_generations: 4, temperature: 0}", "cold.yaml means a run that is refused here"),
     "by.sh": ("trl grpo --config a.yaml --beta 1", "import that file"),
+    "other.json": ('{"rlhf_type": "dpo"}', "rlhf_type=dpo is another algorithm"),
     "lost.yaml": ("{num_generations: 4, beta: '${somewhere}'}", "somewhere"),
 }
 
