@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from gspo_mm.config.paths import from_here
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}|\$(\w+)")
 _ASSIGNMENT = re.compile(r"^([A-Za-z_]\w*)=(.*)$", re.DOTALL)
-_COMMENT = re.compile(r"(^|\s)#[^'\"]*$|^\s*#.*")
 _ARITHMETIC = re.compile(r"\$\(\((.+?)\)\)(?!\))")
 # what the calls that make adapters name otherwise than TRL's own arguments
 _LORA = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
@@ -63,12 +63,14 @@ def read_source(path: Path) -> Source:
 def _python(text: str, path: Path) -> Source | None:
     if not re.search(r"\bGRPOConfig\s*\(", text):
         return None
+    if path.suffix == ".ipynb":
+        cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        text = re.sub(r"^\s*[!%].*", "", "\n".join(cells), flags=re.MULTILINE)  # of the notebook, not Python
     try:
         tree = ast.parse(text)
     except SyntaxError as error:
         raise ConfigError(
-            f"{path}: line {error.lineno} is no Python; leave the script with the GRPOConfig call alone, without what belongs "
-            "to a notebook"
+            f"{path}: line {error.lineno} is no Python; leave the GRPOConfig call alone"
         ) from None
     names = {
         target.id: node.value
@@ -144,10 +146,7 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _shell(text: str, path: Path) -> Source | None:
     variables: dict[str, str] = {}
     for line in text.replace("\\\n", " ").splitlines():
-        try:
-            words = shlex.split(_expanded(_COMMENT.sub("", line), variables))
-        except ValueError:  # quotes that go over several lines
-            continue
+        words = _words(_expanded(line, variables))
         words = words[1:] if words[:1] == ["export"] else words
         while words and (assigned := _ASSIGNMENT.match(words[0])):
             variables[assigned[1]] = assigned[2]
@@ -170,6 +169,14 @@ def _shell(text: str, path: Path) -> Source | None:
             return Source(format="verl", keys=dict(_overrides(words)))
     keys = dict(_overrides(_expanded(text.replace("\\\n", " "), variables).split()))
     return Source(format="verl", keys=keys) if any("actor_rollout_ref." in key for key in keys) else None
+
+
+def _words(line: str) -> list[str]:
+    """Of a line of shell, without its comment; none where a quoted text goes on in the next."""
+    for end in [*(found.start() for found in re.finditer(r"(^|\s)#", line)), len(line)]:
+        with suppress(ValueError):  # the sign is within quotes
+            return shlex.split(line[:end])
+    return []
 
 
 def _expanded(line: str, variables: Mapping[str, str]) -> str:

@@ -68,13 +68,9 @@ class Translation:
 
     def said(self, *names: str) -> str:
         """For comments: the keys there, with their values."""
-        shown = [name for name in names if name in self.given or name in self.format.defaults]
-        return ", ".join(
-            f"{name}={self.given[name]}"
-            if name in self.given
-            else f"{name}={self.format.defaults[name]} by default"
-            for name in shown
-        )
+        said = [f"{name}={self.given[name]!s:.80}" for name in names if name in self.given]
+        missing = [name for name in names if name not in self.given and name in self.format.defaults]
+        return ", ".join([*said, *(f"{name}={self.format.defaults[name]} by default" for name in missing)])
 
     def put(self, key: str, value: Any, *names: str, note: str = "") -> None:
         """Set a key of ours to what these keys of theirs say."""

@@ -3,7 +3,7 @@ set -xeuo pipefail
 export NNODES=${NNODES:-2}
 
 loss_mode=gspo
-clip_ratio_low=0.0003  # of the paper
+clip_ratio_low=0.0003  # the paper's, section 5.1
 max_prompt_length=$((1024 * 2))
 max_response_length=$((1024 * 8))
 tokens=$(((max_prompt_length + max_response_length) * 2))

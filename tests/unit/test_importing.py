@@ -1,5 +1,6 @@
 """Configs of other trainers become ours value by value, and every key is either taken over or named with a reason."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,14 @@ def test_verl_is_read_as_yaml_and_as_a_file_of_overrides_too(tmp_path: Path) -> 
     configs = [config_of(text_of(tmp_path / name), tmp_path) for name in ("a.yaml", "a.txt")]
     assert configs[0] == configs[1]
     assert {key: at(configs[0], key) for key in PAPER} == PAPER
+
+
+def test_a_notebook_is_read_without_what_is_no_python_in_it(tmp_path: Path) -> None:
+    cells = [{"cell_type": "markdown", "source": ["GRPOConfig()"]}]
+    cells += [{"cell_type": "code", "source": ["!pip install x\n", "n = 8\n"]}]
+    cells += [{"cell_type": "code", "source": ["GRPOConfig(num_generations=n)"]}]
+    (tmp_path / "theirs.ipynb").write_text(json.dumps({"cells": cells}))
+    assert config_of(text_of(tmp_path / "theirs.ipynb"), tmp_path).rollout.group_size == 8
 
 
 def test_ms_swift_trains_adapters_unless_told_otherwise_and_json_is_read(tmp_path: Path) -> None:
