@@ -109,7 +109,12 @@ class Translation:
         """The learning rate's end: `least` of the largest, or all of it where it is constant."""
         constant = kind.startswith("constant")
         note = "" if constant or kind.startswith("cosine") else "a cosine here, to the same end"
-        self.put("policy.optimizer.min_lr_ratio", 1.0 if constant else least, *names, note=note)
+        self.put(
+            "policy.optimizer.min_lr_ratio",
+            1.0 if constant else least,
+            *names[: 1 if constant else None],
+            note=note,
+        )
 
     def put_warmup(self, name: str, share: float) -> None:
         """A warm-up that is a share of the steps."""
