@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from gspo_mm.importing import read_source, translated
 from gspo_mm.observe.metrics import read_metrics
 from tests.e2e.conftest import ROOT, gspo_mm
 
@@ -11,7 +12,7 @@ from tests.e2e.conftest import ROOT, gspo_mm
 def test_a_translated_config_trains_a_step_on_digits(short_config: Path, tmp_path: Path) -> None:
     """A step of 8 prompts and their 32 answers: as TRL's script says, but for its number of steps."""
     mine, short = tmp_path / "mine.yaml", yaml.safe_load(short_config.read_text())
-    gspo_mm("import", str(ROOT / "tests" / "imported" / "trl_gspo.py"), "-o", str(mine))
+    mine.write_text(translated(read_source(ROOT / "tests" / "imported" / "trl_gspo.py")))
     gspo_mm(
         "train",
         str(mine),

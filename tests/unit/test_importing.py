@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from gspo_mm.cli import app
 from gspo_mm.config import Config, ConfigError, load_config
 from gspo_mm.importing import read_source, translated
 
@@ -236,6 +238,15 @@ def test_ms_swift_trains_adapters_unless_told_otherwise_and_json_is_read(tmp_pat
     config = config_of(text_of(tmp_path / "args.json"), tmp_path)
     assert config.policy.lora is not None
     assert (config.policy.lora.rank, config.policy.optimizer.lr, config.loss.kl_coef) == (8, 1e-4, 0.04)
+
+
+def test_the_command_writes_a_file_once(tmp_path: Path) -> None:
+    words = ["import", str(FILES / "swift.sh"), "-o", str(tmp_path / "written.yaml"), "--gpus", "16"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    text = (tmp_path / "written.yaml").read_text()
+    assert text == text_of(FILES / "swift.sh", gpus=16)
+    assert "is there already" in str(CliRunner().invoke(app, words).exception)
+    assert (tmp_path / "written.yaml").read_text() == text
 
 
 BAD = {
