@@ -274,6 +274,36 @@ def doctor(
     raise typer.Exit(examine(sglang_url, config=loaded, ranks=ranks))
 
 
+@app.command("import")
+def import_config(
+    file: Annotated[Path, typer.Argument(help="a Python or shell script, YAML or JSON of another trainer")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="the config to write; default: print it")
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            help="GPUs that it ran on, which the batch sizes of TRL and ms-swift are per; default: what a script says, or 1",
+            min=1,
+        ),
+    ] = None,
+) -> None:
+    """Translate a config of TRL, Unsloth, ms-swift, verl or AReaL into one of ours; scripts are read, never run.
+
+    Every key is either taken over, with a comment that names it, or listed at the end with the reason why not.
+
+    Example: gspo-mm import grpo.py -o my.yaml --gpus 8
+    """
+    from gspo_mm.importing import read_source, translated
+
+    if out and out.exists():
+        raise GspoError(f"{out} is there already; name another file with -o, or remove it")
+    text = translated(read_source(file), gpus=gpus, origin=file.name)
+    if out:
+        out.write_text(text)
+    typer.echo(out or text, nl=out is not None)
+
+
 @app.command()
 def plan(
     config: ConfigPath,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from gspo_mm.config.base import ALTERNATIVES, ConfigError
@@ -34,6 +34,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None, *, any_wor
     try:
         raw = _changed(_read(path, unquoted), changes)
         values = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{path}: {error.full_key} is still to be filled in; replace its ???") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     for item in overrides or []:

@@ -66,6 +66,9 @@ class CorrectionConfig(Section):
         return self
 
 
+# widest clip range that acts where a ratio is that of a whole answer
+WIDEST_OF_ANSWERS = 0.01
+
 type LossType = Literal["gspo", "gspo_token", "grpo", "dr_grpo", "dapo", "gmpo", "cispo", "sapo"]
 
 _SET = ("level", "aggregation", "clip_low", "clip_high", "tau_positive", "tau_negative")
@@ -190,7 +193,7 @@ class LossConfig(Section):
     @model_validator(mode="after")
     def _clip_fits_level(self) -> LossConfig:
         widest = max(self.clip_low or 0.0, self.clip_high or 0.0)
-        if self.level != "token" and widest > 0.01 and not self.allow_wide_clip:
+        if self.level != "token" and widest > WIDEST_OF_ANSWERS and not self.allow_wide_clip:
             raise ValueError(
                 f"{self.clip} with loss.level={self.level}: a sequence-level range above 0.01 never clips (it is a "
                 "token-level habit; the GSPO paper uses 3e-4 and 4e-4); lower it, or set loss.allow_wide_clip=true"

@@ -59,10 +59,12 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegative = Field(
         default=0, description="training steps, each with all its updates, over which the rate rises to lr"
     )
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.98
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    beta1: Fraction = Field(default=0.9, description="Adam's decay of gradients, per update")
+    beta2: Fraction = Field(default=0.98, description="Adam's decay of squared gradients, per update")
+    eps: Annotated[float, Field(gt=0.0)] = Field(default=1e-8, description="Adam's term beside the root")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="lr times this share of a matrix is taken away per update"
+    )
     grad_clip: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0, description="largest global gradient norm; 0: off"
     )

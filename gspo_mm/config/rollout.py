@@ -13,7 +13,9 @@ from gspo_mm.config.server_options import refuse_options
 
 
 class SamplingConfig(Section):
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="divides logits, of the policy too; 1: the model's own distribution"
+    )
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=1.0,
         description="below 1, as top_k above 0, answers are of a truncated distribution: off-policy against log-probs, "

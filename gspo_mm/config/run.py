@@ -172,7 +172,7 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: Positive = 100
+    steps: Positive = Field(default=100, description="rollout batches of the whole run")
     updates_per_batch: Positive = Field(
         default=2, description="optimizer steps per rollout batch, each on its own share of the groups"
     )
@@ -188,7 +188,7 @@ class TrainConfig(Section):
 
 
 class SftConfig(Section):
-    steps: Positive = 100
+    steps: Positive = Field(default=100, description="optimizer steps")
     batch_size: Positive = Field(default=32, description="sequences per optimizer step")
     every_turn: bool = Field(
         default=True,
@@ -212,7 +212,7 @@ class CheckpointConfig(Section):
 
 
 class ObserveConfig(Section):
-    tensorboard: bool = True
+    tensorboard: bool = Field(default=True, description="write RUN/tensorboard")
     wandb: str | None = Field(default=None, description="Weights & Biases project; null: off")
     save_rollouts_every: NonNegative = Field(default=10, description="steps between saved rollouts; 0: never")
     rollouts_per_save: NonNegative = Field(

@@ -8,6 +8,7 @@ from gspo_mm.config import load_config
 from gspo_mm.plan.setup import job_of
 from gspo_mm.plan.step import plan_of
 from gspo_mm.reward.spec import load_reward
+from tools.config_keys import keys_page
 
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -68,3 +69,9 @@ def test_a_large_config_has_room_for_the_longest_answer(path: Path) -> None:
     config = load_config(path, any_world=True)
     longest = config.data.max_prompt_tokens + config.rollout.sampling.max_new_tokens
     assert longest <= config.policy.micro_batch_tokens
+
+
+def test_the_page_of_keys_is_that_of_the_schema_and_says_of_each_what_it_means() -> None:
+    page = keys_page()
+    assert (FOLDER / "keys.md").read_text() == page, "run tools/config_keys.py"
+    assert not [line for line in page.splitlines() if line.endswith("|  |")]

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "gspo_mm"
 ORDER = [
     "types", "config", "runtime", "hf", "families", "plan", "serving", "data", "environment", "rollout", "reward", "advantage",
     "batch", "loss", "policy", "sync", "checkpoint", "observe", "evaluate", "inputs", "stages", "harness", "sft", "train",
-    "commands", "cli",
+    "importing", "commands", "cli",
 ]  # fmt: skip
 PLACE = {package: place for place, package in enumerate(ORDER)}
 MEGATRON_ROOMS = {"policy", "families", "sync", "checkpoint"}
