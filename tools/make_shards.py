@@ -138,11 +138,11 @@ def rows(
 
     | what | columns |
     |---|---|
-    | prompt | messages, prompt, problem, question, query: chat messages, or text, with `<image>` where an image stands |
+    | prompt | messages, conversations, prompt, problem, question, query: chat messages or text, with `<image>` where one stands |
     | images | images, image: paths, `{bytes, path}`, data: URLs |
     | answer | answer, solution, label, ground_truth, reward_model.ground_truth |
     | task | task, ability |
-    | reference answer | the assistant's last message; response, completion |
+    | reference answer, and the answer of conversations without one | the assistant's last message; response, completion |
 
     Rows that cannot be trained on are left out, counted, and named in OUT/refused.jsonl; so are rows with pictures, video
     or sound in a column that is neither read nor ignored. Other columns that nothing reads are listed at the end.

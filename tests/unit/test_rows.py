@@ -105,6 +105,30 @@ FORMATS: dict[str, tuple[dict[str, Any], list[Any], Any, str]] = {
         "4",
         "t",
     ),
+    "LLaVA": (
+        {
+            "id": "1",
+            "image": "pictures/1.png",
+            "conversations": [
+                {"from": "human", "value": "<image>What is it?"},
+                {"from": "gpt", "value": "A cat."},
+                {"from": "human", "value": "Which color?"},
+                {"from": "gpt", "value": "Red."},
+            ],
+        },
+        [["#", "What is it?"], "A cat.", "Which color?"],
+        "Red.",
+        "t",
+    ),
+    "ShareGPT with an answer": (
+        {
+            "conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is 4."}],
+            "answer": "4",
+        },
+        ["2 + 2?"],
+        "4",
+        "t",
+    ),
     "plain text": ({"question": "2 + 2?", "answer": 4, "image": None}, ["2 + 2?"], 4, "t"),
     "data URL": (
         {

@@ -6,9 +6,11 @@ Rows come as the formats of the field have them, without renaming anything:
     verl       prompt: messages with <image> in their text; images: [{bytes, path}]; reward_model.ground_truth
     ms-swift   messages with <image> in their text, the last one perhaps an answer; images: [path]; solution
     slime      prompt: text or messages; images; label
+    LLaVA      conversations of {from: human or gpt, value}, also ShareGPT and LLaMA-Factory; image or images
     plain      problem, question or query: text, with or without <image>; image or images; answer
 
 A reference answer for the warm start is the last message where that is the assistant's, or response or completion.
+Conversations without a column of the answer have the last message as their answer, too.
 `Columns` names columns that are called otherwise; a dot leads into an object (reward_model.ground_truth). An image is
 a path, {bytes, path} as in parquet and `datasets`, or a data: URL; nothing is downloaded. It is kept as it is, byte by
 byte. Where no text says <image>, images come first.
@@ -35,11 +37,13 @@ from gspo_mm.data.samples import to_prompt
 
 PLACEHOLDER = "<image>"
 
-_PROMPT = ("messages", "prompt", "problem", "question", "query")
+_PROMPT = ("messages", "conversations", "prompt", "problem", "question", "query")
 _IMAGES = ("images", "image")
 _ANSWER = ("answer", "solution", "label", "ground_truth", "reward_model.ground_truth")
 _TASK = ("task", "ability")
 _RESPONSE = ("response", "completion")
+# who speaks in conversations -> role
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
 # of a message, besides role and content: what chat templates read
 _MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 
@@ -90,9 +94,11 @@ def sample_of(
     response = _response(row, columns, messages, used)
     if columns.system is not None:
         messages.insert(0, {"role": "system", "content": columns.system})
+    # without one of their own, conversations are compared with what they say last
+    said = response if response is not None and _says_from(prompt) else _MISSING
     record = {
         "messages": _placed(messages, len(images)),
-        "answer": plain(_find(row, columns.answer, _ANSWER, "answer", used=used)),
+        "answer": plain(_find(row, columns.answer, _ANSWER, "answer", used=used, default=said)),
         "task": str(_find(row, columns.task, _TASK, "task", used=used, default=task)),
         "meta": {name: plain(_value(row, name, used)) for name in columns.meta},
     }
@@ -261,7 +267,7 @@ def _messages(
     if not isinstance(prompt, list) or not prompt or not all(isinstance(m, Mapping) for m in prompt):
         raise BadSample("wrong prompt", "it is neither text nor a list of messages")
     messages = []
-    for message in prompt:
+    for message in map(_with_role, prompt):
         content = message.get("content")
         if hasattr(content, "tolist"):
             content = content.tolist()
@@ -276,6 +282,19 @@ def _messages(
             pictured=False,
         )
     return messages
+
+
+def _says_from(prompt: Any) -> bool:
+    """Whether the messages are {from, value}."""
+    return not isinstance(prompt, str) and all("from" in message for message in prompt)
+
+
+def _with_role(message: Row) -> Row:
+    """{from, value} as {role, content}; other messages as they are."""
+    if "from" not in message or "role" in message:
+        return message
+    renamed = {"role": _SPEAKERS.get(message["from"], message["from"]), "content": message.get("value")}
+    return renamed | {name: value for name, value in message.items() if name not in ("from", "value")}
 
 
 def _part(
