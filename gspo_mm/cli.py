@@ -96,7 +96,11 @@ def preflight(
     config: ConfigPath,
     overrides: Overrides = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="look at the answers of all training and validation samples")
+        bool,
+        typer.Option(
+            "--all",
+            help="look at the answers of all samples, training and validation, and score their reference answers",
+        ),
     ] = False,
 ) -> None:
     """Read the first prompts and check their answers; with servers, start them and compare them with the policy.
