@@ -25,13 +25,7 @@ _NAMED = 10  # samples in one message
 
 def check_files(config: Config) -> None:
     """Raise a GspoError naming the first key whose file, folder or permission is missing, or that cannot be read."""
-    model = Path(config.model.path)
-    if not (model / "config.json").is_file():
-        raise ConfigError(
-            f"model.path={model} is no Hugging Face folder (no config.json in it){from_here(model)}; "
-            "make a tiny one with tools/make_tiny_model.py, or download the model first"
-        )
-    read_headers(model)
+    check_model(Path(config.model.path), called="model.path=")
     train, validation = (
         {shard for source in config.data.sources(split) for shard in expand_shards(source.shards)}
         for split in ("train", "validation")
@@ -47,6 +41,18 @@ def check_files(config: Config) -> None:
             f"{from_here(config.rollout.replay)}; name a run folder"
         )
     check_writable(config)
+
+
+def check_model(folder: Path, *, called: str = "") -> None:
+    """Raise a GspoError unless it is a Hugging Face folder with weights that can be read; `called` stands before its name."""
+    if not (folder / "config.json").is_file():
+        fix = "make a tiny one with tools/make_tiny_model.py, or download the model first"
+        if (folder / "hf" / "config.json").is_file():
+            fix = f"it is a run's folder, whose model is {folder / 'hf'}"
+        raise ConfigError(
+            f"{called}{folder} is no Hugging Face folder (no config.json in it){from_here(folder)}; {fix}"
+        )
+    read_headers(folder)
 
 
 def check_writable(config: Config) -> None:
