@@ -32,6 +32,48 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=val
 
 
 @app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="the config to write, such as my.yaml")],
+    model: Annotated[Path, typer.Option(help="Hugging Face folder")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="training shards; of a folder its train-*.tar, and its validation-*.tar; several: again"
+        ),
+    ],
+    validation: Annotated[list[str] | None, typer.Option(help="held-out shards")] = None,
+    reward: Annotated[
+        Path | None, typer.Option(help="reward file; without one, a simple one is written beside the config")
+    ] = None,
+    gpus: Annotated[
+        int,
+        typer.Option(help="of the run, shared by trainer and SGLang servers; 0: this machine's CPU", min=0),
+    ] = 0,
+    gpu: Annotated[str, typer.Option(help="h100, h200, b200, gb200, h800 or h20")] = "h100",
+    force: Annotated[bool, typer.Option("--force", help="replace files that are there")] = False,
+) -> None:
+    """Write a commented config that fits a model and its data: lengths, clip range, learning rate, layout of the GPUs.
+
+    Example: gspo-mm init my.yaml --model models/Qwen3-VL-8B-Instruct --data data/mine --gpus 8 --gpu h100
+    """
+    with loading():
+        from gspo_mm.commands.init import init as run
+
+    typer.echo(
+        run(
+            out,
+            model=model,
+            data=data,
+            validation=validation or [],
+            reward=reward,
+            gpus=gpus,
+            gpu=gpu,
+            force=force,
+        )
+    )
+
+
+@app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train with GSPO. The same run.name again continues a run that was stopped or killed."""
     stop = StopRequest().listen()

@@ -22,13 +22,14 @@ def preflight_prompts(config: Config, *, everything: bool = False) -> str:
     With `everything` all samples of both splits are read, and their reference answers scored. Raises DataError naming
     samples whose answers cannot be judged, or RewardFileError for a task that no part covers.
     """
+    processor = processor_of(config)
     with closing(load_rewards(config.reward, config.data.reward_files())) as rewards:
         if everything:
-            references = References(config, rewards, processor := processor_of(config))
+            references = References(config, rewards, processor)
             checked = check_answers(config, rewards, everything=True, on_prompt=references.add)
             checked += f"\n{references.describe()}"
         else:
-            checked, processor = check_answers(config, rewards), processor_of(config)
+            checked = check_answers(config, rewards)
         source = PromptSource(
             config.data, processor, seed=config.run.seed, split="train", check=rewards.check
         )

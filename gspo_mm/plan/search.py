@@ -111,7 +111,8 @@ def _settings(job: Job, asked: Job) -> str:
     words = [
         f"policy.parallel.{axis}={getattr(sizes, axis)}"
         for axis in ("tp", "pp", "vpp", "cp", "ep", *(["etp"] if job.model.experts else []))
-        if getattr(sizes, axis) != getattr(own, axis)
+        # an etp that the config leaves open is its tp
+        if getattr(sizes, axis) != getattr(own, axis) or (axis == "etp" and sizes.tp != own.tp)
     ]
     if job.policy.recompute != asked.policy.recompute:
         words.append(f"policy.recompute={job.policy.recompute}")

@@ -1,4 +1,4 @@
-"""The first commands of somebody new: eval with its answers, chat."""
+"""The first commands of somebody new: init, eval with its answers, chat."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,15 @@ import pytest
 from typer.testing import CliRunner
 
 from gspo_mm.cli import app
+from gspo_mm.commands.init import Facts, reward_text
+from gspo_mm.config import load_config
 from gspo_mm.data.places import expand_shards
 from gspo_mm.data.shards import read_shard
+from gspo_mm.observe.metrics import read_metrics
+from gspo_mm.plan.setup import job_of
+from gspo_mm.plan.step import plan_of
+from gspo_mm.reward.spec import load_reward
+from gspo_mm.types import GspoError
 from tests.e2e.conftest import gspo_mm
 
 
@@ -78,3 +85,70 @@ def test_what_chat_cannot_show_or_ask_is_one_sentence(
     names = {"MODEL": tiny_model, "FOLDER": tmp_path, "RUN": tmp_path / "run"}
     done = CliRunner().invoke(app, ["chat", *(str(names.get(each, each)) for each in arguments)])
     assert sentence in str(done.exception)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config that init writes for the digits, without a reward file."""
+    out = tmp_path_factory.mktemp("init") / "my.yaml"
+    done = CliRunner().invoke(
+        app, ["init", str(out), "--model", str(tiny_model), "--data", str(digit_shards)]
+    )
+    assert done.exit_code == 0, done.output
+    assert f"next: gspo-mm preflight {out} --all" in done.stdout
+    return out
+
+
+def test_preflight_takes_what_init_wrote_as_it_is(made: Path) -> None:
+    """Its reward file gives every reference answer of the digits all that it has."""
+    said = gspo_mm("preflight", str(made), "--all").stdout
+    assert "reference answers: 240 of 240 samples have one" in said
+    assert "; 0 of them are wrong" in said
+    assert "the first 32 prompts can be used" in said
+
+
+def test_a_config_of_init_trains(made: Path, short_config: Path, tmp_path: Path) -> None:
+    """With rewards that random weights earn, too."""
+    letters = f"reward.file={short_config.parent / 'reward.yaml'}"
+    gspo_mm("train", str(made), f"run.dir={tmp_path}", letters, "train.steps=1", "train.eval_prompts=8")
+    (run,) = tmp_path.iterdir()
+    assert read_metrics(run)[-1]["step"] == 1
+    config = load_config(made)
+    longest = read_metrics(run)[-1]["length/max"]
+    assert longest <= config.rollout.sampling.max_new_tokens < config.data.max_prompt_tokens
+
+
+def test_init_for_gpus_writes_a_layout_that_is_planned_to_fit(
+    made: Path, tiny_model: Path, digit_shards: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "gpus.yaml"
+    command = ["init", str(out), "--model", str(tiny_model), "--data", str(digit_shards)]
+    done = CliRunner().invoke(app, [*command, "--gpus", "16", "--gpu", "h200"])
+    assert done.exit_code == 0, done.output
+    config = load_config(out, any_world=True)
+    assert config.rollout.sglang.servers * config.rollout.sglang.tp == 8
+    assert config.loss == load_config(made).loss
+    plan = plan_of(job_of(config, nodes=2, rollout_nodes=0, per_node=8, gpu="h200"))
+    assert plan.fits
+    again = CliRunner().invoke(app, [*command, "--reward", "r.yaml"])
+    assert f"{out} exists; choose another name, or pass --force" in str(again.exception)
+    odd = CliRunner().invoke(app, [*command, "--force", "--gpus", "12"])
+    assert "--gpus 12 is no number of whole nodes of 8" in str(odd.exception)
+
+
+def test_init_chooses_a_part_for_each_kind_of_answer(tmp_path: Path) -> None:
+    facts = Facts(samples=4, prompts=[1] * 4)
+    facts.answers |= {"n": [3, "4.5", "-1"], "w": ["a", 3], "b": [[1, 2, 3, 4]], "t": ["<answer>7</answer>"]}
+    facts.stated.update({"<answer>(.*?)</answer>": 3})
+    (tmp_path / "r.yaml").write_text(reward_text(facts, tmp_path / "r.yaml"))
+    spec = load_reward(tmp_path / "r.yaml").spec
+    assert {part.type: part.tasks for part in spec.parts} == {
+        "number": ["n", "t"],
+        "normalised": ["w"],
+        "box_iou": ["b"],
+        "format": ["n", "w", "b", "t"],
+    }
+    assert spec.extract == "<answer>(.*?)</answer>"
+    facts.answers["o"] = [{"a": 1}]
+    with pytest.raises(GspoError, match=r"task o has answers such as .*, for which no part is chosen"):
+        reward_text(facts, tmp_path / "r.yaml")

@@ -273,12 +273,13 @@ def test_each_side_that_does_not_fit_is_told_its_own_change() -> None:
     assert as_json(plan, [])["seconds"]["step"] is None
 
 
-def test_what_a_search_finds_is_had_by_its_settings() -> None:
-    found = search(large(gpu="h100"), nodes=6, keep=3)
+@pytest.mark.parametrize("asked", [[], ["policy.parallel.tp=1", "policy.parallel.etp=null"]])
+def test_what_a_search_finds_is_had_by_its_settings(asked: list[str]) -> None:
+    found = search(large(*asked, gpu="h100"), nodes=6, keep=3)
     assert found
     for each in found:
         words = [] if each.settings == "as in the config" else each.settings.split()
-        again = plan_of(large(*words, nodes=each.nodes, rollout_nodes=each.rollout_nodes, gpu="h100"))
+        again = plan_of(large(*asked, *words, nodes=each.nodes, rollout_nodes=each.rollout_nodes, gpu="h100"))
         assert again.step == pytest.approx(each.plan.step)
         assert again.fits
 

@@ -168,7 +168,7 @@ def _find(
 def _asked(row: Row, columns: Columns, used: set[str]) -> Any:
     """The prompt. An instruction has its input below it."""
     prompt, below = _find(row, columns.prompt, _PROMPT, "prompt", used=used), row.get("input")
-    if prompt is row.get("instruction") and isinstance(below, str) and not any(find_media("input", below)):
+    if "instruction" in used and isinstance(below, str) and not any(find_media("input", below)):
         used.add("input")
         return f"{prompt}\n{below}".strip()
     return prompt
@@ -185,10 +185,10 @@ def _before(
         system = _value(row, "system", used)
     if system:
         before.append({"role": "system", "content": system})
-    history = plain(row.get("history"))
-    if starts_anew and _is_list(history) and all(_is_pair(turn) for turn in history):
+    history = row.get("history")
+    if starts_anew and _is_list(history) and all(map(_is_pair, turns := plain(history))):
         used.add("history")
-        for asked, said in history:
+        for asked, said in turns:
             before += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     return before
 
@@ -309,7 +309,7 @@ def _messages(
         raise BadSample("wrong prompt", "it is neither text nor a list of messages")
     messages = []
     for message in map(_with_role, prompt):
-        content = message.get("content")
+        content: Any = message.get("content")
         if hasattr(content, "tolist"):
             content = content.tolist()
         if isinstance(content, list):
