@@ -284,6 +284,16 @@ def test_what_a_search_finds_is_had_by_its_settings(asked: list[str]) -> None:
         assert again.fits
 
 
+def test_servers_on_shared_gpus_are_searched_beside_the_layout_that_is_found() -> None:
+    """The asked one, a whole policy on each GPU, leaves no room for any."""
+    config = load_config(CONFIGS / "qwen3_vl_8b.yaml", ["policy.parallel.tp=1"], any_world=True)
+    job = job_of(config, nodes=1, rollout_nodes=0, per_node=8, gpu="h100")
+    assert not plan_of(job).fits
+    found = search(job, nodes=1, keep=2)
+    assert len(found) == 2
+    assert all(each.plan.fits for each in found)
+
+
 def test_a_search_is_never_slower_than_what_it_started_from() -> None:
     assert search(large(), nodes=6)[0].plan.step <= plan_of(large()).step
 
