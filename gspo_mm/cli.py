@@ -194,11 +194,11 @@ def chat(
     pictures = pictures_of(image or [])
     sampling = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
     with loading():
-        led = Chat(model, pictures, sampling=sampling, seed=seed)
+        conversation = Chat(model, pictures, sampling=sampling, seed=seed)
     if question is None:
-        ask_by_line(led)
+        ask_by_line(conversation)
     else:
-        typer.echo(led.ask(question))
+        typer.echo(conversation.ask(question))
 
 
 @app.command()

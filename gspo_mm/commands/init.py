@@ -96,7 +96,7 @@ def init(
     facts = look(train, processor)
     values = {
         "file": out,
-        "name": re.sub(r"[^A-Za-z0-9._-]+|^[._-]+", "-", out.stem).strip("-") or "run",
+        "name": re.sub(r"[^A-Za-z0-9._-]+", "-", out.stem).lstrip("._-") or "run",
         "model": json.dumps(str(model)),
         "train": json.dumps(train),
         "validation": json.dumps(held_out),
@@ -242,7 +242,11 @@ def reward_text(facts: Facts, file: Path) -> str:
     """A reward file with one part for each kind of answer. Raises GspoError for a task whose answers are of none."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for task, answers in facts.answers.items():
-        kinds[_kind(task, [bare_answer(answer, facts.extract) for answer in answers])].append(task)
+        try:
+            bare = [bare_answer(answer, facts.extract) for answer in answers]
+        except ValueError as error:
+            raise GspoError(f"task {task}: {error}; correct it in the data") from None
+        kinds[_kind(task, bare)].append(task)
     parts = "".join(
         init_text.PARTS[kind].format(tasks=json.dumps(tasks, ensure_ascii=False))
         for kind, tasks in kinds.items()

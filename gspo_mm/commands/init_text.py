@@ -23,7 +23,8 @@ WARM = """\
 
 _INPUTS = """
 run:
-  name: {name} # folder under `dir`; the same name again resumes
+  # folder under `dir`; the same name again resumes
+  name: "{name}"
   dir: runs # where run folders are kept
   seed: 0 # data order, sampling, initialisation
 

@@ -149,6 +149,10 @@ def test_init_chooses_a_part_for_each_kind_of_answer(tmp_path: Path) -> None:
         "format": ["n", "w", "b", "t"],
     }
     assert spec.extract == "<answer>(.*?)</answer>"
+    facts.answers["two"] = ["<answer>1</answer><answer>2</answer>"]
+    with pytest.raises(GspoError, match=r"task two: .* states 2 different answers; correct it in the data"):
+        reward_text(facts, tmp_path / "r.yaml")
+    del facts.answers["two"]
     facts.answers["o"] = [{"a": 1}]
     with pytest.raises(GspoError, match=r"task o has answers such as .*, for which no part is chosen"):
         reward_text(facts, tmp_path / "r.yaml")
