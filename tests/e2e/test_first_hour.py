@@ -21,11 +21,19 @@ from tests.e2e.conftest import gspo_mm
 
 
 @pytest.fixture(scope="module")
-def evaluated(short_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float], Path]:
-    """What `eval --save` prints of random weights, and its file."""
+def evaluated(
+    short_config: Path, short_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, float], Path]:
+    """What `eval --save` prints of the run's export, and its file."""
     saved = tmp_path_factory.mktemp("evaluated") / "new" / "answers.jsonl"
-    done = gspo_mm("eval", str(short_config), "--save", str(saved))
+    done = gspo_mm("eval", str(short_config), f"model.path={short_run / 'hf'}", "--save", str(saved))
     return json.loads(done.stdout), saved
+
+
+def test_eval_of_the_export_equals_the_runs_last_evaluation(
+    evaluated: tuple[dict[str, float], Path], short_run: Path
+) -> None:
+    assert evaluated[0]["eval/accuracy"] == read_metrics(short_run)[-1]["eval/accuracy"]
 
 
 def test_eval_saves_each_answer_with_its_reward(
@@ -45,7 +53,7 @@ def test_eval_saves_each_answer_with_its_reward(
 
 
 def test_chat_answers_as_evaluation_does(
-    evaluated: tuple[dict[str, float], Path], tiny_model: Path, digit_shards: Path, tmp_path: Path
+    evaluated: tuple[dict[str, float], Path], short_run: Path, digit_shards: Path, tmp_path: Path
 ) -> None:
     (shard,) = expand_shards([str(digit_shards / "validation-*.tar")])
     asked = next(iter(read_shard(shard)))
@@ -54,7 +62,7 @@ def test_chat_answers_as_evaluation_does(
     (tmp_path / "digit.png").write_bytes(asked.get("png") or asked["0.png"])
     (message,) = json.loads(asked["json"])["messages"]
     question = next(part["text"] for part in message["content"] if part["type"] == "text")
-    command = ["chat", str(tiny_model), "--max-new-tokens", "6", "--image", str(tmp_path / "digit.png")]
+    command = ["chat", str(short_run / "hf"), "--max-new-tokens", "6", "--image", str(tmp_path / "digit.png")]
     done = CliRunner().invoke(app, [*command, question])
     assert done.exit_code == 0, done.output
     assert done.stdout == wanted["response"] + "\n"
