@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
+from gspo_mm.commands.reward import reward_app
 from gspo_mm.runtime.loading import loading
 from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.reporting import run_reporting_faults
@@ -25,26 +25,52 @@ app = typer.Typer(
     "Any config key can be set on the command line: train.steps=10 policy.optimizer.lr=1.0e-5\n\n"
     "Relative paths, in configs and on the command line, count from the folder that the command is started in.",
 )
-
-
-class _ScoreFirst(TyperGroup):
-    """`gspo-mm reward FILE` is `gspo-mm reward score FILE`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
-            args = ["score", *args]
-        return super().parse_args(ctx, args)
-
-
-reward_app = typer.Typer(
-    no_args_is_help=True,
-    cls=_ScoreFirst,
-    help="Check a reward file (reward check FILE), or score saved answers with it (reward FILE --input SAMPLES).",
-)
 app.add_typer(reward_app, name="reward")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML config, for example configs/quickstart.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings as key=value, stronger than the file")]
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="the config to write, such as my.yaml")],
+    model: Annotated[Path, typer.Option(help="Hugging Face folder")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="training shards; of a folder its train-*.tar, and its validation-*.tar; several: again"
+        ),
+    ],
+    validation: Annotated[list[str] | None, typer.Option(help="held-out shards")] = None,
+    reward: Annotated[
+        Path | None, typer.Option(help="reward file; without one, a simple one is written beside the config")
+    ] = None,
+    gpus: Annotated[
+        int,
+        typer.Option(help="of the run, shared by trainer and SGLang servers; 0: this machine's CPU", min=0),
+    ] = 0,
+    gpu: Annotated[str, typer.Option(help="h100, h200, b200, gb200, h800 or h20")] = "h100",
+    force: Annotated[bool, typer.Option("--force", help="replace files that are there")] = False,
+) -> None:
+    """Write a commented config that fits a model and its data: lengths, clip range, learning rate, layout of the GPUs.
+
+    Example: gspo-mm init my.yaml --model models/Qwen3-VL-8B-Instruct --data data/mine --gpus 8 --gpu h100
+    """
+    with loading():
+        from gspo_mm.commands.init import init as run
+
+    typer.echo(
+        run(
+            out,
+            model=model,
+            data=data,
+            validation=validation or [],
+            reward=reward,
+            gpus=gpus,
+            gpu=gpu,
+            force=force,
+        )
+    )
 
 
 @app.command()
@@ -96,7 +122,11 @@ def preflight(
     config: ConfigPath,
     overrides: Overrides = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="look at the answers of all training and validation samples")
+        bool,
+        typer.Option(
+            "--all",
+            help="look at the answers of all samples, training and validation, and score their reference answers",
+        ),
     ] = False,
 ) -> None:
     """Read the first prompts and check their answers; with servers, start them and compare them with the policy.
@@ -121,14 +151,54 @@ def preflight(
 
 
 @app.command("eval")
-def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Answer the validation shards greedily with model.path and print accuracy by task as JSON."""
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="file of JSON lines for every answer: key, task, answer, response, reward, parts"),
+    ] = None,
+) -> None:
+    """Answer the validation shards greedily with model.path and print accuracy by task as JSON.
+
+    Example: gspo-mm eval configs/quickstart.yaml model.path=runs/quickstart-0/hf --save answers.jsonl
+    """
     loaded = _load(config, overrides)
     if not loaded.data.validation:
         raise GspoError("data.validation is empty: name the held-out shards to evaluate on")
     from gspo_mm.commands.evaluate import evaluate_folder
 
-    typer.echo(json.dumps(evaluate_folder(loaded), indent=1))
+    typer.echo(json.dumps(evaluate_folder(loaded, save), indent=1))
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder, such as RUN/hf")],
+    question: Annotated[
+        str | None, typer.Argument(help="left out: questions are read from the terminal, line by line")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="a picture for the first question; several: again")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="after which an answer is cut off", min=1)] = 512,
+    temperature: Annotated[float, typer.Option(help="0: the most likely token each time", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="decides what is drawn, where the temperature is above 0")] = 0,
+) -> None:
+    """Ask a model, on this machine: what is printed is its answer, as training and evaluation would see it.
+
+    Example: gspo-mm chat runs/quickstart-0/hf --image seven.png "Which digit is this?"
+    """
+    from gspo_mm.commands.chat import Chat, ask_by_line, pictures_of
+    from gspo_mm.types import SamplingParams
+
+    pictures = pictures_of(image or [])
+    sampling = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
+    with loading():
+        conversation = Chat(model, pictures, sampling=sampling, seed=seed)
+    if question is None:
+        ask_by_line(conversation)
+    else:
+        typer.echo(conversation.ask(question))
 
 
 @app.command()
@@ -198,34 +268,6 @@ def report(
     if png:
         write_curves_png(runs, png)
         typer.echo(png)
-
-
-@reward_app.command("check")
-def reward_check(files: Annotated[list[Path], typer.Argument(help="reward files with cases:")]) -> None:
-    """Run the cases that reward files carry, as tables; status 1 when a score differs from what its case says."""
-    from gspo_mm.commands.rescore import check_file
-    from gspo_mm.commands.tables import table_console
-
-    passed = [check_file(file, table_console()) for file in files]
-    raise typer.Exit(0 if all(passed) else 1)
-
-
-@reward_app.command("score")
-def reward_score(
-    file: Annotated[Path, typer.Argument(help="a reward file, or a config that names one")],
-    input: Annotated[
-        Path, typer.Option(help="RUN/rollouts/step-*.jsonl.gz, or lines of answer, response and task")
-    ],
-    rows: Annotated[int, typer.Option(min=0, help="samples shown one by one")] = 20,
-) -> None:
-    """Score saved answers and show every part; status 1 when a part failed on some of them."""
-    from gspo_mm.commands.rescore import load_answers, rewards_of, score_answers, show_scores
-    from gspo_mm.commands.tables import table_console
-
-    answers = list(load_answers(input))
-    scores = score_answers(rewards_of(file), [(each.prompt, each.completion) for each in answers])
-    show_scores(answers, scores, rows, table_console())
-    raise typer.Exit(1 if any(score.error for score in scores) else 0)
 
 
 @app.command()

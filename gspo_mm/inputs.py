@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from gspo_mm.data.places import expand_shards
 from gspo_mm.data.samples import sample_key, to_prompt
 from gspo_mm.hf.headers import read_headers
 from gspo_mm.reward.rewards import Rewards, load_rewards
-from gspo_mm.types import DataError
+from gspo_mm.types import DataError, Prompt
 
 _FIRST = 100  # samples of each source that are looked at before every run
 _NAMED = 10  # samples in one message
@@ -24,13 +25,7 @@ _NAMED = 10  # samples in one message
 
 def check_files(config: Config) -> None:
     """Raise a GspoError naming the first key whose file, folder or permission is missing, or that cannot be read."""
-    model = Path(config.model.path)
-    if not (model / "config.json").is_file():
-        raise ConfigError(
-            f"model.path={model} is no Hugging Face folder (no config.json in it){from_here(model)}; "
-            "make a tiny one with tools/make_tiny_model.py, or download the model first"
-        )
-    read_headers(model)
+    check_model(Path(config.model.path), called="model.path=")
     train, validation = (
         {shard for source in config.data.sources(split) for shard in expand_shards(source.shards)}
         for split in ("train", "validation")
@@ -48,6 +43,18 @@ def check_files(config: Config) -> None:
     check_writable(config)
 
 
+def check_model(folder: Path, *, called: str = "") -> None:
+    """Raise a GspoError unless it is a Hugging Face folder with weights that can be read; `called` stands before its name."""
+    if not (folder / "config.json").is_file():
+        fix = "make a tiny one with tools/make_tiny_model.py, or download the model first"
+        if (folder / "hf" / "config.json").is_file():
+            fix = f"it is a run's folder, whose model is {folder / 'hf'}"
+        raise ConfigError(
+            f"{called}{folder} is no Hugging Face folder (no config.json in it){from_here(folder)}; {fix}"
+        )
+    read_headers(folder)
+
+
 def check_writable(config: Config) -> None:
     """The nearest existing ancestor of the run folder must allow writing."""
     folder = config.run.path.absolute()
@@ -57,14 +64,22 @@ def check_writable(config: Config) -> None:
         raise ConfigError(f"run.dir={config.run.dir}: {folder} is not writable; choose another run.dir")
 
 
-def check_answers(config: Config, rewards: Rewards, *, everything: bool = False) -> str:
+def check_answers(
+    config: Config,
+    rewards: Rewards,
+    *,
+    everything: bool = False,
+    on_prompt: Callable[[Prompt], None] = lambda prompt: None,
+) -> str:
     """Have reward parts look at the answers of each source's first samples, or of all; says how many can be used.
+
+    `on_prompt` is called with each usable one.
 
     Raises DataError naming samples, when more than data.max_bad_fraction of them have an answer that cannot be judged (with
     `everything`: are unusable for any reason); RewardFileError for a task that no part covers.
     """
     said = [
-        _check_split(config, rewards, split, everything)
+        _check_split(config, rewards, split, everything, on_prompt)
         for split in ("train", "validation")
         if config.data.sources(split)
     ]
@@ -74,7 +89,11 @@ def check_answers(config: Config, rewards: Rewards, *, everything: bool = False)
 
 
 def _check_split(
-    config: Config, rewards: Rewards, split: Literal["train", "validation"], everything: bool
+    config: Config,
+    rewards: Rewards,
+    split: Literal["train", "validation"],
+    everything: bool,
+    on_prompt: Callable[[Prompt], None],
 ) -> str:
     from rich.console import Console
     from rich.progress import Progress
@@ -92,9 +111,12 @@ def _check_split(
                     bar, advance=1, description=f"data.{split}: {read} samples, {len(faults)} unusable"
                 )
                 try:
-                    rewards.check(to_prompt(raw))
+                    prompt = to_prompt(raw)
+                    rewards.check(prompt)
                 except BadSample as fault:
                     faults.append((sample_key(raw), fault))
+                else:
+                    on_prompt(prompt)
     if not everything:  # others are counted where prompts are read
         faults = [(key, fault) for key, fault in faults if fault.reason == "unusable answer"]
     which = "all" if everything else "the first"

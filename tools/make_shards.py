@@ -65,8 +65,8 @@ Force = Annotated[bool, typer.Option(help="Replace shards that exist.")]
 def _sources() -> None:
     """Write WebDataset shards of prompts. Each command is one kind of source.
 
-    The formats that TRL, verl, ms-swift and slime use for vision-language RL are read as they are: see
-    `gspo_mm/data/rows.py`. Rows that cannot be trained on are left out, counted and named in OUT/refused.jsonl.
+    The formats of TRL, verl, ms-swift, slime, LLaVA and LLaMA-Factory are read as they are: see
+    `tools/shard_rows/rows.py`. Rows that cannot be trained on are left out, counted and named in OUT/refused.jsonl.
     """
 
 
@@ -134,15 +134,16 @@ def rows(
 ) -> None:
     """Prompts from the **rows of a data set**: JSON lines, CSV, parquet, or Hugging Face `datasets`.
 
-    The formats that TRL, verl, ms-swift and slime use for vision-language RL are read as they are. Known names:
+    The formats of TRL, verl, ms-swift, slime, LLaVA (ShareGPT) and LLaMA-Factory are read as they are. Known names:
 
     | what | columns |
     |---|---|
-    | prompt | messages, prompt, problem, question, query: chat messages, or text, with `<image>` where an image stands |
+    | prompt | messages, conversations, prompt, problem, question, query, instruction: messages or text with `<image>` in it |
+    | before it | system, history |
     | images | images, image: paths, `{bytes, path}`, data: URLs |
     | answer | answer, solution, label, ground_truth, reward_model.ground_truth |
     | task | task, ability |
-    | reference answer | the assistant's last message; response, completion |
+    | reference answer, and the answer of rows without one | the assistant's last message; response, completion, output |
 
     Rows that cannot be trained on are left out, counted, and named in OUT/refused.jsonl; so are rows with pictures, video
     or sound in a column that is neither read nor ignored. Other columns that nothing reads are listed at the end.

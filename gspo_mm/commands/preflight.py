@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 
+from gspo_mm.commands.references import References
 from gspo_mm.config import Config
 from gspo_mm.data.source import PromptSource
 from gspo_mm.inputs import check_answers
@@ -18,15 +19,22 @@ from gspo_mm.sync.parity import Gap
 def preflight_prompts(config: Config, *, everything: bool = False) -> str:
     """Read the first training prompts and have their parts look at their answers; says what they are like.
 
-    With `everything` all samples of both splits are read. Raises DataError naming samples whose answers cannot be judged,
-    or RewardFileError for a task that no part covers.
+    With `everything` all samples of both splits are read, and their reference answers scored. Raises DataError naming
+    samples whose answers cannot be judged, or RewardFileError for a task that no part covers.
     """
-    rewards = load_rewards(config.reward, config.data.reward_files())
-    checked = check_answers(config, rewards, everything=everything)
     processor = processor_of(config)
-    source = PromptSource(config.data, processor, seed=config.run.seed, split="train", check=rewards.check)
-    with closing(source):
-        prompts = source.take(config.rollout.prompts_per_step)
+    with closing(load_rewards(config.reward, config.data.reward_files())) as rewards:
+        if everything:
+            references = References(config, rewards, processor)
+            checked = check_answers(config, rewards, everything=True, on_prompt=references.add)
+            checked += f"\n{references.describe()}"
+        else:
+            checked = check_answers(config, rewards)
+        source = PromptSource(
+            config.data, processor, seed=config.run.seed, split="train", check=rewards.check
+        )
+        with closing(source):
+            prompts = source.take(config.rollout.prompts_per_step)
     tasks = Counter(each.prompt.task for each in prompts)
     return (
         f"{checked}\nthe first {len(prompts)} prompts can be used: "

@@ -53,7 +53,7 @@ def rewards_of(path: Path) -> Rewards:
 
 
 def load_answers(path: Path) -> Iterator[Answer]:
-    """Answers of RUN/rollouts/step-*.jsonl.gz, or of lines {"answer", "response", "task"} as in `cases:`.
+    """Answers of RUN/rollouts/step-*.jsonl.gz, of `eval --save`, or of lines {"answer", "response", "task"} as in `cases:`.
 
     Raises GspoError naming file and line.
     """
@@ -181,8 +181,13 @@ def _answers_of(line: Any, key: str, images: Path) -> Iterator[Answer]:
     if not isinstance(line, dict):
         raise ValueError("it holds no JSON object")
     if "completions" not in line:
+        saved = None
+        if "reward" in line:  # of `eval --save`
+            value, key = line["reward"], line["key"]
+            saved = None if value is None else Score(value=value, parts=line["parts"])
+            line = {name: value for name, value in line.items() if name in Sample.model_fields}
         sample = Sample.model_validate(line)
-        yield Answer(prompt=sample.prompt(key), completion=sample.completion())
+        yield Answer(prompt=sample.prompt(key), completion=sample.completion(), saved=saved)
         return
     # scored without their images where those are gone: few parts look at them
     group = decode_group(line, lambda key: (images / key).read_bytes() if (images / key).is_file() else b"")

@@ -1,7 +1,8 @@
 """Layouts of the trainer, sizes of servers and the split of nodes between both, tried one by one; the fastest that fit.
 
 Both sides are worked out apart, as neither depends on the other but through the number of its nodes: so that thousands of
-layouts for thousands of GPUs take seconds.
+layouts for thousands of GPUs take seconds. Only servers on the trainer's own GPUs depend on its layout, whose weights lie
+beside theirs.
 """
 
 from __future__ import annotations
@@ -38,17 +39,22 @@ def search(job: Job, *, nodes: int, keep: int = 5) -> list[Found]:
     shared = job.servers is None or job.servers.colocated
     best: list[tuple[float, int, int, Job]] = []
     for serving in [0] if shared else _splits(nodes):
-        trainer = _fastest_trainers(job, (nodes - serving) * job.per_node, keep)
-        servers = _fastest_servers(job, (serving or nodes) * job.per_node) if job.servers else None
-        if job.servers and servers is None:
+        gpus = (serving or nodes) * job.per_node
+        apart = None if shared else _fastest_servers(job, gpus)
+        if not (shared or apart):
             continue
-        for policy_job in trainer:
-            made = replace(policy_job, servers=servers)
-            best.append((plan_of(made).step, nodes - serving, serving, made))
+        made: list[Job] = []
+        for trainer in _fastest_trainers(job, (nodes - serving) * job.per_node):
+            servers = _fastest_servers(trainer, gpus) if shared and job.servers else apart
+            if servers or not job.servers:
+                made.append(replace(trainer, servers=servers))
+            if len(made) == keep:
+                break
+        best += [(plan_of(each).step, nodes - serving, serving, each) for each in made]
     best.sort(key=lambda found: found[0])
     return [
-        Found(nodes=trains, rollout_nodes=serves, settings=_settings(made, job), plan=plan_of(made))
-        for _, trains, serves, made in best[:keep]
+        Found(nodes=trains, rollout_nodes=serves, settings=_settings(each, job), plan=plan_of(each))
+        for _, trains, serves, each in best[:keep]
     ]
 
 
@@ -58,8 +64,8 @@ def _splits(nodes: int) -> list[int]:
     return list(range(step, nodes, step))
 
 
-def _fastest_trainers(job: Job, gpus: int, keep: int) -> list[Job]:
-    """Those that fit, each with the least recomputation with which it does."""
+def _fastest_trainers(job: Job, gpus: int) -> list[Job]:
+    """Those that fit, fastest first, each with the least recomputation with which it does."""
     found = []
     for sizes in _layouts(job, gpus):
         for recompute in ("none", "selective", "full"):
@@ -68,7 +74,7 @@ def _fastest_trainers(job: Job, gpus: int, keep: int) -> list[Job]:
                 found.append((training_of(made).seconds, made))
                 break
     found.sort(key=lambda each: each[0])
-    return [made for _, made in found[:keep]]
+    return [made for _, made in found]
 
 
 def _layouts(job: Job, gpus: int) -> Iterator[Sizes]:
@@ -111,7 +117,8 @@ def _settings(job: Job, asked: Job) -> str:
     words = [
         f"policy.parallel.{axis}={getattr(sizes, axis)}"
         for axis in ("tp", "pp", "vpp", "cp", "ep", *(["etp"] if job.model.experts else []))
-        if getattr(sizes, axis) != getattr(own, axis)
+        # an etp that the config leaves open is its tp
+        if getattr(sizes, axis) != getattr(own, axis) or (axis == "etp" and sizes.tp != own.tp)
     ]
     if job.policy.recompute != asked.policy.recompute:
         words.append(f"policy.recompute={job.policy.recompute}")

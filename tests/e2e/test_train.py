@@ -255,9 +255,3 @@ def test_a_supervised_run_lowers_its_loss_and_exports(short_config: Path, tmp_pa
     assert losses[-1] < 0.7 * losses[0]
     assert (tmp_path / "short" / "hf" / "config.json").exists()
     assert (tmp_path / "short" / "report.html").exists()
-
-
-def test_eval_of_the_export_equals_the_runs_last_evaluation(short_config: Path, short_run: Path) -> None:
-    result = gspo_mm("eval", str(short_config), f"model.path={short_run / 'hf'}")
-    accuracy = json.loads(result.stdout)["eval/accuracy"]
-    assert accuracy == read_metrics(short_run)[-1]["eval/accuracy"]

@@ -273,14 +273,25 @@ def test_each_side_that_does_not_fit_is_told_its_own_change() -> None:
     assert as_json(plan, [])["seconds"]["step"] is None
 
 
-def test_what_a_search_finds_is_had_by_its_settings() -> None:
-    found = search(large(gpu="h100"), nodes=6, keep=3)
+@pytest.mark.parametrize("asked", [[], ["policy.parallel.tp=1", "policy.parallel.etp=null"]])
+def test_what_a_search_finds_is_had_by_its_settings(asked: list[str]) -> None:
+    found = search(large(*asked, gpu="h100"), nodes=6, keep=3)
     assert found
     for each in found:
         words = [] if each.settings == "as in the config" else each.settings.split()
-        again = plan_of(large(*words, nodes=each.nodes, rollout_nodes=each.rollout_nodes, gpu="h100"))
+        again = plan_of(large(*asked, *words, nodes=each.nodes, rollout_nodes=each.rollout_nodes, gpu="h100"))
         assert again.step == pytest.approx(each.plan.step)
         assert again.fits
+
+
+def test_servers_on_shared_gpus_are_searched_beside_the_layout_that_is_found() -> None:
+    """The asked one, a whole policy on each GPU, leaves no room for any."""
+    config = load_config(CONFIGS / "qwen3_vl_8b.yaml", ["policy.parallel.tp=1"], any_world=True)
+    job = job_of(config, nodes=1, rollout_nodes=0, per_node=8, gpu="h100")
+    assert not plan_of(job).fits
+    found = search(job, nodes=1, keep=2)
+    assert len(found) == 2
+    assert all(each.plan.fits for each in found)
 
 
 def test_a_search_is_never_slower_than_what_it_started_from() -> None:

@@ -256,6 +256,38 @@ def test_a_shard_that_vanishes_while_it_is_read_ahead_is_told(processor: Process
         source.take(20)
 
 
+def test_reference_answers_that_earn_too_little_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    """One of another task that earns as much as its best is none of them; one without a response neither."""
+    parts = [
+        {"name": "number", "type": "number", "accuracy": True, "tasks": ["digit"]},
+        {"name": "short", "type": "length", "args": {"max": 4}, "weight": 0.5},
+        {"name": "words", "type": "anls", "tasks": ["read"]},
+    ]
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump({"name": "n", "parts": parts}))
+    samples: list[dict[str, object]] = [
+        {"answer": 3, "response": "3"},
+        {"answer": 3, "response": "4"},
+        {"answer": 3},
+        {"answer": 5, "response": "5.000000000000"},
+        {"answer": "exit", "response": "exits", "task": "read"},
+    ]
+    write_tar(tmp_path / "train-0.tar", [(f"{i}.json", record(images=0, **s)) for i, s in enumerate(samples)])
+    config = parse_config(
+        {
+            "run": {"name": "r", "dir": str(tmp_path / "runs")},
+            "model": {"path": str(tiny_model)},
+            "data": {"train": [f"{tmp_path}/train-*.tar"]},
+            "rollout": {"prompts_per_step": 2},
+            "reward": {"file": str(tmp_path / "reward.yaml"), "workers": 1},
+        }
+    )
+    said = preflight_prompts(config, everything=True)
+    assert "reference answers: 4 of 5 samples have one" in said
+    assert "2 of them are wrong, or earn less than the best of their task:" in said
+    assert """train-0.tar/1: task digit, answer 3, response '4': reward 0.5, number 0, short 1""" in said
+    assert "train-0.tar/3: task digit" in said
+
+
 def test_samples_with_answers_that_no_part_can_judge_are_named_and_skipped(
     processor: Processor, tiny_model: Path, tmp_path: Path
 ) -> None:

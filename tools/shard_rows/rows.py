@@ -2,13 +2,17 @@
 
 Rows come as the formats of the field have them, without renaming anything:
 
-    TRL        prompt: messages or text; image or images; solution or answer
-    verl       prompt: messages with <image> in their text; images: [{bytes, path}]; reward_model.ground_truth
-    ms-swift   messages with <image> in their text, the last one perhaps an answer; images: [path]; solution
-    slime      prompt: text or messages; images; label
-    plain      problem, question or query: text, with or without <image>; image or images; answer
+    TRL            prompt: messages or text; image or images; solution or answer; completion; or messages alone
+    verl           prompt: messages with <image> in their text; images: [{bytes, path}]; reward_model.ground_truth
+    ms-swift       messages with <image> in their text, the last one perhaps an answer; images: [path]; solution;
+                   or system, history: [[question, answer]], query, response
+    slime          prompt: text or messages; images; label
+    LLaVA          conversations of {from: human or gpt, value}, as ShareGPT's; image or images
+    LLaMA-Factory  conversations; or system, history, instruction, input (a second line), output; images
+    plain          problem, question or query: text, with or without <image>; image or images; answer
 
-A reference answer for the warm start is the last message where that is the assistant's, or response or completion.
+A reference answer for the warm start is the last message where that is the assistant's, or response, completion or
+output. Where a row has no column of an answer, it is the answer too.
 `Columns` names columns that are called otherwise; a dot leads into an object (reward_model.ground_truth). An image is
 a path, {bytes, path} as in parquet and `datasets`, or a data: URL; nothing is downloaded. It is kept as it is, byte by
 byte. Where no text says <image>, images come first.
@@ -35,11 +39,15 @@ from gspo_mm.data.samples import to_prompt
 
 PLACEHOLDER = "<image>"
 
-_PROMPT = ("messages", "prompt", "problem", "question", "query")
+_PROMPT = ("messages", "conversations", "prompt", "problem", "question", "query", "instruction")
 _IMAGES = ("images", "image")
 _ANSWER = ("answer", "solution", "label", "ground_truth", "reward_model.ground_truth")
 _TASK = ("task", "ability")
-_RESPONSE = ("response", "completion")
+_RESPONSE = ("response", "completion", "output")
+# who speaks in conversations -> role
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+# where ms-swift writes what stands in the column `objects`
+_OBJECT_MARKS = ("<ref-object>", "<bbox>")
 # of a message, besides role and content: what chat templates read
 _MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 
@@ -58,7 +66,7 @@ class Columns:
     response: str | None = None
     # null where a row lacks them
     meta: tuple[str, ...] = ()
-    # not used, and not to be reported
+    # as if the row did not have them
     ignore: tuple[str, ...] = ()
     # text of a system message to put in front; not a column
     system: str | None = None
@@ -79,24 +87,31 @@ def sample_of(
     with the name of each column that holds something and was not used.
     """
     used: set[str] = set()
+    row = {name: value for name, value in row.items() if name not in columns.ignore}
     images = [_image(value, folder) for value in _images(row, columns, used)]
-    prompt = _find(row, columns.prompt, _PROMPT, "prompt", used=used)
     of_columns = len(images)
-    messages = _messages(prompt, images, folder, on_unused)
+    messages = _messages(_asked(row, columns, used), images, folder, on_unused)
     if 0 < of_columns < len(images):
         raise BadSample(
             "image order", "some images stand in the messages and others in a column; name either of them"
         )
+    if "objects" in row and any(mark in str(messages) for mark in _OBJECT_MARKS):
+        raise BadSample(
+            "objects in text",
+            f"{' or '.join(_OBJECT_MARKS)} stands for what objects holds; write names and boxes there, boxes as your model "
+            "gives them",
+        )
     response = _response(row, columns, messages, used)
-    if columns.system is not None:
-        messages.insert(0, {"role": "system", "content": columns.system})
+    messages = [*_before(row, columns, messages, used), *messages]
+    has_answer = any(name.partition(".")[0] in row for name in _ANSWER)
+    said = _MISSING if response is None or has_answer else response
     record = {
         "messages": _placed(messages, len(images)),
-        "answer": plain(_find(row, columns.answer, _ANSWER, "answer", used=used)),
+        "answer": plain(_find(row, columns.answer, _ANSWER, "answer", used=used, default=said)),
         "task": str(_find(row, columns.task, _TASK, "task", used=used, default=task)),
         "meta": {name: plain(_value(row, name, used)) for name in columns.meta},
     }
-    _report_unused(row, used | set(columns.ignore), on_unused, pictured=bool(images))
+    _report_unused(row, used, on_unused, pictured=bool(images))
     if response is not None:
         record["response"] = response
     sample: dict[str, Any] = {"__key__": key, "json": json.dumps(record, ensure_ascii=False).encode()}
@@ -148,6 +163,38 @@ def _find(
         return default
     wanted = f"column {name}" if name is not None else f"any of {', '.join(usual)}"
     raise BadSample(f"no {what}", f"{wanted} is missing or null; the row has {', '.join(row)}")
+
+
+def _asked(row: Row, columns: Columns, used: set[str]) -> Any:
+    """The prompt. An instruction has its input below it."""
+    prompt, below = _find(row, columns.prompt, _PROMPT, "prompt", used=used), row.get("input")
+    if "instruction" in used and isinstance(below, str) and not any(find_media("input", below)):
+        used.add("input")
+        return f"{prompt}\n{below}".strip()
+    return prompt
+
+
+def _before(
+    row: Row, columns: Columns, messages: Sequence[Mapping[str, Any]], used: set[str]
+) -> list[dict[str, Any]]:
+    """What columns put in front of the messages: a system message, and earlier questions with their answers."""
+    before = []
+    starts_anew = bool(messages) and messages[0]["role"] != "system"
+    system = columns.system
+    if system is None and starts_anew and isinstance(row.get("system"), str):
+        system = _value(row, "system", used)
+    if system:
+        before.append({"role": "system", "content": system})
+    history = row.get("history")
+    if starts_anew and _is_list(history) and all(map(_is_pair, turns := plain(history))):
+        used.add("history")
+        for asked, said in turns:
+            before += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return before
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, list) and [type(text) for text in turn] == [str, str]
 
 
 def _images(row: Row, columns: Columns, used: set[str]) -> list[Any]:
@@ -261,8 +308,8 @@ def _messages(
     if not isinstance(prompt, list) or not prompt or not all(isinstance(m, Mapping) for m in prompt):
         raise BadSample("wrong prompt", "it is neither text nor a list of messages")
     messages = []
-    for message in prompt:
-        content = message.get("content")
+    for message in map(_with_role, prompt):
+        content: Any = message.get("content")
         if hasattr(content, "tolist"):
             content = content.tolist()
         if isinstance(content, list):
@@ -276,6 +323,14 @@ def _messages(
             pictured=False,
         )
     return messages
+
+
+def _with_role(message: Row) -> Row:
+    """{from, value} as {role, content}; other messages as they are."""
+    if "from" not in message or "role" in message:
+        return message
+    renamed = {"role": _SPEAKERS.get(message["from"], message["from"]), "content": message.get("value")}
+    return renamed | {name: value for name, value in message.items() if name not in ("from", "value")}
 
 
 def _part(
