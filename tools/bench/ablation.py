@@ -131,7 +131,7 @@ def start(experts: int, seed: int, scale: Scale, out: Path) -> str:
     from gspo_mm.sft import sft
     from tools.bench.ablate.trial import CONFIGS, settings
 
-    if not (folder := started(experts, seed, out)).exists():
+    if not (folder := started(experts, seed, scale, out)).exists():
         model = [
             f"model.path={out / f'model-{experts}'}",
             f"sft.steps={scale.warm_steps}",
@@ -146,8 +146,8 @@ def start(experts: int, seed: int, scale: Scale, out: Path) -> str:
     return "ready"
 
 
-def started(experts: int, seed: int, out: Path) -> Path:
-    return out / "runs" / f"start-{experts}-{seed}" / "hf"
+def started(experts: int, seed: int, scale: Scale, out: Path) -> Path:
+    return out / "runs" / f"start-{experts}-{seed}-steps{scale.warm_steps}" / "hf"
 
 
 def one(run: Run, scale: Scale, out: Path) -> str:
@@ -155,7 +155,7 @@ def one(run: Run, scale: Scale, out: Path) -> str:
     from tools.bench.ablate.trial import trial
 
     log_to(out / "logs" / f"{run}.txt")
-    found = trial(run, scale, out, started(run.experts, run.seed, out))
+    found = trial(run, scale, out, started(run.experts, run.seed, scale, out))
     file = file_of(run, out)
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(".partial")

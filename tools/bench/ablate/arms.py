@@ -32,7 +32,7 @@ ARMS = {
     "dapo": Arm(label="DAPO", config="losses/dapo.yaml", color="#64748b"),
     "gmpo": Arm(label="GMPO", config="losses/gmpo.yaml", color="#db2777"),
 }  # fmt: skip
-MAIN = ("gspo", "grpo", "grpo_replay", "sapo")  # those of a short comparison beside its first setting
+MAIN = ("gspo", "grpo", "grpo_replay")  # those of a short comparison beside its first setting
 
 # experts of a layer -> what is set of the tiny model beside them: as many weights are at work for a token
 MODELS: dict[int, dict[str, int]] = {
@@ -94,7 +94,7 @@ class Scale:
 
 
 SHORT = Scale(
-    warm_steps=120, steps=120, prompts=16, updates=4, eval_every=20, eval_prompts=300, audit_every=5,
+    warm_steps=120, steps=100, prompts=16, updates=4, eval_every=20, eval_prompts=300, audit_every=5,
     seeds=3, fewer_seeds=2, arms=MAIN, settings=((8, 1), (8, 4), (64, 0)),
 )  # fmt: skip
 FULL = Scale(

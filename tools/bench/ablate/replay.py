@@ -77,7 +77,7 @@ class Replay:
             self.seconds += time.perf_counter() - began
 
 
-def cache_of(model: str, *, tokens: int) -> dict[str, float]:
+def cache_of(model: str, *, tokens: int) -> dict[str, Any]:
     """What the replay of one answer of so many tokens takes for a published model.
 
     As little as can be, a byte for each choice, and as servers send it and megatron takes it: int32 and int64. `seconds`:
