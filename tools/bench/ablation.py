@@ -4,7 +4,7 @@
     python tools/bench/ablation.py --full --processes 8
     python tools/bench/ablation.py --short --arm gspo --arm grpo
 
-Tiny Qwen3-VL mixtures of 8 and 64 experts answer questions on handwritten digits. All arms of a seed begin with the same
+Tiny Qwen3-VL mixtures of 8 and 64 experts read handwritten digits, and say where they are. All arms of a seed begin with the same
 supervised start and see the same prompts; ablate/arms.py says which arms there are and with which bounds. Off-policyness is
 real: four updates on every batch, and batches that wait for 0, 1 or 4 steps. Measured are
 
@@ -50,6 +50,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from tools.bench.ablate.arms import ARMS, FULL, MODELS, SHORT, Run, Scale  # noqa: E402
 
 _LOADED = ["tools.bench.ablate.trial", "gspo_mm.sft"]  # by every process before it starts
+_TASKS = "digit,digit,digit,where"  # answers of 4 tokens, and of about 15
 _LARGE = ("Qwen3-VL-30B-A3B", "Qwen3-VL-235B-A22B")
 _LENGTHS = (8192, 32768)  # tokens of an answer with its prompt
 
@@ -93,7 +94,8 @@ def changed(scale: Scale, items: list[str]) -> Scale:
 def prepare(out: Path) -> None:
     """Data and random models, where they are not there yet."""
     tools = ROOT / "tools"
-    wanted = {out / "digits": [str(tools / "make_shards.py"), "digits", str(out / "digits"), "--force"]}
+    digits = [str(tools / "make_shards.py"), "digits", str(out / "digits"), f"--tasks={_TASKS}", "--force"]
+    wanted = {out / "digits": digits}
     for experts, sizes in MODELS.items():
         folder = out / f"model-{experts}"
         values = [f"--set=text.{key}={value}" for key, value in sizes.items()]

@@ -94,7 +94,7 @@ class Scale:
 
 
 SHORT = Scale(
-    warm_steps=120, steps=100, prompts=16, updates=4, eval_every=20, eval_prompts=300, audit_every=5,
+    warm_steps=100, steps=100, prompts=16, updates=4, eval_every=20, eval_prompts=300, audit_every=5,
     seeds=3, fewer_seeds=2, arms=MAIN, settings=((8, 1), (8, 4), (64, 0)),
 )  # fmt: skip
 FULL = Scale(

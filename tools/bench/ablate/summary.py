@@ -42,6 +42,12 @@ def accuracy_at(lines: Lines, what: str, limit: float) -> float:
     return values[-1]
 
 
+def until(lines: Lines, what: str, limit: float) -> Lines:
+    """The lines of the steps before so many tokens or seconds were spent."""
+    totals = spent(lines, what)
+    return [line for line in lines if totals[line["step"]] <= limit]
+
+
 def collapsed(lines: Lines, fault: str | None, *, eval_prompts: int) -> bool:
     """By the rule of tools/bench/ablation.py."""
     _, values = curve(lines, "eval/accuracy")
@@ -102,9 +108,12 @@ def _of_run(lines: Lines, limits: Mapping[str, float]) -> dict[str, float]:
         "start": accuracies[0],
         "accuracy": accuracies[-1],
         "best": max(accuracies),
-        "at_tokens": accuracy_at(lines, "tokens", limits["tokens"]),
-        "at_seconds": accuracy_at(lines, "seconds", limits["seconds"]),
+        **{f"at_{what}": accuracy_at(lines, what, limit) for what, limit in limits.items()},
         "reward": last(lines, "reward/mean"),
+        **{
+            f"reward_at_{what}": last(until(lines, what, limit), "reward/mean")
+            for what, limit in limits.items()
+        },
         "clipped": last(lines, "clip_token_fraction"),
         "flips": 1 - last(lines, "routing/agree"),
         "grad_norm": last(lines, "grad_norm"),
