@@ -1,6 +1,7 @@
 """How many of a policy's routing decisions its updates change: looked at on a few sequences, when it is asked for.
 
-A decision is one expert that a router gives a token: top-k of them per token and mixture layer.
+A decision is one expert that a router gives a token: top-k of them per token and mixture layer. Those of before are kept in
+host memory until they are compared; nothing is computed with them.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class RoutingAudit:
 
         def note(of_layer: list[torch.Tensor], chunk: Any, *call: Any) -> None:
             *_, (_, chosen) = call
-            of_layer.append(chosen.view(len(chunk.real_rows), -1)[chunk.real_rows] != 0)
+            of_layer.append((chosen.view(len(chunk.real_rows), -1)[chunk.real_rows] != 0).cpu())
 
         hooks = [
             router.register_forward_hook(partial(note, found[layer], chunk))
