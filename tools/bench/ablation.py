@@ -1,6 +1,6 @@
 """Does GSPO do what its paper says, beside other losses, and beside routing replay? An ablation that runs on a laptop.
 
-    python tools/bench/ablation.py --short            # two processes on 2 CPU cores, 40 minutes at most
+    python tools/bench/ablation.py --short            # made for 40 minutes of 2 CPU cores, a run on each
     python tools/bench/ablation.py --full --processes 8
     python tools/bench/ablation.py --short --arm gspo --arm grpo
 

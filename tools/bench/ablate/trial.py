@@ -89,7 +89,8 @@ class Trial:
     """A run in progress, in one process."""
 
     def __init__(self, config: Config, stages: Stages, run: Run, scale: Scale) -> None:
-        self.config, self.stages, self._run, self.scale = config, stages, run, scale
+        self.config, self.stages, self.scale = config, stages, scale
+        self.staleness = run.staleness
         self.replay = Replay(stages.policy) if ARMS[run.arm].replays else None
         self.ratios = Ratios()
         self.waiting: deque[Batch] = deque()
@@ -117,7 +118,7 @@ class Trial:
     def step(self, step: int) -> dict[str, float]:
         """One line of numbers. `seconds` is processor time, of the training alone, since runs may share a machine."""
         began, self.looking = time.process_time(), 0.0
-        while len(self.waiting) <= self._run.staleness:
+        while len(self.waiting) <= self.staleness:
             self.waiting.append(self.sample())
         batch = self.waiting.popleft()
         line = {"step": step + 1.0, **batch.metrics}
