@@ -62,7 +62,7 @@ def main(
     processes: Annotated[int, typer.Option(min=1, help="Runs side by side, each on one core.")] = 2,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=NUMBER of ablate/arms.py's Scale, to try it: steps=2."),
+        typer.Option("--set", help="KEY=NUMBER of ablate/arms.py's Scale, to try it: steps=2, lr=2e-4."),
     ] = None,
 ) -> None:
     """Compare losses under off-policyness; print a table and draw pictures."""
@@ -81,13 +81,16 @@ def main(
 
 def changed(scale: Scale, items: list[str]) -> Scale:
     """With the numbers of KEY=NUMBER; raises BadParameter for others."""
+    known = {key: type(value) for key, value in vars(scale).items() if isinstance(value, int | float)}
     values: dict[str, Any] = {}
     for item in items:
         key, _, value = item.partition("=")
-        if not isinstance(getattr(scale, key, None), int) or not value.isdecimal():
-            known = [name for name, number in vars(scale).items() if isinstance(number, int)]
-            raise typer.BadParameter(f"--set {item}: give KEY=NUMBER, with KEY of {', '.join(known)}")
-        values[key] = int(value)
+        try:
+            values[key] = known[key](value)
+        except (KeyError, ValueError):
+            raise typer.BadParameter(
+                f"--set {item}: give KEY=NUMBER, with KEY of {', '.join(known)}"
+            ) from None
     return replace(scale, **values)
 
 

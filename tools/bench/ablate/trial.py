@@ -65,6 +65,7 @@ def trial(run: Run, scale: Scale, folder: Path, start: Path) -> dict[str, Any]:
             f"rollout.prompts_per_step={scale.prompts}",
             f"train.steps={scale.steps}",
             f"train.updates_per_batch={scale.updates}",
+            f"policy.optimizer.lr={scale.lr}",
             *([SETTING] if replays else []),
         ],
     )
