@@ -29,6 +29,7 @@ from gspo_mm.loss.table import surrogate_of
 from gspo_mm.observe.answers import rollout_metrics, sampled_tokens, turn_metrics
 from gspo_mm.observe.metrics import summarize
 from gspo_mm.observe.throughput import peak_flops, peak_memory, throughput
+from gspo_mm.policy.routing_audit import RoutingAudit
 from gspo_mm.policy.shares import share_out, split_evenly
 from gspo_mm.policy.update import update_policy
 from gspo_mm.reward.rewards import check_failures
@@ -195,8 +196,13 @@ class Gspo(Training):
             )
 
     def update(self, shares: list[Share], gaps: dict[str, float]) -> dict[str, float]:
-        stages = self.stages
-        return update_policy(
+        """All updates of the step; whether routers still choose the same experts after them, when that is due."""
+        stages, every = self.stages, self.config.observe.routing_audit
+        audit = None
+        if every and (self.step + 1) % every == 0:
+            with self.phases("routing_audit"):
+                audit = RoutingAudit.of(stages.policy, shares[0], stages.processor)
+        metrics = update_policy(
             stages.policy,
             shares,
             processor=stages.processor,
@@ -206,6 +212,10 @@ class Gspo(Training):
             step=self.step,
             gaps=gaps,
         )
+        if audit:
+            with self.phases("routing_audit"):
+                metrics |= audit.compare()
+        return metrics
 
     def finish_rollouts(self, stop: StopRequest) -> None:
         """Answers that were begun with the weights of before, where rollout.on_update says so."""

@@ -47,7 +47,8 @@ policy.optimizer.skip.spike_factor policy.micro_batch_tokens
 policy.recompute policy.moe.dispatcher policy.moe.aux_loss policy.vision_cache_mb policy.megatron train.steps
 train.updates_per_batch train.eval_every train.canary_prompts sft.steps sft.batch_size sft.every_turn checkpoint.every
 checkpoint.keep checkpoint.keep_every checkpoint.background checkpoint.export_hf observe.tensorboard observe.wandb
-observe.save_rollouts_every observe.rollouts_per_save observe.probe_every observe.report
+observe.save_rollouts_every observe.rollouts_per_save observe.probe_every observe.routing_audit
+observe.report
 """
 APPLIED = frozenset(_APPLIED.split())
 

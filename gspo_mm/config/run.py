@@ -221,4 +221,9 @@ class ObserveConfig(Section):
     probe_every: NonNegative = Field(
         default=20, description="steps between looks at each rank's speed (20 ms each); 0: never"
     )
+    routing_audit: NonNegative = Field(
+        default=0,
+        description="steps between comparisons of the experts that routers choose before a step's updates and after them, "
+        "on a few of its sequences; 0: never",
+    )
     report: bool = Field(default=True, description="write RUN/report.html at the end")

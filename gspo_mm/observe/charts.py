@@ -112,6 +112,13 @@ CHARTS = [
         series={"before clipping": "grad_norm"},
     ),
     Chart(
+        title="Routing",
+        unit="fraction",
+        about="Choices of experts that the step's updates left as they were, on a few of its sequences; each of the others "
+        "changes what the policy computes for a token, and so its ratio.",
+        series={"agree": "routing/agree"},
+    ),
+    Chart(
         title="Engine against policy",
         unit="nats",
         about="|log-prob of the rollout engine - of the policy| of the sampled tokens.",

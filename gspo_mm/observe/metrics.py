@@ -111,6 +111,8 @@ METRICS = {
     "moe/load_max": "tokens of the busiest expert over an even spread, worst layer; 1 is even",
     "moe/load_max/*": "the same for one decoder layer",
     "moe/unused": "fraction of all experts that got no token in the step's updates",
+    "routing/agree": "fraction of routers' choices of experts that a step's updates left as they were (observe.routing_audit)",
+    "routing/agree/*": "the same for one decoder layer",
     "time/pack": "seconds until micro-batches were packed, those waited for within the policy's passes included",
     "time/*": "seconds of the step spent in one phase; time/step is all of it",
     "sft/loss": "cross-entropy of the reference responses, nats per token",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,16 +13,25 @@ from gspo_mm.policy.model import PolicyModel
 from gspo_mm.policy.parallel import Groups
 
 
+def routers(chunks: Iterable[PolicyModel]) -> Iterator[tuple[PolicyModel, int, torch.nn.Module]]:
+    """The chunk, the layer of the whole model and the router of each mixture on this rank's stage.
+
+    A router gives, for the rows of `chunk.real_rows` [N], weights and choices [N, experts].
+    """
+    for chunk in chunks:
+        for layer in getattr(chunk.language.decoder, "layers", []):
+            for module in layer.modules():
+                if isinstance(module, TopKRouter):
+                    yield chunk, layer.layer_number - 1, module
+
+
 class ExpertLoad:
     """Counts the tokens that each expert of each mixture layer on this rank's stage is given; padding left out."""
 
     def __init__(self, chunks: list[PolicyModel]) -> None:
         self._counts: dict[int, torch.Tensor] = {}  # by layer of the whole model, [experts] int64
-        for chunk in chunks:
-            for layer in getattr(chunk.language.decoder, "layers", []):
-                for module in layer.modules():
-                    if isinstance(module, TopKRouter):
-                        module.register_forward_hook(self._hook(chunk, layer.layer_number - 1))
+        for chunk, layer, router in routers(chunks):
+            router.register_forward_hook(self._hook(chunk, layer))
 
     def _hook(self, chunk: PolicyModel, layer: int) -> Any:
         def count(router: torch.nn.Module, _: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -22,6 +22,7 @@ from gspo_mm.loss import policy_loss
 from gspo_mm.loss.table import SURROGATES
 from gspo_mm.policy import engine
 from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.routing_audit import RoutingAudit
 from gspo_mm.policy.weights import gradient_of
 from gspo_mm.types import MicroBatch
 from tools.check_parity import positions_model, random_batches
@@ -201,6 +202,7 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         for letter, pair in zip("AB", adapters.pair(key), strict=True)
     }
     gradients |= {name: tensor for of_rank in policy.ranks.gather(own) for name, tensor in of_rank.items()}
+    audit = RoutingAudit(policy, batches)
     steps = [policy.update(batches, loss_fn, temperature=0.7, last=number == 1) for number in range(2)]
     return {
         "held": policy.ranks.gather(held(policy)),
@@ -212,6 +214,7 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         "gradients": gradients,
         "norms": [step.grad_norm for step in steps],
         "losses": [step.loss for step in steps],
+        "routing": audit.compare(),
         "weights": {name: tensor.clone() for name, tensor in policy.export()},
     }
 

@@ -85,6 +85,8 @@ def test_a_layout_computes_what_one_rank_computes(name: str, measured: Any, alon
     assert found["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+    # of hundreds of decisions a layer, a near tie may end otherwise
+    assert found["routing"] == pytest.approx(expected["routing"], abs=0.01)
     for what, tolerance in (("gradients", 1e-4), ("weights", 1e-4)):
         assert found[what].keys() == expected[what].keys()
         for key, tensor in expected[what].items():

@@ -68,7 +68,7 @@ def short_config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, dig
         "train": {"steps": 4, "updates_per_batch": 2, "eval_prompts": 16, "eval_every": 2},
         "sft": {"steps": 4, "batch_size": 8},
         "checkpoint": {"every": 1},
-        "observe": {"save_rollouts_every": 1},
+        "observe": {"save_rollouts_every": 1, "routing_audit": 2},
     }
     # random weights never write "<answer>": a format of their own gives rewards that differ within a group
     (folder / "reward.yaml").write_text(

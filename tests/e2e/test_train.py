@@ -79,6 +79,14 @@ def test_training_moves_the_weights_and_the_clip_can_act(short_run: Path, tiny_m
     assert any(line["ratio_max"] != 1.0 for line in read_metrics(short_run) if "ratio_max" in line)
 
 
+def test_routing_is_compared_at_the_steps_when_it_is_due(short_run: Path) -> None:
+    audited = {
+        line["step"]: line["routing/agree"] for line in read_metrics(short_run) if "routing/agree" in line
+    }
+    assert audited.keys() == {2, 4}
+    assert all(0 < agree < 1 for agree in audited.values())
+
+
 def test_the_exported_folder_is_the_model_that_sampled_last(short_run: Path) -> None:
     """from_pretrained gives the log-probs that the engine reports for the same tokens."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
