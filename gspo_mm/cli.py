@@ -140,7 +140,9 @@ def export(
     out: Annotated[
         Path, typer.Argument(help="Hugging Face folder to write; it appears only when it is whole")
     ],
-    step: Annotated[int | None, typer.Option(help="of RUN's checkpoints; default: the newest", min=0)] = None,
+    step: Annotated[
+        str | None, typer.Option(help="of RUN's checkpoints: a number, best or last; default: last")
+    ] = None,
     hf: Annotated[
         Path | None,
         typer.Option(
@@ -344,7 +346,7 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     for name, value in summary.items():
-        if isinstance(value, list):  # sentences, which the log has
+        if isinstance(value, list | dict):  # sentences, which the log has
             continue
         typer.echo(f"{name:>30}  {value:.4g}" if isinstance(value, float) else f"{name:>30}  {value}")
     typer.echo(f"{'report':>30}  {run / 'report.html'}")

@@ -45,8 +45,10 @@ policy.optimizer.warmup_steps policy.optimizer.beta1 policy.optimizer.beta2 poli
 policy.optimizer.weight_decay policy.optimizer.grad_clip policy.optimizer.overlap policy.optimizer.skip.in_a_row
 policy.optimizer.skip.spike_factor policy.micro_batch_tokens
 policy.recompute policy.moe.dispatcher policy.moe.aux_loss policy.vision_cache_mb policy.megatron train.steps
-train.updates_per_batch train.eval_every train.canary_prompts sft.steps sft.batch_size sft.every_turn checkpoint.every
-checkpoint.keep checkpoint.keep_every checkpoint.background checkpoint.export_hf observe.tensorboard observe.wandb
+train.updates_per_batch train.eval_every train.canary_prompts train.stop_on
+sft.steps sft.batch_size sft.every_turn checkpoint.every
+checkpoint.keep checkpoint.keep_every checkpoint.keep_best checkpoint.background checkpoint.export_hf
+observe.tensorboard observe.wandb
 observe.save_rollouts_every observe.rollouts_per_save observe.probe_every observe.report
 """
 APPLIED = frozenset(_APPLIED.split())
@@ -122,6 +124,7 @@ UNUSED: dict[Command, tuple[str, ...]] = {
         "rollout.start_ahead",
         "rollout.oversample",
         "rollout.drop_dead_groups",
+        "checkpoint.keep_best",
         "checkpoint.export_hf",
         "observe.save_rollouts_every",
         "observe.rollouts_per_save",

@@ -171,6 +171,27 @@ class DataConfig(Section):
         return {source.name: source.reward for source in sources if source.reward}
 
 
+# what a run looks for in its own metrics: observe/health.py
+type RuleName = Literal[
+    "accuracy_fell",
+    "constant_reward",
+    "dead_groups",
+    "failures",
+    "entropy_collapsed",
+    "gradient_growing",
+    "policy_jumped",
+    "clip_saturated",
+    "clip_idle",
+    "length_collapsed",
+    "length_exploded",
+    "truncated",
+    "mismatch_growing",
+    "parts_at_odds",
+    "no_effect",
+    "loss_rose",
+]
+
+
 class TrainConfig(Section):
     steps: Positive = 100
     updates_per_batch: Positive = Field(
@@ -184,6 +205,10 @@ class TrainConfig(Section):
     )
     canary_prompts: Positive = Field(
         default=4, description="prompts with images that the blind-run canary looks at"
+    )
+    stop_on: list[RuleName] = Field(
+        default=[],
+        description="rules (README: when a run is ill) that end the run with a checkpoint and status 4 when they begin to hold",
     )
 
 
@@ -204,6 +229,10 @@ class CheckpointConfig(Section):
     )
     keep_every: NonNegative = Field(
         default=0, description="checkpoints of every so many steps are kept beside them; 0: none"
+    )
+    keep_best: bool = Field(
+        default=False,
+        description="save one too when held-out accuracy is the best so far, and keep the best one beside the others",
     )
     background: bool = Field(
         default=True, description="train on while one is written, from a copy in host memory"

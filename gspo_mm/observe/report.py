@@ -51,9 +51,13 @@ def write_report(run_dir: Path) -> Path:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     ).get_template("report.html.j2")
+    path = run_dir / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
     page = template.render(
         name=run_dir.name,
-        headlines=_headlines(run_dir),
+        verdict=summary.get("verdict"),
+        rules=summary.get("rules", {}),
+        headlines=_headlines(summary),
         charts=[c for c in (_chart(lines, chart) for chart in CHARTS) if c] + _time_chart(lines),
         tasks=_tasks(lines),
         saves=[_save(run_dir, step) for step in spread(list_steps(run_dir), MAX_SAVES)],
@@ -117,9 +121,7 @@ def spread(items: list[int], count: int) -> list[int]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _headlines(run_dir: Path) -> list[tuple[str, str]]:
-    path = run_dir / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
+def _headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (label, form.format(summary[name]))
         for name, (label, form) in HEADLINES.items()

@@ -63,6 +63,17 @@ def test_the_page_shows_numbers_tasks_and_rollouts(run: Path) -> None:
     assert "+0.71" in page
 
 
+def test_the_verdict_and_its_rules_stand_on_top_as_text(run: Path) -> None:
+    known = json.loads((run / "summary.json").read_text())
+    assert 'class="card verdict' not in page_without_library(run)  # of a run that nobody has judged
+    for rules, name in (({}, "verdict "), ({"truncated": HOSTILE}, "verdict ill")):
+        (run / "summary.json").write_text(json.dumps(known | {"verdict": "It looks so.", "rules": rules}))
+        page = page_without_library(run)
+        assert f'<div class="card {name}"><strong>It looks so.</strong>' in page
+        assert page.count("<dt>truncated</dt>") == len(rules)
+        assert HOSTILE not in page
+
+
 def charts(run: Path) -> dict[str, list[dict[str, object]]]:
     """Traces on the page, by title."""
     found = re.findall(r'<h3>(.*?) <span.*?data-traces="(.*?)"', page_without_library(run), flags=re.DOTALL)
