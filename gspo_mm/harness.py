@@ -181,6 +181,7 @@ class Training:
         if not self.config.train.stop_on or self.step == self.steps:
             return
         if said := self.ranks.from_main(self._ill):
+            self.end()
             self.summarize()
             fault = IllRunError(f"train.stop_on ended the run after step {self.step}: {said}")
             fault.on_all_ranks = True

@@ -20,7 +20,7 @@ def checkpoint_of(source: Path, step: str | None) -> Path:
             raise GspoError(f"{source} is no run folder (no checkpoints/ in it), so leave out --step")
         return source
     store = Store(folder, keep=1)
-    if step in (None, "last"):
+    if step is None or step == "last":
         if (newest := store.latest()) is None:
             raise GspoError(f"{folder} holds no whole checkpoint; let the run write one, or name another run")
         return newest
