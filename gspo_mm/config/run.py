@@ -208,7 +208,7 @@ class TrainConfig(Section):
     )
     stop_on: list[RuleName] = Field(
         default=[],
-        description="rules (README: when a run is ill) that end the run with a checkpoint and status 4 when they begin to hold",
+        description="rules (configs/README.md) that end the run with a checkpoint and status 4 when they begin to hold",
     )
 
 

@@ -1,7 +1,9 @@
 """Each rule holds on the sickness that it is of, and on nothing that is sound."""
 
+import json
 import logging
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,54 +29,47 @@ def judged(lines: list[Line], *, eval_prompts: int = 256) -> dict[RuleName, str]
     return health.found()
 
 
-# of a run of 60 steps that learned, from 50 to 66 % held-out: 12 steps, evenly spaced
-SOUND: dict[str, list[float]] = {
-    "entropy": [
-        0.4501,
-        0.3947,
-        0.2074,
-        0.1564,
-        0.1554,
-        0.1315,
-        0.1136,
-        0.0977,
-        0.0824,
-        0.0991,
-        0.1006,
-        0.0875,
-    ],
-    "grad_norm": [0.937, 0.946, 1.05, 0.679, 0.917, 0.713, 0.845, 0.807, 0.585, 0.935, 0.79, 0.975],
-    "clip_low_fraction": [0.125, 0.152, 0.107, 0.047, 0.054, 0.031, 0.031, 0.027, 0.009, 0.0, 0.009, 0.0],
-    "clip_high_fraction": [0.0, 0.036, 0.0, 0.0, 0.027, 0.008, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
-    "length/mean": [17.9, 20.2, 27.4, 30.0, 31.6, 33.4, 32.2, 32.9, 33.0, 32.2, 32.8, 32.7],
-    "length/truncated_fraction": [
-        0.0,
-        0.008,
-        0.0,
-        0.0,
-        0.039,
-        0.062,
-        0.031,
-        0.047,
-        0.047,
-        0.062,
-        0.039,
-        0.039,
-    ],
-    "approx_kl": [0.0, 0.0003, 0.0002, 0.0001, 0.0002, 0.0001, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
-    "groups/live": [15, 13, 14, 15, 14, 15, 12, 13, 13, 14, 13, 12],
-    "groups/dead": [1, 3, 2, 1, 2, 1, 4, 3, 3, 2, 3, 4],
-    "reward/std": [0.42, 0.38, 0.45, 0.44, 0.44, 0.46, 0.43, 0.44, 0.45, 0.46, 0.46, 0.44],
-    "reward/mean": [0.3, 0.31, 0.35, 0.4, 0.42, 0.45, 0.5, 0.52, 0.55, 0.56, 0.57, 0.6],
-    "reward/failed": [0.0] * 12,
-    "logprob_gap_mean": [0.0] * 12,
-}
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """A run that took place, in a line of health_runs.jsonl: every so many steps of it, and all evaluations."""
+
+    name: str
+    lines: list[Line]
+    # held-out prompts
+    prompts: int
+    # what it suffers from
+    ill: list[RuleName]
+
+
+def recorded() -> list[Recorded]:
+    found = []
+    for text in Path(__file__).with_name("health_runs.jsonl").read_text().splitlines():
+        run = json.loads(text)
+        rows = [dict(zip(run["metrics"], values, strict=True)) for values in run["lines"]]
+        lines = [{name: value for name, value in row.items() if value is not None} for row in rows]
+        found.append(Recorded(name=run["run"], lines=lines, prompts=run["prompts"], ill=run["ill"]))
+    return found
+
+
+RUNS = recorded()
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_of_runs_that_took_place_the_sound_ones_raise_no_rule_and_the_others_their_own(run: Recorded) -> None:
+    health = Health(eval_prompts=run.prompts)
+    told = [rule for line in run.lines for rule in health.look(line)]
+    assert sorted(told) == run.ill
 
 
 def steps(count: int = 12, **other: list[float]) -> list[Line]:
-    """Lines of the sound run, with other values of some metrics; `__` stands for a slash."""
-    series = SOUND | {name.replace("__", "/"): values for name, values in other.items()}
-    return [{name: values[i % len(values)] for name, values in series.items()} for i in range(count)]
+    """Steps of a sound run, with other values of some metrics; `__` stands for a slash."""
+    (digits,) = (run for run in RUNS if run.name == "digits")
+    sound = [line for line in digits.lines if "entropy" in line][:count]
+    changed = {name.replace("__", "/"): values for name, values in other.items()}
+    return [
+        line | {name: values[i % len(values)] for name, values in changed.items()}
+        for i, line in enumerate(sound)
+    ]
 
 
 def ramp(first: float, last: float, count: int = 12) -> list[float]:
@@ -82,11 +77,8 @@ def ramp(first: float, last: float, count: int = 12) -> list[float]:
     return [first] * (count // 2) + [last] * (count // 2)
 
 
-def test_a_sound_run_raises_no_rule() -> None:
-    accuracies = [{"eval/accuracy": accuracy} for accuracy in (0.5, 0.584, 0.62, 0.66)]
-    found = judged([*steps(), *accuracies], eval_prompts=500)
-    assert found == {}
-    assert verdict(found) == "The run looks healthy: no rule holds."
+def test_a_run_without_a_rule_is_called_healthy() -> None:
+    assert verdict({}) == "The run looks healthy: no rule holds."
 
 
 SICK: dict[RuleName, tuple[list[Line], list[Line], str]] = {
@@ -153,13 +145,19 @@ SICK: dict[RuleName, tuple[list[Line], list[Line], str]] = {
         "the gap of engine and policy went from 0.02 to 0.07",
     ),
     "parts_at_odds": (
-        steps(reward__part__short=ramp(0.2, 0.9), reward__part__right=ramp(0.5, 0.3)),
-        steps(reward__part__short=ramp(0.2, 0.9), reward__part__right=ramp(0.5, 0.45)),
+        [
+            {"reward/part/short": s, "reward/part/right": r}
+            for s, r in zip(ramp(0.2, 0.9, 40), ramp(0.5, 0.3, 40), strict=True)
+        ],
+        [
+            {"reward/part/short": s, "reward/part/right": r}
+            for s, r in zip(ramp(0.2, 0.9, 40), ramp(0.5, 0.4, 40), strict=True)
+        ],
         "part short rose by 0.7 while right fell by 0.2",
     ),
     "no_effect": (
-        steps(30, approx_kl=[1e-9], entropy=[0.4]),
-        steps(30, approx_kl=[1e-9], entropy=ramp(0.4, 0.38, 30)),
+        steps(30, approx_kl=[0.0, 1e-9]),
+        steps(30, approx_kl=[0.0, 1e-6]),
         "in 30 steps the policy moved by at most 1e-09",
     ),
     "loss_rose": (
@@ -184,6 +182,14 @@ def test_a_rule_holds_on_its_sickness_alone_and_not_just_short_of_it(rule: RuleN
 def test_an_environment_that_fails_in_each_step_is_a_failure() -> None:
     assert list(judged(steps(turns__failed=[2.0]))) == ["failures"]
     assert judged(steps(turns__failed=[2.0, 0.0])) == {}
+
+
+def test_with_one_update_per_batch_equal_evaluations_show_that_nothing_is_learned() -> None:
+    stuck = steps(30, approx_kl=[0.0])
+    assert (
+        judged(stuck) == judged([*stuck, *({"eval/reward": reward} for reward in (0.4, 0.4, 0.4, 0.5))]) == {}
+    )
+    assert list(judged([*stuck, *[{"eval/reward": 0.4}] * 4])) == ["no_effect"]
 
 
 def test_an_accuracy_below_its_best_is_told_though_it_is_above_its_start() -> None:
@@ -220,8 +226,8 @@ def test_a_run_can_be_stopped_on_every_rule_and_on_no_other() -> None:
         config(train={"stop_on": ["accuracy_fel"]})
 
 
-def test_the_readme_holds_the_rules() -> None:
-    assert rules_table() in (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_readme_of_the_configs_holds_the_rules() -> None:
+    assert rules_table() in (Path(__file__).parents[2] / "configs" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
