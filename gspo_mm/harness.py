@@ -18,13 +18,14 @@ from gspo_mm.checkpoint.manager import RunDir
 from gspo_mm.config import Config
 from gspo_mm.config.resume import Command
 from gspo_mm.evaluate import describe_accuracy, evaluate
-from gspo_mm.observe.health import Health, at_start, verdict
+from gspo_mm.observe.health import Health, at_start
 from gspo_mm.observe.metrics import MetricsWriter, read_metrics
 from gspo_mm.observe.progress import Progress
 from gspo_mm.observe.report import write_report
 from gspo_mm.observe.slow import SlowRanks
 from gspo_mm.policy.canary import check_sight
 from gspo_mm.policy.speed import prepare_process
+from gspo_mm.rollout.saved import save_rollouts
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.net import machine_name
@@ -267,13 +268,15 @@ class Training:
         metrics: dict[str, float] = {}
         with self.ranks.together(), self.phases("eval"):
             if stages.engine is not None and stages.held_out:
-                metrics, _ = evaluate(
+                metrics, answers = evaluate(
                     stages.engine,
                     stages.held_out,
                     stages.reward,
                     max_new_tokens=stages.sampling.max_new_tokens,
                     in_turns=self.config.rollout.environment is not None,
                 )
+                if self.config.observe.save_rollouts_every:
+                    save_rollouts(self.run.path, self.step, answers, kind="held-out")
         if metrics:
             logger.info("step %d: %s", self.step, describe_accuracy(metrics))
         return metrics
@@ -299,10 +302,9 @@ class Training:
         summary: dict[str, Any] = {}
         with self.ranks.together():
             if self.ranks.main:
-                found = self.health.found()
                 summary = self.summary(read_metrics(self.run.path)) | {
-                    "verdict": verdict(found),
-                    "rules": found,
+                    "verdict": self.health.verdict(),
+                    "rules": self.health.found(),
                     "warnings": at_start(self.config, steps=self.steps),
                 }
                 self.run.write_json("summary.json", summary)

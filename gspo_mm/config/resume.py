@@ -126,7 +126,6 @@ UNUSED: dict[Command, tuple[str, ...]] = {
         "rollout.drop_dead_groups",
         "checkpoint.keep_best",
         "checkpoint.export_hf",
-        "observe.save_rollouts_every",
         "observe.rollouts_per_save",
     ),
 }

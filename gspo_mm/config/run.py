@@ -243,7 +243,9 @@ class CheckpointConfig(Section):
 class ObserveConfig(Section):
     tensorboard: bool = True
     wandb: str | None = Field(default=None, description="Weights & Biases project; null: off")
-    save_rollouts_every: NonNegative = Field(default=10, description="steps between saved rollouts; 0: never")
+    save_rollouts_every: NonNegative = Field(
+        default=10, description="steps between saved rollouts; 0: never, nor the answers of evaluations"
+    )
     rollouts_per_save: NonNegative = Field(
         default=0, description="groups kept per save; 0: all (needed for replay)"
     )

@@ -11,11 +11,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import yaml
+
 from gspo_mm.config import Config
-from gspo_mm.config.run import RuleName
+from gspo_mm.config.run import RuleName, TrainConfig
 from gspo_mm.observe.metrics import finite
 
 logger = logging.getLogger(__name__)
@@ -69,11 +72,15 @@ class Health:
         self._series: dict[str, list[float]] = {}
         self._told: set[RuleName] = set()
 
-    def look(self, line: Mapping[str, Any]) -> dict[RuleName, str]:
-        """Take in one line; returns, and logs, what it shows for the first time: sentences by rule."""
+    def take(self, line: Mapping[str, Any]) -> None:
+        """Take in one line of metrics."""
         for name, value in line.items():
             if (number := finite(value)) is not None:
                 self._series.setdefault(name, []).append(number)
+
+    def look(self, line: Mapping[str, Any]) -> dict[RuleName, str]:
+        """Take in one line; returns, and logs, what it shows for the first time: sentences by rule."""
+        self.take(line)
         new = {name: said for name, said in self.found().items() if name not in self._told}
         for name, said in new.items():
             logger.warning("%s: %s", name, said)
@@ -89,10 +96,24 @@ class Health:
             if what
         }
 
+    def verdict(self) -> str:
+        """One sentence on `found`."""
+        if found := self.found():
+            return f"The run looks ill: {', '.join(found)}."
+        steps = len(self._series.get("grad_norm", ()))
+        if steps < 2 * WINDOW:
+            return f"No rule holds, but {steps} steps are few to judge by."
+        return "The run looks healthy: no rule holds."
 
-def verdict(found: Mapping[str, str]) -> str:
-    """One sentence for summary and report."""
-    return f"The run looks ill: {', '.join(found)}." if found else "The run looks healthy: no rule holds."
+
+def health_of(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> Health:
+    """Of a run by its folder and its lines of metrics."""
+    path = run_dir / "config.yaml"
+    known = yaml.safe_load(path.read_text())["train"] if path.exists() else {}
+    health = Health(eval_prompts=known.get("eval_prompts", TrainConfig().eval_prompts))
+    for line in lines:
+        health.take(line)
+    return health
 
 
 def rules_table() -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -90,6 +91,10 @@ def test_saved_rollouts_hold_images_scores_and_advantages(short_run: Path) -> No
     assert all(len(g.completions) == len(g.scores) == 4 for g in groups)
     assert all(g.prompt.images[0].data.startswith(b"\x89PNG") for g in groups)
     assert any(len(g.advantages) == 4 and max(g.advantages) > 0 for g in groups)
+    assert list_steps(short_run, "held-out") == [0, 2, 4]
+    answers = load_rollouts(short_run, 4, "held-out")
+    last = [line["eval/accuracy"] for line in read_metrics(short_run) if "eval/accuracy" in line][-1]
+    assert [fmean(bool(g.scores[0].accuracy) for g in answers), len(answers)] == [pytest.approx(last), 16]
 
 
 @pytest.mark.slow

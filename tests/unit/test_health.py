@@ -11,7 +11,7 @@ import pytest
 
 from gspo_mm.config import ConfigError, parse_config
 from gspo_mm.config.run import RuleName
-from gspo_mm.observe.health import RULES, Health, at_start, rules_table, verdict
+from gspo_mm.observe.health import RULES, Health, at_start, rules_table
 
 
 def config(**sections: Any) -> Any:
@@ -22,11 +22,15 @@ def config(**sections: Any) -> Any:
 type Line = dict[str, float]
 
 
-def judged(lines: list[Line], *, eval_prompts: int = 256) -> dict[RuleName, str]:
-    health = Health(eval_prompts=eval_prompts)
+def taken(lines: list[Line]) -> Health:
+    health = Health(eval_prompts=256)
     for line in lines:
-        health.look(line)
-    return health.found()
+        health.take(line)
+    return health
+
+
+def judged(lines: list[Line]) -> dict[RuleName, str]:
+    return taken(lines).found()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +81,9 @@ def ramp(first: float, last: float, count: int = 12) -> list[float]:
     return [first] * (count // 2) + [last] * (count // 2)
 
 
-def test_a_run_without_a_rule_is_called_healthy() -> None:
-    assert verdict({}) == "The run looks healthy: no rule holds."
+def test_a_run_without_a_rule_is_called_healthy_when_it_is_long_enough() -> None:
+    assert taken(steps(10)).verdict() == "The run looks healthy: no rule holds."
+    assert taken(steps(9)).verdict() == "No rule holds, but 9 steps are few to judge by."
 
 
 SICK: dict[RuleName, tuple[list[Line], list[Line], str]] = {
@@ -175,7 +180,7 @@ def test_a_rule_holds_on_its_sickness_alone_and_not_just_short_of_it(rule: RuleN
     assert list(found) == [rule]
     assert words in found[rule]
     assert RULES[rule].advice in found[rule]
-    assert rule in verdict(found)
+    assert rule in taken(ill).verdict()
     assert judged(sound) == {}
 
 
