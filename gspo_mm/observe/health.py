@@ -81,7 +81,9 @@ class Health:
     def look(self, line: Mapping[str, Any]) -> dict[RuleName, str]:
         """Take in one line; returns, and logs, what it shows for the first time: sentences by rule."""
         self.take(line)
-        new = {name: said for name, said in self.found().items() if name not in self._told}
+        new: dict[RuleName, str] = {
+            name: said for name, said in self.found().items() if name not in self._told
+        }
         for name, said in new.items():
             logger.warning("%s: %s", name, said)
         self._told |= new.keys()
@@ -89,11 +91,10 @@ class Health:
 
     def found(self) -> dict[RuleName, str]:
         """The rules that hold now, each with what was seen, the probable cause and what to try."""
-        seen = {name: rule.seen(self._series, self._eval_prompts) for name, rule in RULES.items()}
         return {
-            name: f"{what}; probable cause: {RULES[name].cause}; try: {RULES[name].advice}"
-            for name, what in seen.items()
-            if what
+            name: f"{what}; probable cause: {rule.cause}; try: {rule.advice}"
+            for name, rule in RULES.items()
+            if (what := rule.seen(self._series, self._eval_prompts))
         }
 
     def verdict(self) -> str:

@@ -55,7 +55,6 @@ def render(run_dir: Path) -> str:
     path = run_dir / "summary.json"
     return _page(
         name=run_dir.name,
-        runs=[],
         health=health_of(run_dir, lines),
         headlines=_headlines(json.loads(path.read_text()) if path.exists() else {}),
         charts=charts_of(lines),
@@ -74,23 +73,20 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     page = _page(
         name=", ".join(runs),
         runs=[_run(name, run, lines) for name, (run, lines) in runs.items()],
-        health=None,
-        headlines=[],
         charts=comparison({name: lines for name, (_, lines) in runs.items()}),
-        tasks=[],
-        held_out=[],
-        saves=[],
     )
     return _write(out, page)
 
 
 def _page(**values: Any) -> str:
+    """The template with `values`; a part of it that has none is left out."""
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     ).get_template("report.html.j2")
-    return template.render(plotly_js=_plotly_js(), **values)
+    parts = dict.fromkeys(("runs", "health", "headlines", "tasks", "held_out", "saves"))
+    return template.render(parts | values, plotly_js=_plotly_js())
 
 
 def _write(path: Path, page: str) -> Path:
@@ -101,16 +97,15 @@ def _write(path: Path, page: str) -> Path:
 
 def _run(name: str, run_dir: Path, lines: Lines) -> dict[str, Any]:
     """A row of the comparison."""
-    accuracies = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
+    held_out = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
+    shown = (held_out[0], max(held_out), held_out[-1]) if held_out else ()
     seconds = [line["time/step"] for line in lines if line["step"] > 0 and "time/step" in line]
     return {
         "name": name,
         "health": health_of(run_dir, lines),
         "steps": len(seconds),
         "seconds": f"{sum(seconds):,.0f}",
-        "accuracies": [f"{f(accuracies):.1%}" for f in (lambda a: a[0], max, lambda a: a[-1])]
-        if accuracies
-        else [],
+        "held_out": ", ".join(f"{accuracy:.1%}" for accuracy in shown),
     }
 
 
@@ -150,8 +145,9 @@ def _held_out(run_dir: Path, lines: Lines) -> list[dict[str, Any]]:
         }
         for step in sorted({steps[0], best, steps[-1]})
     }
+    *_, last_step = known.values()
     found = []
-    for key in spread(list(list(known.values())[-1]), MAX_HELD_OUT):
+    for key in spread(list(last_step), MAX_HELD_OUT):
         groups = {weights: of_step[key] for weights, of_step in known.items() if key in of_step}
         together = replace(
             next(iter(groups.values())),

@@ -197,6 +197,17 @@ def test_a_constant_reward_and_a_huge_rate_are_told_and_end_the_run_with_a_check
     assert checkpoint_of(run, "last").name == "step-00000003"
 
 
+def test_a_rate_that_ruins_the_model_ends_the_run_which_can_go_on(short_config: Path, tmp_path: Path) -> None:
+    values = ["train.steps=2", "policy.optimizer.lr=0.5", "train.stop_on=[policy_jumped]"]
+    result = gspo_mm("train", str(short_config), f"run.dir={tmp_path}", *values, check=False)
+    assert result.returncode == 4
+    assert "train.stop_on ended the run after step 1: policy_jumped: within one step" in result.stderr
+    assert "try: lower policy.optimizer.lr" in result.stderr
+    again = gspo_mm("train", str(short_config), f"run.dir={tmp_path}", *values)
+    assert "step 2: held-out accuracy" in again.stderr
+    assert "policy_jumped" in json.loads((tmp_path / "short" / "summary.json").read_text())["rules"]
+
+
 def test_a_run_goes_on_when_updates_are_left_out(short_config: Path, tmp_path: Path) -> None:
     """Half of all gradients are above the median, which is called a spike here."""
     skip = ["policy.optimizer.skip.in_a_row=100", "policy.optimizer.skip.spike_factor=1.0001"]
