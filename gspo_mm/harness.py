@@ -84,7 +84,7 @@ class Training:
         self.config, self.run, self.stages, self.ranks = config, run, stages, stages.ranks
         self.step = 0  # training steps done; also the weight version
         self.steps = self.steps_of(config)
-        self.health = Health(eval_prompts=config.train.eval_prompts)
+        self.health = Health()
         self._ill = ""  # what rules of train.stop_on say that began to hold
         self._accuracy: float | None = None  # held-out, of the weights of `step`; on rank 0
         self._best = -1.0  # of those since the first step

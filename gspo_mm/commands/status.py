@@ -17,7 +17,7 @@ from rich.table import Table
 
 from gspo_mm.checkpoint.owner import owner_of
 from gspo_mm.checkpoint.store import Store
-from gspo_mm.observe.health import health_of
+from gspo_mm.observe.health import Health
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.runtime import watchdog
 from gspo_mm.serving.registry import registered
@@ -41,7 +41,7 @@ def status_of(run: Path) -> Status:
     found: Status = {"run": str(run), "state": "", "step": step, "steps": steps}
     found |= _life(run, place, ended=(run / "summary.json").exists() and step >= steps)
     found |= _speed(lines, left=steps - step) | _answers(lines)
-    found["verdict"] = health_of(run, lines).verdict()
+    found["verdict"] = Health(lines).verdict()
     found |= _servers(run) | _checkpoint(run) | _log(run)
     hangs = sorted((run / watchdog.FOLDER).glob("*"))
     return found | ({"hang": str(hangs[-1])} if hangs else {})

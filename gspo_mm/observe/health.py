@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import yaml
-
 from gspo_mm.config import Config
-from gspo_mm.config.run import RuleName, TrainConfig
+from gspo_mm.config.run import RuleName
 from gspo_mm.observe.metrics import finite
 
 logger = logging.getLogger(__name__)
@@ -28,6 +25,7 @@ WINDOW = 5  # steps that a mean or median is taken over
 
 # every metric's finite values in the order of the steps
 type Series = Mapping[str, Sequence[float]]
+type Seen = Callable[[Series], str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +36,8 @@ class Rule:
     when: str
     cause: str
     advice: str
-    # the numbers that show it, or None where it does not hold; the int is the number of held-out prompts
-    seen: Callable[[Series, int], str | None]
+    # the numbers that show it, or None where it does not hold
+    seen: Seen
 
 
 def at_start(config: Config, *, steps: int) -> list[str]:
@@ -64,23 +62,22 @@ def at_start(config: Config, *, steps: int) -> list[str]:
 
 
 class Health:
-    """Looks at a run's lines of metrics as they come."""
+    """Looks at a run's lines of metrics as they come; `lines`: those of before, of which nothing is logged."""
 
-    def __init__(self, *, eval_prompts: int) -> None:
-        """`eval_prompts`: how many answers a held-out accuracy is the mean of, or more."""
-        self._eval_prompts = eval_prompts
+    def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
         self._series: dict[str, list[float]] = {}
         self._told: set[RuleName] = set()
+        for line in lines:
+            self._take(line)
 
-    def take(self, line: Mapping[str, Any]) -> None:
-        """Take in one line of metrics."""
+    def _take(self, line: Mapping[str, Any]) -> None:
         for name, value in line.items():
             if (number := finite(value)) is not None:
                 self._series.setdefault(name, []).append(number)
 
     def look(self, line: Mapping[str, Any]) -> dict[RuleName, str]:
         """Take in one line; returns, and logs, what it shows for the first time: sentences by rule."""
-        self.take(line)
+        self._take(line)
         new: dict[RuleName, str] = {
             name: said for name, said in self.found().items() if name not in self._told
         }
@@ -94,7 +91,7 @@ class Health:
         return {
             name: f"{what}; probable cause: {rule.cause}; try: {rule.advice}"
             for name, rule in RULES.items()
-            if (what := rule.seen(self._series, self._eval_prompts))
+            if (what := rule.seen(self._series))
         }
 
     def verdict(self) -> str:
@@ -105,16 +102,6 @@ class Health:
         if steps < 2 * WINDOW:
             return f"No rule holds, but {steps} steps are few to judge by."
         return "The run looks healthy: no rule holds."
-
-
-def health_of(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> Health:
-    """Of a run by its folder and its lines of metrics."""
-    path = run_dir / "config.yaml"
-    known = yaml.safe_load(path.read_text())["train"] if path.exists() else {}
-    health = Health(eval_prompts=known.get("eval_prompts", TrainConfig().eval_prompts))
-    for line in lines:
-        health.take(line)
-    return health
 
 
 def rules_table() -> str:
@@ -138,47 +125,45 @@ def _ends(series: Series, name: str, window: int = WINDOW) -> tuple[float, float
     return (median(values[:window]), median(values[-window:])) if len(values) >= 2 * window else None
 
 
-def _moved(
-    name: str, what: str, *, holds: Callable[[float, float], bool]
-) -> Callable[[Series, int], str | None]:
+def _moved(name: str, what: str, *, holds: Callable[[float, float], bool]) -> Seen:
     """A rule on how a metric ended beside how it began."""
 
-    def seen(series: Series, _: int) -> str | None:
+    def seen(series: Series) -> str | None:
         ends = _ends(series, name)
         return f"{what} went from {ends[0]:.3g} to {ends[1]:.3g}" if ends and holds(*ends) else None
 
     return seen
 
 
-def _accuracy_fell(series: Series, prompts: int) -> str | None:
-    accuracies = series.get("eval/accuracy", ())
-    if len(accuracies) < 2:
+def _accuracy_fell(series: Series) -> str | None:
+    accuracies, judged = series.get("eval/accuracy", ()), series.get("eval/judged", ())
+    if len(accuracies) < 2 or not judged:
         return None
     first, best, last = accuracies[0], max(accuracies), accuracies[-1]
     # the best of many is above its own mean by chance, so that it takes more to be below it
     for name, before, errors in (("its start", first, 2), ("its best", best, 3)):
         mean = (before + last) / 2
         # standard error of the difference of two means of n answers
-        if before - last > errors * math.sqrt(2 * mean * (1 - mean) / prompts):
+        if before - last > errors * math.sqrt(2 * mean * (1 - mean) / judged[-1]):
             return f"held-out accuracy fell from {name}, {before:.1%}, to {last:.1%}"
     return None
 
 
-def _constant_reward(series: Series, _: int) -> str | None:
+def _constant_reward(series: Series) -> str | None:
     spread = _last(series, "reward/std", least=3)
     if not spread or max(spread) > 0:
         return None
     return f"all answers of {len(spread)} steps got the reward {series['reward/mean'][-1]:g}"
 
 
-def _dead_groups(series: Series, _: int) -> str | None:
+def _dead_groups(series: Series) -> str | None:
     live, dead = sum(_last(series, "groups/live")), sum(_last(series, "groups/dead"))
     if dead <= 0.8 * (live + dead) or max(_last(series, "reward/std"), default=1.0) == 0:
         return None
     return f"{dead:.0f} of {live + dead:.0f} groups of the last {WINDOW} steps had equal rewards and trained nothing"
 
 
-def _failures(series: Series, _: int) -> str | None:
+def _failures(series: Series) -> str | None:
     rewards, environments = _last(series, "reward/failed"), _last(series, "turns/failed")
     if rewards and fmean(rewards) > 0.02:
         return f"rewards of {fmean(rewards):.1%} of the answers failed in the last {WINDOW} steps"
@@ -187,7 +172,7 @@ def _failures(series: Series, _: int) -> str | None:
     return None
 
 
-def _policy_jumped(series: Series, _: int) -> str | None:
+def _policy_jumped(series: Series) -> str | None:
     largest = max(series.get("approx_kl", ()), default=0.0)
     return f"within one step the policy moved by {largest:.2g} nats a token" if largest > 1 else None
 
@@ -198,28 +183,28 @@ def _clipped(series: Series, steps: int) -> list[float]:
     return [a + b for a, b in zip(low, high, strict=False)]
 
 
-def _clip_saturated(series: Series, _: int) -> str | None:
+def _clip_saturated(series: Series) -> str | None:
     shares = _clipped(series, WINDOW)
     if not shares or fmean(shares) <= 0.5:
         return None
     return f"{fmean(shares):.0%} was clipped in the last {WINDOW} steps"
 
 
-def _clip_idle(series: Series, _: int) -> str | None:
+def _clip_idle(series: Series) -> str | None:
     shares, ratios = _clipped(series, 20), _last(series, "ratio_max", 20)
     if not shares or any(shares) or max(ratios, default=1.0) <= 1.3:
         return None
     return f"ratios rose to {max(ratios):.3g} and nothing was clipped in {len(shares)} steps"
 
 
-def _truncated(series: Series, _: int) -> str | None:
+def _truncated(series: Series) -> str | None:
     shares = _last(series, "length/truncated_fraction")
     if not shares or fmean(shares) <= 0.3:
         return None
     return f"{fmean(shares):.0%} of the answers of the last {WINDOW} steps were cut off"
 
 
-def _parts_at_odds(series: Series, _: int) -> str | None:
+def _parts_at_odds(series: Series) -> str | None:
     prefix = "reward/part/"
     # a part may be of a few prompts a step only, so that it takes many steps to see it move
     ends = {name.removeprefix(prefix): _ends(series, name, 20) for name in series if name.startswith(prefix)}
@@ -230,7 +215,7 @@ def _parts_at_odds(series: Series, _: int) -> str | None:
     return None
 
 
-def _no_effect(series: Series, _: int) -> str | None:
+def _no_effect(series: Series) -> str | None:
     moves, held_out = _last(series, "approx_kl", 30), series.get("eval/reward", ())[-4:]
     if not moves or max(moves) > 1e-7:
         return None

@@ -36,6 +36,7 @@ METRICS = {
     "accuracy": "fraction of the sampled completions that the reward file calls correct",
     "eval/accuracy": "fraction of the judged held-out prompts answered correctly, greedily",
     "eval/accuracy/*": "the same for one task",
+    "eval/judged": "held-out answers that eval/accuracy is the mean of",
     "eval/reward": "mean reward of the held-out answers that were judged",
     "eval/failed": "fraction of held-out answers whose reward failed; no mean counts them",
     "loss": "loss that loss.type names, averaged over the step's updates",

@@ -18,7 +18,7 @@ import jinja2
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.pictures import data_url
 from gspo_mm.observe.curves import Lines, charts_of, comparison, spread
-from gspo_mm.observe.health import health_of
+from gspo_mm.observe.health import Health
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.rollout.saved import list_steps, load_rollouts
 from gspo_mm.runtime.disk import written_whole
@@ -55,7 +55,7 @@ def render(run_dir: Path) -> str:
     path = run_dir / "summary.json"
     return _page(
         name=run_dir.name,
-        health=health_of(run_dir, lines),
+        health=Health(lines),
         headlines=_headlines(json.loads(path.read_text()) if path.exists() else {}),
         charts=charts_of(lines),
         tasks=_tasks(lines),
@@ -67,13 +67,11 @@ def render(run_dir: Path) -> str:
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     """Write a page with what became of several runs, and each metric of all of them in one chart."""
     names = [run.name for run in run_dirs]
-    runs = {
-        run.name if names.count(run.name) == 1 else str(run): (run, read_metrics(run)) for run in run_dirs
-    }
+    runs = {run.name if names.count(run.name) == 1 else str(run): read_metrics(run) for run in run_dirs}
     page = _page(
         name=", ".join(runs),
-        runs=[_run(name, run, lines) for name, (run, lines) in runs.items()],
-        charts=comparison({name: lines for name, (_, lines) in runs.items()}),
+        runs=[_run(name, lines) for name, lines in runs.items()],
+        charts=comparison(runs),
     )
     return _write(out, page)
 
@@ -95,14 +93,14 @@ def _write(path: Path, page: str) -> Path:
     return path
 
 
-def _run(name: str, run_dir: Path, lines: Lines) -> dict[str, Any]:
+def _run(name: str, lines: Lines) -> dict[str, Any]:
     """A row of the comparison."""
     held_out = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
     shown = (held_out[0], max(held_out), held_out[-1]) if held_out else ()
     seconds = [line["time/step"] for line in lines if line["step"] > 0 and "time/step" in line]
     return {
         "name": name,
-        "health": health_of(run_dir, lines),
+        "health": Health(lines),
         "steps": len(seconds),
         "seconds": f"{sum(seconds):,.0f}",
         "held_out": ", ".join(f"{accuracy:.1%}" for accuracy in shown),

@@ -22,15 +22,8 @@ def config(**sections: Any) -> Any:
 type Line = dict[str, float]
 
 
-def taken(lines: list[Line]) -> Health:
-    health = Health(eval_prompts=256)
-    for line in lines:
-        health.take(line)
-    return health
-
-
 def judged(lines: list[Line]) -> dict[RuleName, str]:
-    return taken(lines).found()
+    return Health(lines).found()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +32,6 @@ class Recorded:
 
     name: str
     lines: list[Line]
-    # held-out prompts
-    prompts: int
     # what it suffers from
     ill: list[RuleName]
 
@@ -51,7 +42,7 @@ def recorded() -> list[Recorded]:
         run = json.loads(text)
         rows = [dict(zip(run["metrics"], values, strict=True)) for values in run["lines"]]
         lines = [{name: value for name, value in row.items() if value is not None} for row in rows]
-        found.append(Recorded(name=run["run"], lines=lines, prompts=run["prompts"], ill=run["ill"]))
+        found.append(Recorded(name=run["run"], lines=lines, ill=run["ill"]))
     return found
 
 
@@ -60,7 +51,7 @@ RUNS = recorded()
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_of_runs_that_took_place_the_sound_ones_raise_no_rule_and_the_others_their_own(run: Recorded) -> None:
-    health = Health(eval_prompts=run.prompts)
+    health = Health()
     told = [rule for line in run.lines for rule in health.look(line)]
     assert sorted(told) == run.ill
 
@@ -76,21 +67,26 @@ def steps(count: int = 12, **other: list[float]) -> list[Line]:
     ]
 
 
+def evaluated(*accuracies: float) -> list[Line]:
+    """Lines of evaluations of 256 answers."""
+    return [{"eval/accuracy": accuracy, "eval/judged": 256.0} for accuracy in accuracies]
+
+
 def ramp(first: float, last: float, count: int = 12) -> list[float]:
     """Half of the steps each."""
     return [first] * (count // 2) + [last] * (count // 2)
 
 
 def test_a_run_without_a_rule_is_called_healthy_when_it_is_long_enough() -> None:
-    assert taken(steps(10)).verdict() == "The run looks healthy: no rule holds."
-    assert taken(steps(9)).verdict() == "No rule holds, but 9 steps are few to judge by."
+    assert Health(steps(10)).verdict() == "The run looks healthy: no rule holds."
+    assert Health(steps(9)).verdict() == "No rule holds, but 9 steps are few to judge by."
 
 
 SICK: dict[RuleName, tuple[list[Line], list[Line], str]] = {
     # rule: a run on which it holds, one just short of that, words of what was seen
     "accuracy_fell": (
-        [{"eval/accuracy": 0.521}, {"eval/accuracy": 0.404}],
-        [{"eval/accuracy": 0.521}, {"eval/accuracy": 0.44}],
+        evaluated(0.521, 0.404),
+        evaluated(0.521, 0.44),
         "fell from its start, 52.1%, to 40.4%",
     ),
     "constant_reward": (
@@ -180,7 +176,7 @@ def test_a_rule_holds_on_its_sickness_alone_and_not_just_short_of_it(rule: RuleN
     assert list(found) == [rule]
     assert words in found[rule]
     assert RULES[rule].advice in found[rule]
-    assert rule in taken(ill).verdict()
+    assert rule in Health(ill).verdict()
     assert judged(sound) == {}
 
 
@@ -198,7 +194,7 @@ def test_with_one_update_per_batch_equal_evaluations_show_that_nothing_is_learne
 
 
 def test_an_accuracy_below_its_best_is_told_though_it_is_above_its_start() -> None:
-    found = judged([{"eval/accuracy": accuracy} for accuracy in (0.2, 0.7, 0.5)])
+    found = judged(evaluated(0.2, 0.7, 0.5))
     assert "fell from its best, 70.0%, to 50.0%" in found["accuracy_fell"]
 
 
@@ -207,12 +203,12 @@ def test_a_fall_by_chance_is_seldom_taken_for_one() -> None:
     for seed in range(300):
         rng = random.Random(seed)
         draws = [sum(rng.random() < 0.4 for _ in range(256)) / 256 for _ in range(2)]
-        told += len(judged([{"eval/accuracy": accuracy} for accuracy in draws]))
+        told += len(judged(evaluated(*draws)))
     assert told <= 15  # of 300 pairs with nothing between them but chance
 
 
 def test_a_rule_is_said_once_and_no_longer_found_when_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
-    health = Health(eval_prompts=100)
+    health = Health()
     with caplog.at_level(logging.WARNING):
         new = [list(health.look(line)) for line in steps(20, reward__std=[0.0])]
     assert new == [[], [], ["constant_reward"], *[[]] * 17]
@@ -222,7 +218,7 @@ def test_a_rule_is_said_once_and_no_longer_found_when_it_is_over(caplog: pytest.
 
 
 def test_nothing_is_said_of_a_run_without_steps_or_of_what_is_no_number() -> None:
-    assert judged([]) == judged([{"eval/accuracy": 0.5}]) == judged([{"approx_kl": float("nan")}]) == {}
+    assert judged([]) == judged(evaluated(0.5)) == judged([{"approx_kl": float("nan")}]) == {}
 
 
 def test_a_run_can_be_stopped_on_every_rule_and_on_no_other() -> None:
