@@ -164,16 +164,15 @@ def _dead_groups(series: Series) -> str | None:
 
 
 def _failures(series: Series) -> str | None:
-    rewards, environments = _last(series, "reward/failed"), _last(series, "turns/failed")
-    if rewards and fmean(rewards) > 0.02:
-        return f"rewards of {fmean(rewards):.1%} of the answers failed in the last {WINDOW} steps"
-    if environments and min(environments) > 0:
-        return f"each of the last {WINDOW} steps lost answers to a failed environment, {sum(environments):.0f} in all"
+    for what, name in (("rewards", "reward/failed"), ("the environment", "turns/failed")):
+        failed = _last(series, name)
+        if failed and fmean(failed) > 0.02:
+            return f"{what} of {fmean(failed):.1%} of the answers failed in the last {WINDOW} steps"
     return None
 
 
 def _policy_jumped(series: Series) -> str | None:
-    largest = max(series.get("approx_kl", ()), default=0.0)
+    largest = max(_last(series, "approx_kl", least=1), default=0.0)
     return f"within one step the policy moved by {largest:.2g} nats a token" if largest > 1 else None
 
 
@@ -192,7 +191,7 @@ def _clip_saturated(series: Series) -> str | None:
 
 def _clip_idle(series: Series) -> str | None:
     shares, ratios = _clipped(series, 20), _last(series, "ratio_max", 20)
-    if not shares or any(shares) or max(ratios, default=1.0) <= 1.3:
+    if not shares or any(shares) or max(ratios, default=1.0) <= 6:
         return None
     return f"ratios rose to {max(ratios):.3g} and nothing was clipped in {len(shares)} steps"
 
@@ -247,7 +246,7 @@ RULES: dict[RuleName, Rule] = {
         seen=_dead_groups,
     ),
     "failures": Rule(
-        when="above 2 % of the rewards failed in 5 steps, or the environment failed in each of them",
+        when="rewards, or the environment, fail for above 2 % of the answers of 5 steps",
         cause="a reward or an environment raises, or runs out of time",
         advice="read the reasons in RUN/log.txt; raise reward.timeout or rollout.environment.timeout",
         seen=_failures,
@@ -265,7 +264,7 @@ RULES: dict[RuleName, Rule] = {
         seen=_moved("grad_norm", "the gradient norm", holds=lambda first, last: last > 20 * first > 0),
     ),
     "policy_jumped": Rule(
-        when="the policy moved by more than 1 nat a token within one step",
+        when="the policy moved by more than 1 nat a token within one of 5 steps",
         cause="the rate is too high, or too many updates are made of one batch",
         advice="lower policy.optimizer.lr or train.updates_per_batch",
         seen=_policy_jumped,
@@ -277,7 +276,7 @@ RULES: dict[RuleName, Rule] = {
         seen=_clip_saturated,
     ),
     "clip_idle": Rule(
-        when="ratios rise above 1.3 and nothing is clipped in 20 steps",
+        when="a ratio rises above 6 and nothing is clipped in 20 steps",
         cause="the clip bounds are too wide to act",
         advice="lower loss.clip_low and loss.clip_high",
         seen=_clip_idle,

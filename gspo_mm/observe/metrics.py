@@ -79,7 +79,7 @@ METRICS = {
     "turns/accuracy_uncalled": "the same of those without one",
     "eval/turns/*": "turns/called, reward_... and accuracy_... of the held-out answers",
     "turns/read_tokens": "tokens per completion that the environment gave back, mean",
-    "turns/failed": "completions left out because their environment failed",
+    "turns/failed": "fraction of the completions that are left out because their environment failed",
     "turns/image_token_fraction": "completions that ended because a turn held a sampled image token",
     "turns/cached_fraction": "tokens of earlier turns that a server still had when the next one was asked for",
     "groups/live": "groups that were trained on",

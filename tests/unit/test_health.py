@@ -121,9 +121,9 @@ SICK: dict[RuleName, tuple[list[Line], list[Line], str]] = {
         "60% was clipped",
     ),
     "clip_idle": (
-        steps(20, clip_low_fraction=[0.0], clip_high_fraction=[0.0], ratio_max=[1.1, 1.4]),
-        steps(20, clip_low_fraction=[0.0], clip_high_fraction=[0.0], ratio_max=[1.1, 1.2]),
-        "ratios rose to 1.4 and nothing was clipped in 20 steps",
+        steps(20, clip_low_fraction=[0.0], clip_high_fraction=[0.0], ratio_max=[1.1, 7.0]),
+        steps(20, clip_low_fraction=[0.0], clip_high_fraction=[0.0], ratio_max=[1.1, 5.0]),
+        "ratios rose to 7 and nothing was clipped in 20 steps",
     ),
     "length_collapsed": (
         steps(length__mean=ramp(100, 24)),
@@ -180,9 +180,9 @@ def test_a_rule_holds_on_its_sickness_alone_and_not_just_short_of_it(rule: RuleN
     assert judged(sound) == {}
 
 
-def test_an_environment_that_fails_in_each_step_is_a_failure() -> None:
-    assert list(judged(steps(turns__failed=[2.0]))) == ["failures"]
-    assert judged(steps(turns__failed=[2.0, 0.0])) == {}
+def test_an_environment_that_fails_is_a_failure_too() -> None:
+    assert list(judged(steps(turns__failed=[0.05]))) == ["failures"]
+    assert judged(steps(turns__failed=[0.05, 0.0, 0.0])) == {}
 
 
 def test_with_one_update_per_batch_equal_evaluations_show_that_nothing_is_learned() -> None:
