@@ -210,7 +210,9 @@ def export(
     out: Annotated[
         Path, typer.Argument(help="Hugging Face folder to write; it appears only when it is whole")
     ],
-    step: Annotated[int | None, typer.Option(help="of RUN's checkpoints; default: the newest", min=0)] = None,
+    step: Annotated[
+        str | None, typer.Option(help="of RUN's checkpoints: a number, best or last; default: last")
+    ] = None,
     hf: Annotated[
         Path | None,
         typer.Option(
@@ -258,13 +260,19 @@ def report(
         Path | None, typer.Option(help="also draw the curves of all these runs into one picture")
     ] = None,
 ) -> None:
-    """Write RUN/report.html: curves, times and rollouts with their images, in one page that works offline."""
-    from gspo_mm.observe.report import write_curves_png, write_report
+    """Write RUN/report.html: verdict, curves and answers with their images, in one page that works offline.
+
+    Of several runs also compare.html, beside the first one: their curves over each other.
+    """
+    from gspo_mm.observe.curves import write_curves_png
+    from gspo_mm.observe.report import write_comparison, write_report
 
     for run in runs:
         if not (run / "metrics.jsonl").exists():
             raise GspoError(f"{run} is no run folder (no metrics.jsonl in it)")
         typer.echo(write_report(run))
+    if len(runs) > 1:
+        typer.echo(write_comparison(runs, runs[0].parent / "compare.html"))
     if png:
         write_curves_png(runs, png)
         typer.echo(png)
@@ -289,6 +297,24 @@ def status(
         typer.echo(json.dumps(found, indent=1))
     else:
         show(found, table_console())
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart")],
+    port: Annotated[int, typer.Option(help="of this machine's own address; 0: any", min=0, max=65535)] = 0,
+) -> None:
+    """Serve a run's report to browsers on this machine, drawn again as the run goes on.
+
+    From elsewhere: ssh -L 8000:localhost:8000 MACHINE, with --port 8000.
+    """
+    from contextlib import suppress
+
+    from gspo_mm.commands.watch import server_of
+
+    with server_of(run, port) as server, suppress(KeyboardInterrupt):
+        typer.echo(f"http://localhost:{server.server_port}  (Ctrl-C ends it)")
+        server.serve_forever()
 
 
 @app.command()
@@ -416,7 +442,7 @@ def _print_summary(summary: dict[str, Any], run: Path) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     for name, value in summary.items():
-        if isinstance(value, list):  # sentences, which the log has
+        if isinstance(value, list | dict):  # sentences, which the log has
             continue
         typer.echo(f"{name:>30}  {value:.4g}" if isinstance(value, float) else f"{name:>30}  {value}")
     typer.echo(f"{'report':>30}  {run / 'report.html'}")

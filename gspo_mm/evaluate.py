@@ -23,9 +23,9 @@ def evaluate(
     max_new_tokens: int,
     in_turns: bool = False,
 ) -> tuple[dict[str, float], list[RolloutGroup]]:
-    """Metrics {"eval/accuracy", "eval/reward", "eval/accuracy/<task>", "eval/failed"} and the scored answers, one per prompt.
+    """Metrics {"eval/accuracy", "eval/accuracy/<task>", "eval/judged", "eval/reward", "eval/failed"}, and the scored answers.
 
-    `in_turns`, with rollout.environment: also those of calls, {"eval/turns/..."}.
+    One answer per prompt. `in_turns`, with rollout.environment: also the metrics of calls, {"eval/turns/..."}.
 
     Means are over the answers that were judged; what none of them measures is left out. `eval/failed` says how many of
     all were not.
@@ -46,6 +46,8 @@ def evaluate(
         **{f"eval/accuracy/{task}": of_task for task, of_task in sorted(right.items())},
     }
     metrics = {name: fmean(each) for name, each in values.items() if each}
+    if right:
+        metrics["eval/judged"] = len(values["eval/accuracy"])
     if in_turns:
         metrics |= {f"eval/{name}": value for name, value in call_metrics(groups).items()}
     return metrics | {"eval/failed": failed_fraction(groups)}, groups

@@ -25,6 +25,7 @@ from gspo_mm.observe.report import write_report
 from gspo_mm.observe.slow import SlowRanks
 from gspo_mm.policy.canary import check_sight
 from gspo_mm.policy.speed import prepare_process
+from gspo_mm.rollout.saved import save_rollouts
 from gspo_mm.runtime.dist import Ranks
 from gspo_mm.runtime.log import setup_logging
 from gspo_mm.runtime.net import machine_name
@@ -33,7 +34,7 @@ from gspo_mm.runtime.preempt import StopRequest
 from gspo_mm.runtime.probe import matmul_rate
 from gspo_mm.runtime.watchdog import Watchdog
 from gspo_mm.stages import Stages, build_stages
-from gspo_mm.types import GspoError
+from gspo_mm.types import GspoError, IllRunError
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def run_training(kind: type[Training], config: Config, stop: StopRequest) -> dic
         training.look_back()
         while training.step < steps and not ranks.any(stop.requested):
             training.train_step(stop)
+            training.stop_if_ill()
             training.look_for_slow_ranks()
         if training.step < steps:
             stop.obey(ranks, f"at step {training.step}")
@@ -82,7 +84,11 @@ class Training:
         self.config, self.run, self.stages, self.ranks = config, run, stages, stages.ranks
         self.step = 0  # training steps done; also the weight version
         self.steps = self.steps_of(config)
-        self.health = Health(eval_prompts=config.train.eval_prompts)
+        self.health = Health()
+        self._ill = ""  # what rules of train.stop_on say that began to hold
+        self._accuracy: float | None = None  # held-out, of the weights of `step`; on rank 0
+        self._best = -1.0  # of those since the first step
+        self._is_best = False
         self.metrics: MetricsWriter | None = None
         if self.ranks.main:
             values = config.model_dump(mode="json")
@@ -144,9 +150,12 @@ class Training:
         """Take in what was written before this process began."""
         for line in read_metrics(self.run.path) if self.metrics else []:
             self.health.look(line)
+            if line["step"] > 0:
+                self._best = max(self._best, line.get("eval/accuracy", -1.0))
 
     def step_is_done(self) -> None:
         self.step += 1
+        self._accuracy, self._is_best = None, False
         self._note_state()
 
     def record(self, values: dict[str, float]) -> None:
@@ -161,8 +170,23 @@ class Training:
             "ranks/slowest": self.slow.slowest,
         }
         self.metrics.write(self.step, values)
-        self.health.look(values)
+        new = self.health.look(values)
+        self._ill = "; ".join(f"{name}: {new[name]}" for name in self.config.train.stop_on if name in new)
+        self._accuracy = values.get("eval/accuracy")
+        if self._accuracy is not None and self._accuracy >= self._best:
+            self._best, self._is_best = self._accuracy, True
         self.progress.step(self.step, values)
+
+    def stop_if_ill(self) -> None:
+        """Raise IllRunError on all ranks when a rule of train.stop_on began to hold. A collective where there are any."""
+        if not self.config.train.stop_on or self.step == self.steps:
+            return
+        if said := self.ranks.from_main(self._ill):
+            self.end()
+            self.summarize()
+            fault = IllRunError(f"train.stop_on ended the run after step {self.step}: {said}")
+            fault.on_all_ranks = True
+            raise fault
 
     def look_for_slow_ranks(self) -> None:
         """Now and then. A collective."""
@@ -172,9 +196,10 @@ class Training:
             self.slow.look(rates, nodes)
 
     def keep(self) -> None:
-        """Save a checkpoint when one is due, and after the last step."""
+        """Save a checkpoint when one is due, after the last step, and of the best one."""
         every = self.config.checkpoint.every
-        if (every and self.step % every == 0) or self.step == self.steps:
+        is_best = self.config.checkpoint.keep_best and self.ranks.any(self._is_best)
+        if is_best or (every and self.step % every == 0) or self.step == self.steps:
             self.save()
         else:
             self.run.settle(wait=False)
@@ -192,7 +217,7 @@ class Training:
     # --- checkpoints
 
     def save(self) -> None:
-        state = {"command": self.command, **self._state, **self.late_state()}
+        state = {"command": self.command, "accuracy": self._accuracy, **self._state, **self.late_state()}
         answers = state.pop("answers", [])
         self.run.save(self.step, partial(save_policy, self.stages.policy), state, answers)
 
@@ -243,13 +268,15 @@ class Training:
         metrics: dict[str, float] = {}
         with self.ranks.together(), self.phases("eval"):
             if stages.engine is not None and stages.held_out:
-                metrics, _ = evaluate(
+                metrics, answers = evaluate(
                     stages.engine,
                     stages.held_out,
                     stages.reward,
                     max_new_tokens=stages.sampling.max_new_tokens,
                     in_turns=self.config.rollout.environment is not None,
                 )
+                if self.config.observe.save_rollouts_every:
+                    save_rollouts(self.run.path, self.step, answers, kind="held-out")
         if metrics:
             logger.info("step %d: %s", self.step, describe_accuracy(metrics))
         return metrics
@@ -263,16 +290,23 @@ class Training:
         return self.ranks.any(known)
 
     def finish(self) -> dict[str, Any]:
-        """Export the model, write the summary and draw the report; the summary is returned on every rank."""
+        """Export the model and `summarize`."""
         if self.exports():
             export_hf(self.stages.policy, self.run.path / "hf", self.config.model)
             if self.stages.policy.adapters:
                 export_adapters(self.stages.policy, self.run.path / "adapter", self.config.model)
+        return self.summarize()
+
+    def summarize(self) -> dict[str, Any]:
+        """Write the summary and draw the report; the summary is returned on every rank."""
         summary: dict[str, Any] = {}
         with self.ranks.together():
             if self.ranks.main:
-                warnings = [*at_start(self.config, steps=self.steps), *self.health.finish()]
-                summary = self.summary(read_metrics(self.run.path)) | {"warnings": warnings}
+                summary = self.summary(read_metrics(self.run.path)) | {
+                    "verdict": self.health.verdict(),
+                    "rules": self.health.found(),
+                    "warnings": at_start(self.config, steps=self.steps),
+                }
                 self.run.write_json("summary.json", summary)
                 if self.config.observe.report:
                     write_report(self.run.path)

@@ -31,6 +31,7 @@ type Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 class GspoError(Exception):
     """A fault that a user can act on; its message is one sentence naming the cause and the fix."""
 
+    status = 2  # that a command ends with
     told_elsewhere = False  # another rank of the job had it and says so
     on_all_ranks = False  # raised on every rank at the same place
 
@@ -49,6 +50,12 @@ class BlindModelError(GspoError):
 
 class DeadRunError(GspoError):
     """Too many steps in a row without a single group whose rewards differ."""
+
+
+class IllRunError(GspoError):
+    """A rule of `train.stop_on` began to hold."""
+
+    status = 4
 
 
 class Finish(StrEnum):

@@ -61,7 +61,7 @@ class RunDir:
 
     def __init__(self, path: Path, config: CheckpointConfig, ranks: Ranks) -> None:
         self.path = path
-        self._store = Store(path / "checkpoints", config.keep, config.keep_every)
+        self._store = Store(path / "checkpoints", config.keep, config.keep_every, keep_best=config.keep_best)
         self._background = config.background
         self._ranks = ranks
         self._owner: Owner | None = None  # on rank 0

@@ -9,22 +9,33 @@ from gspo_mm.config import load_config
 from gspo_mm.types import GspoError
 
 
-def checkpoint_of(source: Path, step: int | None) -> Path:
-    """`source` itself, or where it is a run folder its newest checkpoint or that of `step`. Raises GspoError without one."""
+def checkpoint_of(source: Path, step: str | None) -> Path:
+    """`source` itself, or where it is a run folder the checkpoint of `step`: a number, best or last, which is the default.
+
+    Raises GspoError without one.
+    """
     folder = source / "checkpoints"
     if not folder.is_dir():
         if step is not None:
             raise GspoError(f"{source} is no run folder (no checkpoints/ in it), so leave out --step")
         return source
     store = Store(folder, keep=1)
-    if step is None:
+    if step is None or step == "last":
         if (newest := store.latest()) is None:
             raise GspoError(f"{folder} holds no whole checkpoint; let the run write one, or name another run")
         return newest
-    if not store.is_whole(store.path(step)):
+    if step == "best":
+        if (best := store.best()) is None:
+            raise GspoError(
+                f"{folder} has no checkpoint whose held-out accuracy is known; set train.eval_every and checkpoint.keep_best"
+            )
+        return best
+    if not step.isdecimal():
+        raise GspoError(f"--step {step} is no step; give a number, best or last")
+    if not store.is_whole(store.path(int(step))):
         there = ", ".join(str(number) for number, _ in store.whole())
         raise GspoError(f"{folder} has no whole checkpoint of step {step}; there are {there or 'none'}")
-    return store.path(step)
+    return store.path(int(step))
 
 
 def origin_of(checkpoint: Path, hf: Path | None) -> Path:

@@ -36,14 +36,19 @@ _KEEP = "KEEP"
 class Store:
     """RUN/checkpoints, of which `keep` stay. One process changes it at a time: the run's owner."""
 
-    def __init__(self, folder: Path, keep: int, keep_every: int = 0) -> None:
-        """`keep_every`: those of every so many steps stay beside them."""
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0, *, keep_best: bool = False) -> None:
+        """`keep_every`, `keep_best`: those of every so many steps, and `best`, stay beside them."""
         self.folder = folder
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""
         return next((path for _, path in reversed(self._named()) if self.is_whole(path)), None)
+
+    def best(self) -> Path | None:
+        """The whole checkpoint of the highest held-out accuracy, the newest of equals; None where none was evaluated."""
+        known = [(read_state(path).get("accuracy"), step, path) for step, path in self.whole()]
+        return max((each for each in known if each[0] is not None), default=(None, 0, None))[2]
 
     def whole(self) -> list[tuple[int, Path]]:
         """All whole checkpoints, by step."""
@@ -92,7 +97,8 @@ class Store:
             self._move_away(final)
         temporary.rename(final)
         sync(self.folder)
-        passing = [path for number, path in self.whole() if not self._stays(number, path)]
+        best = self.best() if self._keep_best else None
+        passing = [path for number, path in self.whole() if path != best and not self._stays(number, path)]
         for old in passing[: -self._keep]:
             self._remove(old)
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from gspo_mm.checkpoint.owner import owner_of
 from gspo_mm.checkpoint.store import Store
+from gspo_mm.observe.health import Health
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.runtime import watchdog
 from gspo_mm.serving.registry import registered
@@ -40,6 +41,7 @@ def status_of(run: Path) -> Status:
     found: Status = {"run": str(run), "state": "", "step": step, "steps": steps}
     found |= _life(run, place, ended=(run / "summary.json").exists() and step >= steps)
     found |= _speed(lines, left=steps - step) | _answers(lines)
+    found["verdict"] = Health(lines).verdict()
     found |= _servers(run) | _checkpoint(run) | _log(run)
     hangs = sorted((run / watchdog.FOLDER).glob("*"))
     return found | ({"hang": str(hangs[-1])} if hangs else {})
@@ -157,6 +159,7 @@ def _rows(found: Status) -> list[tuple[str, str]]:
             best = f", best {found[name]['best']:.4g}" if "best" in found[name] else ""
             text = f"{found[name]['first']:.4g} -> {found[name]['last']:.4g}{best}"
             rows.append((name.replace("_", "-"), text))
+    rows.append(("verdict", found["verdict"]))
     if servers := found.get("servers"):
         shown = servers if isinstance(servers, str) else ", ".join(f"{n} {s}" for n, s in servers.items())
         rows.append(("servers", shown))

@@ -171,6 +171,27 @@ class DataConfig(Section):
         return {source.name: source.reward for source in sources if source.reward}
 
 
+# what a run looks for in its own metrics: observe/health.py
+type RuleName = Literal[
+    "accuracy_fell",
+    "constant_reward",
+    "dead_groups",
+    "failures",
+    "entropy_collapsed",
+    "gradient_growing",
+    "policy_jumped",
+    "clip_saturated",
+    "clip_idle",
+    "length_collapsed",
+    "length_exploded",
+    "truncated",
+    "mismatch_growing",
+    "parts_at_odds",
+    "no_effect",
+    "loss_rose",
+]
+
+
 class TrainConfig(Section):
     steps: Positive = Field(default=100, description="rollout batches of the whole run")
     updates_per_batch: Positive = Field(
@@ -184,6 +205,10 @@ class TrainConfig(Section):
     )
     canary_prompts: Positive = Field(
         default=4, description="prompts with images that the blind-run canary looks at"
+    )
+    stop_on: list[RuleName] = Field(
+        default=[],
+        description="rules (configs/README.md) that end the run with a checkpoint and status 4 when they begin to hold",
     )
 
 
@@ -205,6 +230,10 @@ class CheckpointConfig(Section):
     keep_every: NonNegative = Field(
         default=0, description="checkpoints of every so many steps are kept beside them; 0: none"
     )
+    keep_best: bool = Field(
+        default=False,
+        description="save one too when held-out accuracy is the best so far, and keep the best one beside the others",
+    )
     background: bool = Field(
         default=True, description="train on while one is written, from a copy in host memory"
     )
@@ -214,7 +243,9 @@ class CheckpointConfig(Section):
 class ObserveConfig(Section):
     tensorboard: bool = Field(default=True, description="write RUN/tensorboard")
     wandb: str | None = Field(default=None, description="Weights & Biases project; null: off")
-    save_rollouts_every: NonNegative = Field(default=10, description="steps between saved rollouts; 0: never")
+    save_rollouts_every: NonNegative = Field(
+        default=10, description="steps between saved rollouts; 0: never, nor the answers of evaluations"
+    )
     rollouts_per_save: NonNegative = Field(
         default=0, description="groups kept per save; 0: all (needed for replay)"
     )

@@ -1,4 +1,4 @@
-"""RUN/report.html: the run on one page that works offline. Also the README's picture of several runs.
+"""RUN/report.html: a run on one page that works offline; and one page of several runs beside each other.
 
 Everything a model or a data set wrote is escaped (jinja2's autoescape); curves are plotly's, whose script is put
 into the page once; images are data: URLs. Boxes that a model asked to see are drawn on copies, whose URLs the page's script sets.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ import jinja2
 
 from gspo_mm.data.faults import BadSample
 from gspo_mm.data.pictures import data_url
-from gspo_mm.observe.charts import CHARTS, Chart
-from gspo_mm.observe.metrics import finite, read_metrics
+from gspo_mm.observe.curves import Lines, charts_of, comparison, spread
+from gspo_mm.observe.health import Health
+from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.rollout.saved import list_steps, load_rollouts
 from gspo_mm.runtime.disk import written_whole
-from gspo_mm.types import Completion, EncodedImage, GspoError, Look, RolloutGroup
+from gspo_mm.types import Completion, EncodedImage, Look, RolloutGroup
 
 MAX_SAVES = 8  # saved steps shown, spread over the run
 MAX_GROUPS = 6  # groups of a step shown
 MAX_COMPLETIONS = 8  # completions of a group shown
+MAX_HELD_OUT = 48  # held-out prompts shown, spread over all
 SMALL = 128  # pixels; a picture that is narrower is shown larger, pixel by pixel
 # name in summary.json -> (label, how to show it)
 HEADLINES = {
@@ -39,131 +42,77 @@ HEADLINES = {
     "max_abs_logprob_gap": ("engine against policy, nats", "{:.1e}"),
     "skipped_samples": ("skipped samples", "{:,}"),
 }
-COLORS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#64748b"]
 
 
 def write_report(run_dir: Path) -> Path:
-    """Draw the page from metrics.jsonl, summary.json (where there is one yet) and the saved rollouts."""
-    run_dir = Path(run_dir)
+    """Write RUN/report.html."""
+    return _write(Path(run_dir) / "report.html", render(Path(run_dir)))
+
+
+def render(run_dir: Path) -> str:
+    """The page, from metrics.jsonl, summary.json (where there is one yet) and saved answers."""
     lines = read_metrics(run_dir)
+    path = run_dir / "summary.json"
+    return _page(
+        name=run_dir.name,
+        health=Health(lines),
+        headlines=_headlines(json.loads(path.read_text()) if path.exists() else {}),
+        charts=charts_of(lines),
+        tasks=_tasks(lines),
+        held_out=_held_out(run_dir, lines),
+        saves=[_save(run_dir, step) for step in spread(list_steps(run_dir), MAX_SAVES)],
+    )
+
+
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Write a page with what became of several runs, and each metric of all of them in one chart."""
+    names = [run.name for run in run_dirs]
+    runs = {run.name if names.count(run.name) == 1 else str(run): read_metrics(run) for run in run_dirs}
+    page = _page(
+        name=", ".join(runs),
+        runs=[_run(name, lines) for name, lines in runs.items()],
+        charts=comparison(runs),
+    )
+    return _write(out, page)
+
+
+def _page(**values: Any) -> str:
+    """The template with `values`; a part of it that has none is left out."""
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     ).get_template("report.html.j2")
-    page = template.render(
-        name=run_dir.name,
-        headlines=_headlines(run_dir),
-        charts=[c for c in (_chart(lines, chart) for chart in CHARTS) if c] + _time_chart(lines),
-        tasks=_tasks(lines),
-        saves=[_save(run_dir, step) for step in spread(list_steps(run_dir), MAX_SAVES)],
-        plotly_js=_plotly_js(),
-    )
-    path = run_dir / "report.html"
+    parts = dict.fromkeys(("runs", "health", "headlines", "tasks", "held_out", "saves"))
+    return template.render(parts | values, plotly_js=_plotly_js())
+
+
+def _write(path: Path, page: str) -> Path:
     with written_whole(path) as file:
         file.write_text(page, encoding="utf-8")
     return path
 
 
-def write_curves_png(run_dirs: Sequence[Path], out: Path) -> None:
-    """Overlay held-out accuracy and reward of several runs (seeds, say). Needs matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise GspoError("--png needs matplotlib; pip install matplotlib") from None
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for run, color in zip(run_dirs, COLORS, strict=False):
-        lines = read_metrics(Path(run))
-        evaluated = [line for line in lines if "eval/accuracy" in line]
-        steps = [line["step"] for line in evaluated]
-        left.plot(
-            steps,
-            [100 * line["eval/accuracy"] for line in evaluated],
-            "o-",
-            ms=3.5,
-            color=color,
-            label=Path(run).name,
-        )
-        rewarded = [line for line in lines if "reward/mean" in line]
-        rewards = [line["reward/mean"] for line in rewarded]
-        right.plot(
-            [line["step"] for line in rewarded], smooth(rewards, 10), color=color, label=Path(run).name
-        )
-    left.set(title="Held-out accuracy, greedy", xlabel="GSPO step", ylabel="%")
-    left.set_ylim(bottom=0)
-    right.set(title="Reward of sampled answers (mean of 10 steps)", xlabel="GSPO step", ylabel="reward")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+def _run(name: str, lines: Lines) -> dict[str, Any]:
+    """A row of the comparison."""
+    held_out = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
+    shown = (held_out[0], max(held_out), held_out[-1]) if held_out else ()
+    seconds = [line["time/step"] for line in lines if line["step"] > 0 and "time/step" in line]
+    return {
+        "name": name,
+        "health": Health(lines),
+        "steps": len(seconds),
+        "seconds": f"{sum(seconds):,.0f}",
+        "held_out": ", ".join(f"{accuracy:.1%}" for accuracy in shown),
+    }
 
 
-def smooth(values: list[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each place."""
-    return [
-        sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - window + 1) : i + 1])
-    ]
-
-
-def spread(items: list[int], count: int) -> list[int]:
-    """At most `count` of the items, evenly spaced, first and last among them."""
-    if len(items) <= count:
-        return items
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
-def _headlines(run_dir: Path) -> list[tuple[str, str]]:
-    path = run_dir / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
+def _headlines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (label, form.format(summary[name]))
         for name, (label, form) in HEADLINES.items()
         if summary.get(name) is not None
     ]
-
-
-def _chart(lines: list[dict[str, Any]], chart: Chart) -> dict[str, Any] | None:
-    traces = []
-    for (legend, metric), color in zip(chart.series.items(), COLORS, strict=False):
-        points = [(line["step"], finite(line[metric])) for line in lines if metric in line]
-        if points:
-            extra: dict[str, Any] = {"mode": "lines+markers" if metric.startswith("eval/") else "lines"}
-            if legend in chart.on_click:
-                extra["visible"] = "legendonly"
-            traces.append(_trace([p[0] for p in points], [p[1] for p in points], legend, color, **extra))
-    return _drawn(chart.title, chart.unit, chart.about, traces) if traces else None
-
-
-def _time_chart(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    phases = sorted({name for line in lines for name in line if name.startswith("time/")} - {"time/step"})
-    steps = [line["step"] for line in lines if line["step"] > 0]
-    traces = [
-        _trace(
-            steps,
-            [finite(line.get(phase, 0.0)) for line in lines if line["step"] > 0],
-            phase.removeprefix("time/"),
-            COLORS[i % len(COLORS)],
-            stackgroup="time",
-        )
-        for i, phase in enumerate(phases)
-    ]
-    about = "Where the seconds of a step go; with servers that sample beside the trainer, rollout is only the waiting."
-    return [_drawn("Time per phase", "seconds", about, traces)] if traces else []
-
-
-def _drawn(title: str, unit: str, about: str, traces: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the template needs of a chart."""
-    return {"title": title, "unit": unit, "about": about, "traces": json.dumps(traces)}
-
-
-def _trace(x: list[int], y: list[float | None], name: str, color: str, **extra: Any) -> dict[str, Any]:
-    line = {"color": color, "width": 0 if "stackgroup" in extra else 1.8}
-    return {"x": x, "y": y, "name": name, "type": "scatter", "line": line, **extra}
 
 
 def _tasks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -181,14 +130,53 @@ def _tasks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _held_out(run_dir: Path, lines: Lines) -> list[dict[str, Any]]:
+    """Held-out prompts, each with the answers of the first, best and last weights that were evaluated."""
+    steps = list_steps(run_dir, "held-out")
+    if not steps:
+        return []
+    accuracy = {line["step"]: line.get("eval/accuracy", -1.0) for line in lines}
+    best = max(steps, key=lambda step: (accuracy.get(step, -1.0), step))
+    known = {
+        f"step {step}{', best' if step == best else ''}": {
+            group.prompt.key: group for group in load_rollouts(run_dir, step, "held-out") if group.scores
+        }
+        for step in sorted({steps[0], best, steps[-1]})
+    }
+    *_, last_step = known.values()
+    found = []
+    for key in spread(list(last_step), MAX_HELD_OUT):
+        groups = {weights: of_step[key] for weights, of_step in known.items() if key in of_step}
+        together = replace(
+            next(iter(groups.values())),
+            completions=tuple(group.completions[0] for group in groups.values()),
+            scores=tuple(group.scores[0] for group in groups.values()),
+        )
+        first, last = (bool(together.scores[i].accuracy) for i in (0, -1))
+        signs = ["right" if last else "wrong"]
+        signs += [f"became {signs[0]}"] if first != last else []
+        found.append(_group(together, signs, list(groups)))
+    return found
+
+
 def _save(run_dir: Path, step: int) -> dict[str, Any]:
     groups = load_rollouts(run_dir, step)[:MAX_GROUPS]
-    return {"step": step, "groups": [_group(group) for group in groups]}
+    return {"step": step, "groups": [_group(group, _signs(group)) for group in groups]}
 
 
-def _group(group: RolloutGroup) -> dict[str, Any]:
+def _signs(group: RolloutGroup) -> list[str]:
+    """What a sampled group can be looked for by."""
+    right = {bool(score.accuracy) for score in group.scores}
+    correct = "some right" if len(right) > 1 else "all right" if True in right else "none right"
+    return ["live" if group.advantages else "dead", correct]
+
+
+def _group(group: RolloutGroup, signs: list[str], weights: Sequence[str] = ()) -> dict[str, Any]:
+    """What the template needs of a prompt and its answers; of held-out ones, the weights that gave each."""
     images = [_picture(image) for image in group.prompt.images]
+    zeros = {f"{name} is 0" for score in group.scores for name, value in score.parts.items() if value == 0}
     return {
+        "signs": json.dumps([*signs, *sorted(zeros)]),
         "key": group.prompt.key,
         "task": group.prompt.task,
         "answer": json.dumps(group.prompt.answer, ensure_ascii=False),
@@ -206,7 +194,11 @@ def _group(group: RolloutGroup) -> dict[str, Any]:
                 if score is None
                 else {name: f"{value:.2f}" for name, value in score.parts.items()},
                 "error": score.error if score else None,
-                "advantage": f"{group.advantages[i]:+.2f}" if group.advantages else "dead",
+                "last": weights[i]
+                if weights
+                else f"{group.advantages[i]:+.2f}"
+                if group.advantages
+                else "dead",
             }
             for i, completion in enumerate(group.completions[:MAX_COMPLETIONS])
             for score in [group.scores[i] if group.scores else None]

@@ -1,7 +1,8 @@
 """Saved rollouts, to look at and to train on again (`rollout.replay`), and answers of a checkpoint not yet trained on.
 
-RUN/rollouts/step-00000010.jsonl.gz   one group a line, exact numbers
-RUN/rollouts/images/<sha256>          encoded bytes, once per distinct image
+RUN/rollouts/step-00000010.jsonl.gz       one group a line, exact numbers
+RUN/rollouts/held-out-00000010.jsonl.gz   the same of an evaluation: one answer a group
+RUN/rollouts/images/<sha256>              encoded bytes, once per distinct image
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -31,11 +32,12 @@ from gspo_mm.types import (
     Turn,
 )
 
+type Kind = Literal["step", "held-out"]
 type PutImage = Callable[[EncodedImage], dict[str, Any]]
 type TakeImage = Callable[[dict[str, Any]], EncodedImage]
 
 
-def save_rollouts(run_dir: Path, step: int, groups: list[RolloutGroup]) -> Path:
+def save_rollouts(run_dir: Path, step: int, groups: list[RolloutGroup], *, kind: Kind = "step") -> Path:
     """Write the groups of a step; the file appears when it is whole."""
     folder = run_dir / "rollouts"
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -44,27 +46,27 @@ def save_rollouts(run_dir: Path, step: int, groups: list[RolloutGroup]) -> Path:
         if not path.exists():
             with written_whole(path) as file:
                 file.write_bytes(image.data)
-    final = folder / f"step-{step:08d}.jsonl.gz"
+    final = folder / f"{kind}-{step:08d}.jsonl.gz"
     with written_whole(final) as temporary, gzip.open(temporary, "wb", 1) as file:
         for group in groups:
             file.write(_as_json(_encode(group)) + b"\n")
     return final
 
 
-def load_rollouts(run_dir: Path, step: int) -> list[RolloutGroup]:
+def load_rollouts(run_dir: Path, step: int, kind: Kind = "step") -> list[RolloutGroup]:
     """The groups as they were saved: equal token ids, log-probs, scores and images."""
     folder = Path(run_dir) / "rollouts"
-    with gzip.open(folder / f"step-{step:08d}.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(folder / f"{kind}-{step:08d}.jsonl.gz", "rt", encoding="utf-8") as file:
         return [
             decode_group(json.loads(line), lambda key: (folder / "images" / key).read_bytes())
             for line in file
         ]
 
 
-def list_steps(run_dir: Path) -> list[int]:
+def list_steps(run_dir: Path, kind: Kind = "step") -> list[int]:
     """Steps whose rollouts were saved, in order."""
-    files = (Path(run_dir) / "rollouts").glob("step-*.jsonl.gz")
-    return sorted(int(path.name.removesuffix(".jsonl.gz").removeprefix("step-")) for path in files)
+    files = (Path(run_dir) / "rollouts").glob(f"{kind}-*.jsonl.gz")
+    return sorted(int(path.name.removesuffix(".jsonl.gz").removeprefix(f"{kind}-")) for path in files)
 
 
 def _as_json(value: Any) -> bytes:

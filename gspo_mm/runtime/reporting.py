@@ -20,7 +20,7 @@ from gspo_mm.types import GspoError
 
 
 def run_reporting_faults(command: Callable[[], Any]) -> None:
-    """Run `command`; a user's mistake or a disk that refuses ends it with one sentence and status 2.
+    """Run `command`; a user's mistake or a disk that refuses ends it with one sentence and status 2 (`GspoError.status`).
 
     Of many ranks with the same fault one per node reports it, or the one that had it.
     """
@@ -28,19 +28,20 @@ def run_reporting_faults(command: Callable[[], Any]) -> None:
         command()
         return
     except GspoError as error:
-        message = str(error)
+        message, status = str(error), error.status
         _tell_launcher(message)
         if error.told_elsewhere or os.environ.get("LOCAL_RANK", "0") != "0":
-            sys.exit(2)
+            sys.exit(status)
     except Exception as error:
         if not isinstance(error, OSError) or (said := refusal(error)) is None:
             log_to_file(traceback.format_exc())  # a terminal's text may be lost
             raise
         message = f"{error.filename or 'a file of the run'} cannot be read or written: {said}"
+        status = 2
         _tell_launcher(message)
     log_to_file(message)
     typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _tell_launcher(message: str) -> None:

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 
+from gspo_mm.checkpoint.origin import checkpoint_of
 from gspo_mm.observe.metrics import read_metrics
 from gspo_mm.rollout.saved import list_steps, load_rollouts
 from tests.e2e.conftest import ROOT, gspo_mm
@@ -103,6 +105,10 @@ def test_saved_rollouts_hold_images_scores_and_advantages(short_run: Path) -> No
     assert all(len(g.completions) == len(g.scores) == 4 for g in groups)
     assert all(g.prompt.images[0].data.startswith(b"\x89PNG") for g in groups)
     assert any(len(g.advantages) == 4 and max(g.advantages) > 0 for g in groups)
+    assert list_steps(short_run, "held-out") == [0, 2, 4]
+    answers = load_rollouts(short_run, 4, "held-out")
+    last = [line["eval/accuracy"] for line in read_metrics(short_run) if "eval/accuracy" in line][-1]
+    assert [fmean(bool(g.scores[0].accuracy) for g in answers), len(answers)] == [pytest.approx(last), 16]
 
 
 @pytest.mark.slow
@@ -168,7 +174,7 @@ def test_a_change_that_would_make_another_run_is_refused_before_the_model_is_loa
     assert "loading" not in result.stderr
 
 
-def test_a_constant_reward_and_a_huge_rate_are_told_and_stand_in_the_summary(
+def test_a_constant_reward_and_a_huge_rate_are_told_and_end_the_run_with_a_checkpoint_where_asked_to(
     short_config: Path, tmp_path: Path
 ) -> None:
     reward = tmp_path / "constant.yaml"
@@ -181,15 +187,39 @@ def test_a_constant_reward_and_a_huge_rate_are_told_and_stand_in_the_summary(
         f"run.dir={tmp_path}",
         "run.name=constant",
         f"reward.file={reward}",
-        "train.steps=2",
+        "train.stop_on=[accuracy_fell,constant_reward]",
+        "checkpoint.every=0",
+        "checkpoint.keep=1",
+        "checkpoint.keep_best=true",
         "policy.optimizer.lr=0.5",
         "rollout.sampling.top_p=0.9",
+        check=False,
     )
-    told = json.loads((tmp_path / "constant" / "summary.json").read_text())["warnings"]
-    assert ["off-policy" in told[0], "lr=0.5" in told[1], "all answers got the reward 1" in told[2]] == [
-        True
-    ] * 3
+    run = tmp_path / "constant"
+    summary = json.loads((run / "summary.json").read_text())
+    told = summary["warnings"]
+    assert ["off-policy" in told[0], "lr=0.5" in told[1]] == [True] * 2
     assert all(result.stderr.count(sentence) == 1 for sentence in told)
+    assert result.returncode == 4
+    said = f"constant_reward: {summary['rules']['constant_reward']}"
+    assert "all answers of 3 steps got the reward 1" in said
+    assert f"train.stop_on ended the run after step 3: {said}" in result.stderr
+    assert "constant_reward" in summary["verdict"]
+    assert "The run looks ill" in (run / "report.html").read_text()
+    # the best one, evaluated in step 2, and the one that the run goes on from
+    assert checkpoint_of(run, "best").name == "step-00000002"
+    assert checkpoint_of(run, "last").name == "step-00000003"
+
+
+def test_a_rate_that_ruins_the_model_ends_the_run_which_can_go_on(short_config: Path, tmp_path: Path) -> None:
+    values = ["train.steps=2", "policy.optimizer.lr=0.5", "train.stop_on=[policy_jumped]"]
+    result = gspo_mm("train", str(short_config), f"run.dir={tmp_path}", *values, check=False)
+    assert result.returncode == 4
+    assert "train.stop_on ended the run after step 1: policy_jumped: within one step" in result.stderr
+    assert "try: lower policy.optimizer.lr" in result.stderr
+    again = gspo_mm("train", str(short_config), f"run.dir={tmp_path}", *values)
+    assert "step 2: held-out accuracy" in again.stderr
+    assert "policy_jumped" in json.loads((tmp_path / "short" / "summary.json").read_text())["rules"]
 
 
 def test_a_run_goes_on_when_updates_are_left_out(short_config: Path, tmp_path: Path) -> None:

@@ -465,6 +465,7 @@ def test_failed_rewards_are_in_no_held_out_mean() -> None:
     metrics = evaluated(*[right] * 2, *[wrong] * 10, None, None)
     assert metrics["eval/accuracy"] == metrics["eval/reward"] == pytest.approx(2 / 12)
     assert metrics["eval/failed"] == pytest.approx(2 / 14)
+    assert metrics["eval/judged"] == 12
     assert describe_accuracy(metrics) == "held-out accuracy 16.7 %"
 
 

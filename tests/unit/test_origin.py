@@ -96,8 +96,15 @@ def test_of_a_run_the_newest_whole_checkpoint_is_meant_or_that_of_a_step(checkpo
         if step != 9:  # that one has not been finished
             (path / "state.json").write_text(json.dumps({"step": step}))
     assert checkpoint_of(run, None).name == "step-00000007"
-    assert checkpoint_of(run, 2) == checkpoint_of(checkpoint, None) == checkpoint
+    assert checkpoint_of(run, "2") == checkpoint_of(checkpoint, None) == checkpoint
     with pytest.raises(GspoError, match="has no whole checkpoint of step 9; there are 2, 7"):
-        checkpoint_of(run, 9)
+        checkpoint_of(run, "9")
     with pytest.raises(GspoError, match=r"is no run folder .* leave out --step"):
-        checkpoint_of(checkpoint, 2)
+        checkpoint_of(checkpoint, "2")
+    with pytest.raises(GspoError, match="--step newest is no step; give a number, best or last"):
+        checkpoint_of(run, "newest")
+    with pytest.raises(GspoError, match="no checkpoint whose held-out accuracy is known"):
+        checkpoint_of(run, "best")
+    (checkpoint / "state.json").write_text(json.dumps({"step": 2, "accuracy": 0.5}))
+    assert checkpoint_of(run, "best") == checkpoint
+    assert checkpoint_of(run, "last").name == "step-00000007"

@@ -10,8 +10,9 @@ import pytest
 
 from gspo_mm.config import ObserveConfig
 from gspo_mm.observe.charts import CHARTS, Chart
+from gspo_mm.observe.curves import smooth, spread, write_curves_png
 from gspo_mm.observe.metrics import METRICS, MetricsWriter, is_documented
-from gspo_mm.observe.report import smooth, spread, write_curves_png, write_report
+from gspo_mm.observe.report import write_comparison, write_report
 from gspo_mm.rollout.saved import save_rollouts
 from gspo_mm.types import Completion, RolloutGroup
 from tests.unit.test_rollouts import group
@@ -61,6 +62,18 @@ def test_the_page_shows_numbers_tasks_and_rollouts(run: Path) -> None:
     assert "Importance ratio" in page
     assert "data:image/png;base64," in page
     assert "+0.71" in page
+
+
+def test_the_verdict_and_the_rules_that_hold_stand_on_top(run: Path) -> None:
+    assert '<div class="card verdict "><strong>No rule holds, but 0 steps are few' in page_without_library(
+        run
+    )
+    with MetricsWriter(run, ObserveConfig(tensorboard=False), {}) as metrics:
+        for step in range(7, 10):
+            metrics.write(step, {"reward/std": 0.0, "reward/mean": 1.0})
+    page = page_without_library(run)
+    assert '<div class="card verdict ill"><strong>The run looks ill: constant_reward.' in page
+    assert "all answers of 3 steps got the reward 1; probable cause" in page
 
 
 def charts(run: Path) -> dict[str, list[dict[str, object]]]:
@@ -127,7 +140,7 @@ def test_model_output_is_escaped_wherever_it_stands(run: Path) -> None:
 def test_the_page_needs_nothing_from_elsewhere(run: Path) -> None:
     tags = re.findall(r"<[a-z][^>]*>", page_without_library(run))
     assert any("src=" in tag for tag in tags)
-    assert not [tag for tag in tags if "href=" in tag or ("src=" in tag and 'src="data:' not in tag)]
+    assert not [tag for tag in tags if re.search(r'\s(?:href|src)="(?!data:)', tag)]
     assert not re.findall(r"(?:fetch|import|XMLHttpRequest)\(", page_without_library(run))
 
 
@@ -156,8 +169,67 @@ def test_spread_keeps_first_and_last() -> None:
     assert spread([1, 2], 5) == [1, 2]
 
 
-def test_smoothing_is_a_mean_of_what_came_before() -> None:
+def test_smoothing_is_a_mean_of_what_came_before_but_for_gaps() -> None:
     assert smooth([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+    assert smooth([None, 3.0, None, None], 2) == [None, 3.0, 3.0, None]
+
+
+def test_of_a_long_run_the_values_stand_faint_behind_their_mean(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, ObserveConfig(tensorboard=False), {}) as metrics:
+        for step in range(40):
+            metrics.write(step, {"grad_norm": float(step % 2)})
+    raw, strong = charts(tmp_path)["Gradient norm"]
+    assert raw["opacity"] == 0.3
+    assert raw["y"] == [0.0, 1.0] * 20
+    assert strong["y"][-1] == 0.5  # type: ignore[index]
+    assert raw["showlegend"] is False
+
+
+def test_the_load_of_experts_is_a_row_for_each_layer(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, ObserveConfig(tensorboard=False), {}) as metrics:
+        for step in (1, 2):
+            metrics.write(step, {"moe/load_max": 3.0, "moe/load_max/00": 1.0 * step, "moe/load_max/01": 3.0})
+    (heat,) = charts(tmp_path)["Load of experts"]
+    assert (heat["type"], heat["x"], heat["y"]) == ("heatmap", [1, 2], ["layer 00", "layer 01"])
+    assert heat["z"] == [[1.0, 2.0], [3.0, 3.0]]
+
+
+def test_held_out_answers_of_first_best_and_last_weights_stand_side_by_side(run: Path) -> None:
+    scored = replace(group(1), completions=group(1).completions[:1])
+    for step, text, accuracy in (
+        (0, "early", 0.0),
+        (2, "between", 0.0),
+        (4, "summit", 1.0),
+        (6, HOSTILE, 0.0),
+    ):
+        score = replace(scored.scores[0], accuracy=accuracy, parts={"number": accuracy})
+        answers = [replace(scored, completions=(saying(text),), scores=(score,))]
+        save_rollouts(run, step, answers, kind="held-out")
+    with MetricsWriter(run, ObserveConfig(tensorboard=False), {}) as metrics:
+        metrics.write(4, {"eval/accuracy": 0.9})
+    section = page_without_library(run).split("<h2>Held-out answers</h2>")[1].split("<h2>Rollouts</h2>")[0]
+    shown = re.findall(r'<td class="num">(step .*?)</td>', section)
+    assert shown == ["step 0", "step 4, best", "step 6"]
+    assert "early" in section
+    assert "between" not in section
+    assert HOSTILE not in section
+    (signs,) = re.findall(r'data-signs="(.*?)"', section)
+    assert json.loads(html.unescape(signs)) == ["wrong", "number is 0"]
+
+
+def test_runs_are_compared_on_a_page(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / HOSTILE.replace("/", "")
+    other.mkdir()
+    with MetricsWriter(other, ObserveConfig(tensorboard=False), {}) as metrics:
+        for step in range(3):
+            metrics.write(step, {"reward/mean": 0.5, "reward/std": 0.0})
+    page = write_comparison([run, other], tmp_path / "compare.html").read_text()
+    assert "25.0%, 75.0%, 75.0%" in page
+    assert "The run looks ill: constant_reward." in page
+    assert other.name not in page
+    (traces,) = re.findall(r'<h3>Reward: mean <span.*?data-traces="(.*?)"', page, flags=re.DOTALL)
+    curves = {trace["name"]: trace["y"] for trace in json.loads(html.unescape(traces))}
+    assert curves == {run.name: [0.1, 0.2, pytest.approx(0.3), 0.4, 0.5], other.name: [0.5, 0.5, 0.5]}
 
 
 def test_a_group_without_scores_is_shown(tmp_path: Path, run: Path) -> None:

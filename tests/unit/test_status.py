@@ -45,6 +45,7 @@ def test_numbers_are_those_of_the_folder(run: Path) -> None:
     )
     assert found["reward"] == {"first": pytest.approx(0.105), "last": pytest.approx(0.205)}
     assert found["held_out"] == {"first": 0.25, "best": 0.75, "last": 0.5}
+    assert found["verdict"] == "No rule holds, but 0 steps are few to judge by."
     assert found["checkpoint"].endswith("step-00000020")
     assert (found["restarts"], found["warnings"], found["errors"]) == (1, 1, 1)
     assert found["last_error"] == "something broke"

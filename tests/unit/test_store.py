@@ -20,11 +20,11 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "checkpoints", keep=2)
 
 
-def save(store: Store, step: int) -> Path:
+def save(store: Store, step: int, accuracy: float | None = None) -> Path:
     store.begin(step)
     (store.temporary(step) / "policy").mkdir()
     (store.temporary(step) / "policy" / "weights").write_text(str(step))
-    store.publish(step, {"step": step})
+    store.publish(step, {"step": step, "accuracy": accuracy})
     return store.path(step)
 
 
@@ -126,6 +126,17 @@ def test_what_is_put_aside_stays(tmp_path: Path) -> None:
     stay = [3, 5, 10, 11, 12]
     assert names(store) == [f"step-{step:08d}" for step in stay]
     assert store.latest() == store.path(12)
+
+
+def test_the_best_stays_beside_the_newest_until_a_better_one_comes(tmp_path: Path) -> None:
+    store = Store(tmp_path / "checkpoints", keep=1, keep_best=True)
+    known = {1: 0.2, 2: 0.6, 3: None, 4: 0.5, 5: 0.6, 6: 0.1}
+    stay = {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 4], 5: [4, 5], 6: [5, 6]}
+    for step, accuracy in known.items():
+        save(store, step, accuracy)
+        assert names(store) == [f"step-{each:08d}" for each in stay[step]]
+    assert store.best() == store.path(5)
+    assert store.latest() == store.path(6)
 
 
 def test_a_folder_of_checkpoints_that_is_a_link_is_used(store: Store, tmp_path: Path) -> None:
