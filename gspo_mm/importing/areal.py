@@ -30,8 +30,7 @@ def _translate(made: Translation) -> None:
     if made.take("actor.gradient_checkpointing"):
         made.put("policy.recompute", "full", "actor.gradient_checkpointing")
     if made.take("actor.use_lora"):
-        made.put("policy.lora.rank", made.take("actor.lora_rank", int), "actor.lora_rank")
-        made.put("policy.lora.alpha", made.take("actor.lora_alpha", float), "actor.lora_alpha")
+        made.put_lora("actor.lora_rank", "actor.lora_alpha")
     parts = [str(made.given[name]) for name in ("experiment_name", "trial_name") if made.given.get(name)]
     if parts:
         name = re.sub(r"[^A-Za-z0-9._-]", "-", "-".join(parts))

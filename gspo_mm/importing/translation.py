@@ -125,6 +125,12 @@ class Translation:
         else:
             self.leave(name, "a share of steps that are not known; set policy.optimizer.warmup_steps")
 
+    def put_lora(self, rank: str, alpha: str) -> None:
+        self.put("policy.lora.rank", self.take(rank, int), rank)
+        self.put("policy.lora.alpha", self.take(alpha, float), alpha)
+        note = "of a mixture of experts: [attention, experts]"
+        self.put("policy.lora.targets", ["attention", "mlp"], note=note)
+
     def finish(self) -> None:
         """Take over what the table says, mark what is to be filled in, and say of all other keys why they are left out."""
         for name, key in self.format.direct.items():

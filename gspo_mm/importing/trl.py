@@ -119,8 +119,7 @@ def translate(
     if made.take("gradient_checkpointing"):
         made.put("policy.recompute", "full", "gradient_checkpointing")
     if adapters or made.take("use_peft") or rank in made.given:
-        made.put("policy.lora.rank", made.take(rank, int), rank)
-        made.put("policy.lora.alpha", made.take("lora_alpha", float), "lora_alpha")
+        made.put_lora(rank, "lora_alpha")
 
 
 def _batch(made: Translation, whole_groups: bool) -> int:

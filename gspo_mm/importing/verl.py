@@ -52,13 +52,8 @@ def _translate(made: Translation) -> None:
     made.put("rollout.engine", "sglang", f"{_ROLLOUT}name", note="servers")
     if made.take("actor_rollout_ref.model.enable_gradient_checkpointing"):
         made.put("policy.recompute", "full", "actor_rollout_ref.model.enable_gradient_checkpointing")
-    if rank := made.take("actor_rollout_ref.model.lora_rank", int):
-        made.put("policy.lora.rank", rank, "actor_rollout_ref.model.lora_rank")
-        made.put(
-            "policy.lora.alpha",
-            made.take("actor_rollout_ref.model.lora_alpha", float),
-            "actor_rollout_ref.model.lora_alpha",
-        )
+    if made.take("actor_rollout_ref.model.lora_rank", int):
+        made.put_lora("actor_rollout_ref.model.lora_rank", "actor_rollout_ref.model.lora_alpha")
 
 
 def _batch(made: Translation) -> None:
