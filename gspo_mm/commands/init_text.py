@@ -9,7 +9,7 @@ def aligned(text: str) -> str:
 
 
 _BEGIN = """\
-# GSPO, made by `gspo-mm init` from {samples} samples: a start, to be changed. Every setting: gspo_mm/config/ in the sources.
+# GSPO, made by `gspo-mm init` from {samples} samples: a start, to be changed. Every key: configs/keys.md in the sources.
 #   gspo-mm preflight {file} --all      # can all be read and judged, and what are reference answers worth?
 {train_by}
 #   gspo-mm report runs/{name}
