@@ -56,11 +56,11 @@ def collapsed(lines: Lines, fault: str | None, *, eval_prompts: int) -> bool:
     return fault is not None or last < first - noise or last < best / 2 - noise
 
 
-def last(lines: Lines, name: str) -> float:
-    """The mean of its values in the last steps; 0 where there are none, as of clipped tokens in a loss without bounds."""
+def last(lines: Lines, name: str, *, none: float = 0.0) -> float:
+    """The mean of its values in the last steps; `none` where there are none, as of clipped tokens in a loss without bounds."""
     end = lines[-1]["step"] - _LAST
     values = [line[name] for line in lines if name in line and line["step"] > end]
-    return fmean(values) if values else 0.0
+    return fmean(values) if values else none
 
 
 def rows(made: Made, *, eval_prompts: int) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ def _of_run(lines: Lines, limits: Mapping[str, float]) -> dict[str, float]:
             for what, limit in limits.items()
         },
         "clipped": last(lines, "clip_token_fraction"),
-        "flips": 1 - last(lines, "routing/agree"),
+        "flips": 1 - last(lines, "routing/agree", none=1.0),
         "grad_norm": last(lines, "grad_norm"),
         "logprob_gap_max": max((line.get("logprob_gap_max", 0.0) for line in lines), default=0.0),
         "seconds_per_step": sum(line.get("seconds", 0.0) for line in lines) / steps,
