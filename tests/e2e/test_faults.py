@@ -176,14 +176,12 @@ def test_steps_without_a_live_group_are_skipped_and_then_stop_the_run(
     )
     assert "3 steps in a row (advantage.max_dead_steps=3) had no group whose rewards differ" in message
     lines = [line for line in read_metrics(tmp_path / "short") if line["step"] > 0]
-    assert [(line["step"], line["groups/live"], line["groups/dead"]) for line in lines] == [
-        (1, 0, 8),
-        (2, 0, 8),
-    ]
+    counts = ("step", "groups/live", "groups/dead", "rollout/dropped")
+    assert [tuple(line[name] for name in counts) for line in lines] == [(1, 0, 8, 32), (2, 0, 8, 32)]
     assert all("loss" not in line for line in lines)
     (saved,) = (tmp_path / "short" / "checkpoints").iterdir()  # none was due
     state = json.loads((saved / "state.json").read_text())
-    assert (state["step"], state["next_group"], state["dead_steps"]) == (2, 16, {"dead_steps": 2})
+    assert (state["step"], state["next_group"], state["dead_steps"]) == (2, 80, {"dead_steps": 2})
 
 
 def test_answers_that_the_reward_file_cannot_judge_are_named_before_training(
