@@ -315,6 +315,7 @@ def test_a_corrupt_image_is_skipped_counted_and_named(short_config: Path, tmp_pa
         "data.max_bad_fraction=0.05",
         "data.shuffle_buffer=0",
         "train.steps=8",
+        "rollout.drop_dead_groups=false",
     )
     run = tmp_path / "short"
     assert read_metrics(run)[-1]["data/skipped"] == 1

@@ -61,10 +61,11 @@ def test_a_judge_that_goes_away_costs_no_step_and_the_run_goes_on_as_if_it_had_n
     assert "the judge is gone" in first.stderr
     assert "what was trained until step 2 is saved" in first.stderr
     assert (steps(run), saved(run)) == ([1, 2], [2])
-    assert (cursor(run, 2)["next_group"], cursor(run, 2)["dead_steps"]) == (16, {"dead_steps": 0})
+    assert cursor(run, 2)["dead_steps"] == {"dead_steps": 0}
     assert owner_of(run) == ("", False)
     gspo_mm(*command, PYTHONPATH=path, METRICS="/nowhere")
     assert steps(run) == [1, 2, 3, 4]
+    assert cursor(run, 4)["next_group"] == cursor(short_run, 4)["next_group"]
     for ours, whole in zip(read_metrics(run), read_metrics(short_run), strict=True):
         assert ours.get("loss") == whole.get("loss")
 
