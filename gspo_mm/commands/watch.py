@@ -6,7 +6,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from gspo_mm.observe.metrics import FILE
+from gspo_mm.observe.metrics import FILE, check_run
 from gspo_mm.observe.report import render
 from gspo_mm.types import GspoError
 
@@ -24,8 +24,7 @@ _LIVE = """<script>
 
 def server_of(run: Path, port: int) -> ThreadingHTTPServer:
     """Serves the page at / to this machine alone. Raises GspoError where there is no run, or the port is taken."""
-    if not (run / FILE).exists():
-        raise GspoError(f"{run} is no run folder (no {FILE} in it)")
+    check_run(run)
     pages: dict[str, Callable[[], str]] = {
         "/": lambda: render(run).replace("</body>", f"{_LIVE}</body>"),
         # a file that grows with every step

@@ -207,6 +207,12 @@ class MetricsWriter:
             file.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
+def check_run(run_dir: Path) -> None:
+    """Raise GspoError unless it is the folder of a run that has begun."""
+    if not (run_dir / FILE).exists():
+        raise GspoError(f"{run_dir} is no run folder (no {FILE} in it)")
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All whole lines of a run, oldest first; empty when there are none."""
     path = Path(run_dir) / FILE
