@@ -261,13 +261,16 @@ class TrainSequence:
 class MicroBatch:
     """Sequences laid end to end, with each distinct image once.
 
+    Answers to one prompt may share its tokens: they stand behind it as the branches of a tree, each of which goes on from the
+    prompt and sees nothing of the others. A sequence by itself is a tree without branches.
+
     A response token's log-prob is predicted from the token before it; `response_mask` marks the predicted
     tokens, so packed response tensors [R] follow `token_ids[response_mask]`.
     """
 
     names: tuple[str, ...]  # [S] see TrainSequence.name
     token_ids: torch.Tensor  # [N] int64
-    cu_seqlens: torch.Tensor  # [S+1] int32, offsets of sequences in N
+    cu_seqlens: torch.Tensor  # [T+1] int32, offsets of trees in N
     # [A, N] int64, rotary positions on the family's axes, such as time, height, width
     positions: torch.Tensor
     # [N] bool, tokens that are trained on, in one run or in several of a sequence
@@ -282,6 +285,8 @@ class MicroBatch:
     # [occurrences] int64: distinct image shown by each image occurrence, in token order
     image_index: torch.Tensor
     make_pixels: Callable[[], torch.Tensor] | None = None
+    # [T] of each tree: tokens of the sequence, or of what its branches share, then of every branch; empty: none has branches
+    trees: tuple[tuple[int, ...], ...] = ()
 
     def pixels(self) -> torch.Tensor:
         """`pixel_values` of a batch with images, made now where they are not there."""

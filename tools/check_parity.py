@@ -41,11 +41,18 @@ class Parity:
     roundtrip_exact: bool  # Hugging Face -> policy -> Hugging Face changes no bit and misses no tensor
 
 
-def compare(policy: Policy, reference: Any, batches: list[MicroBatch], *, temperature: float = 1.0) -> Parity:
+def compare(
+    policy: Policy,
+    reference: Any,
+    batches: list[MicroBatch],
+    *,
+    temperature: float = 1.0,
+    given: list[MicroBatch] | None = None,
+) -> Parity:
     """Run both on `batches`, dealt over the data-parallel ranks. A collective of the policy's ranks.
 
-    `policy` must have been loaded from the weights of `reference`, which only rank 0 has to have; the others give
-    None. They get the same answer.
+    `given`: the same sequences, packed otherwise, for the policy alone. `policy` must have been loaded from the weights of
+    `reference`, which only rank 0 has to have; the others give None. They get the same answer.
     """
     import torch
 
@@ -62,7 +69,7 @@ def compare(policy: Policy, reference: Any, batches: list[MicroBatch], *, temper
         ours[mine[index]] = logprobs_R.detach().cpu()
         return (logprobs_R * weights[mine[index]].to(logprobs_R.device)).sum(), {}
 
-    policy.backward([batches[i] for i in mine], loss_fn, temperature=temperature)
+    policy.backward([(given or batches)[i] for i in mine], loss_fn, temperature=temperature)
     everything = {i: lp for of_rank in policy.ranks.gather(ours) for i, lp in of_rank.items()}
     parities: list[Parity] = []
 
@@ -228,7 +235,7 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
         ids.append(prompt + response)
         masks.append(mask + [True] * len(response))
     positions = [
-        _positions(model, sequence, grids[of_sequence] if of_sequence else None)
+        positions_of(model, sequence, grids[of_sequence] if of_sequence else None)
         for sequence, of_sequence in zip(ids, shown, strict=True)
     ]
     return MicroBatch(
@@ -247,7 +254,8 @@ def random_batch(model: Any, *, images: int = 4, seed: int = 0) -> MicroBatch:
     )
 
 
-def _positions(model: Any, ids: list[int], grids: torch.Tensor | None) -> torch.Tensor:
+def positions_of(model: Any, ids: list[int], grids: torch.Tensor | None) -> torch.Tensor:
+    """Rotary positions [A, L] that transformers works out for a sequence of these ids and images."""
     import torch
 
     if not hasattr(model.model, "get_rope_index"):

@@ -24,6 +24,7 @@ def pack_ahead(
     *,
     passes: int,
     waiting: Callable[[], AbstractContextManager[None]],
+    shares_prompts: bool = False,
 ) -> list[MicroBatch]:
     """As `pack` of each, with pixels that are made when they are looked at: in order, and as often as there are `passes`.
 
@@ -31,7 +32,10 @@ def pack_ahead(
     """
     maker = _Maker([distinct_images(m) for m in micro_batches], processor, passes, waiting)
     return [
-        replace(without_pixels(members, processor), make_pixels=partial(maker.take, number))
+        replace(
+            without_pixels(members, processor, shares_prompts=shares_prompts),
+            make_pixels=partial(maker.take, number),
+        )
         for number, members in enumerate(micro_batches)
     ]
 

@@ -15,7 +15,8 @@ better: whole groups -> ranks -> bins (`_by_ranks`). What ranks that meet in eve
 nobody to wait for: its micro-batches are filled in order (`fill`).
 
 Left out: optimal packing (bin packing and number partitioning at once, both NP-hard; of 512 long-tailed answers the
-greedy way leaves 8 ranks within 2 % of each other), swaps of two sequences between ranks, and sharing the text of a prompt.
+greedy way leaves 8 ranks within 2 % of each other), swaps of two sequences between ranks, and that a prompt may be computed
+once for the answers of a micro-batch to it (packing.py): each counts as if it were alone.
 
 Dims: R ranks, K micro-batches of a rank, B = R * K bins.
 """
@@ -33,6 +34,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from gspo_mm.batch.bins import TRIES, Bin, Bins, Item, Unit
+from gspo_mm.batch.packing import tokens_of, trees_of
 from gspo_mm.families.cost import FlopModel
 from gspo_mm.types import EncodedImage, TrainSequence
 
@@ -134,15 +136,23 @@ def measure(dealt: Dealt, *, cost: FlopModel, num_patches: NumPatches, multiple_
     )
 
 
-def flops_of(dealt: Dealt, *, cost: FlopModel, num_patches: NumPatches) -> int:
+def flops_of(dealt: Dealt, *, cost: FlopModel, num_patches: NumPatches, shares_prompts: bool = False) -> int:
     """What all ranks together have to do for `dealt`, padding not counted."""
-    return sum(_cost_of(members, cost, num_patches, 1) for row in dealt for members in row)
+    members_of = [members for row in dealt for members in row]
+    return sum(_cost_of(members, cost, num_patches, 1, shares_prompts) for members in members_of)
 
 
-def _cost_of(members: list[TrainSequence], cost: FlopModel, num_patches: NumPatches, multiple_of: int) -> int:
+def _cost_of(
+    members: list[TrainSequence],
+    cost: FlopModel,
+    num_patches: NumPatches,
+    multiple_of: int,
+    shares_prompts: bool = False,
+) -> int:
     images = {image.key: image for s in members for image in s.images}
+    lengths = map(tokens_of, trees_of(members)) if shares_prompts else [len(s.token_ids) for s in members]
     return cost.count(
-        (_aligned(len(s.token_ids), multiple_of) for s in members),
+        (_aligned(length, multiple_of) for length in lengths),
         sum(s.num_trained for s in members),
         map(num_patches, images.values()),
     )

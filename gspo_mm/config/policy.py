@@ -179,6 +179,11 @@ class PolicyConfig(Section):
         description="train small products beside the weights, which stay as they are; null: the weights",
     )
     micro_batch_tokens: Positive = Field(default=16384, description="packed tokens per forward/backward pass")
+    share_prompts: bool | None = Field(
+        default=None,
+        description="compute a prompt once for all answers of a micro-batch to it; null: where attention is torch's, cp=1, and "
+        "nothing else forbids it",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description="activations recomputed in backward; selective: norms and experts' activations (without Transformer "

@@ -43,7 +43,7 @@ policy.parallel.first_stage_layers policy.parallel.last_stage_layers policy.para
 policy.parallel.etp policy.parallel.dp policy.optimizer.lr policy.optimizer.min_lr_ratio
 policy.optimizer.warmup_steps policy.optimizer.beta1 policy.optimizer.beta2 policy.optimizer.eps
 policy.optimizer.weight_decay policy.optimizer.grad_clip policy.optimizer.overlap policy.optimizer.skip.in_a_row
-policy.optimizer.skip.spike_factor policy.micro_batch_tokens train.stop_on checkpoint.keep_best
+policy.optimizer.skip.spike_factor policy.micro_batch_tokens policy.share_prompts train.stop_on checkpoint.keep_best
 policy.recompute policy.moe.dispatcher policy.moe.aux_loss policy.vision_cache_mb policy.megatron train.steps
 train.updates_per_batch train.eval_every train.canary_prompts sft.steps sft.batch_size sft.every_turn checkpoint.every
 checkpoint.keep checkpoint.keep_every checkpoint.background checkpoint.export_hf observe.tensorboard observe.wandb

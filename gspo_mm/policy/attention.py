@@ -10,7 +10,7 @@ Dims: N packed tokens of this context-parallel rank, S sequences, L longest of t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import groupby
 from typing import Any, cast
 
@@ -42,7 +42,8 @@ class PackedSequences(PackedSeqParams):
     angles: torch.Tensor | None = (
         None  # [N, H] float32, rotary angles; of fewer dims where the rest is not turned
     )
-    lengths: tuple[int, ...] = ()  # [S] of the sequences in `cu_seqlens_*`, on the host
+    # [T] of the trees in `cu_seqlens_*`, on the host: see MicroBatch. The last may be padding
+    trees: tuple[tuple[int, ...], ...] = ()
     visual_index: torch.Tensor | None = None  # [image tokens] int64: their rows in this rank's hidden states
     deepstack: list[torch.Tensor] = field(default_factory=list)  # per level [image tokens, D]
     padding: torch.Tensor | None = None  # [1, N/tp] bool: this rank's hidden states that stand for nothing
@@ -54,8 +55,10 @@ class PackedSequences(PackedSeqParams):
         return self.angles.cos().unsqueeze(1), self.angles.sin().unsqueeze(1)
 
 
-def pack_params(cu_seqlens: torch.Tensor, angles_NH: torch.Tensor) -> PackedSequences:
-    """From offsets [S+1] int32 (on the host) of the sequences over all context-parallel ranks.
+def pack_params(
+    cu_seqlens: torch.Tensor, angles_NH: torch.Tensor, trees: tuple[tuple[int, ...], ...] = ()
+) -> PackedSequences:
+    """From offsets [T+1] int32 (on the host) of the sequences over all context-parallel ranks, or of `trees`.
 
     Padding counts as tokens, behind the real ones, which never attend to it. Offsets of the real tokens beside those
     (`cu_seqlens_*_padded`) would save Transformer Engine a few rows, at the price of FlashAttention 2; without them it takes
@@ -70,7 +73,8 @@ def pack_params(cu_seqlens: torch.Tensor, angles_NH: torch.Tensor) -> PackedSequ
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         angles=angles_NH,
-        lengths=tuple(lengths),
+        # behind them only padding may be
+        trees=(*trees, *((length,) for length in lengths[len(trees) :])),
     )
 
 
@@ -78,9 +82,9 @@ class LocalAttention(MegatronModule):
     """Causal attention over packed sequences by torch's scaled_dot_product_attention, with sinks and windows where `config` has
     them, under megatron's names.
 
-    Neighbours of equal length go together, others one by one: on a CPU a call costs less than padding them would. Under
-    context parallelism every rank gathers all keys and values and answers its own queries: simple, and only meant for
-    machines without CUDA.
+    Neighbours of equal length go together, others one by one: on a CPU a call costs less than padding them would. A tree of
+    answers to one prompt is one square with a mask. Under context parallelism every rank gathers all keys and values and
+    answers its own queries: simple, and only meant for machines without CUDA.
     """
 
     def __init__(
@@ -138,29 +142,30 @@ class LocalAttention(MegatronModule):
         assert packed_seq_params is not None
         assert attention_mask is None
         assert attention_bias is None
-        lengths, size = packed_seq_params.lengths, self._cp.size()
+        trees, size = packed_seq_params.trees, self._cp.size()
         query, key = (Rotate.apply(t, *packed_seq_params.turns) for t in (query_NAH, key_NGH))
         value = value_NGH
         if size > 1:
+            lengths = tuple(map(sum, trees))
             key, value = (GatherTokens.apply(t, lengths, self._cp) for t in (key, value))
-        runs = [(length, len(list(equal))) for length, equal in groupby(lengths) if length]
+        runs = [(tree, len(list(equal))) for tree, equal in groupby(trees) if sum(tree)]
         if len(runs) == 1:
             return self._attend(query, key, value, *runs[0])
-        own, whole = ([length * count // by for length, count in runs] for by in (size, 1))
+        own, whole = ([sum(tree) * count // by for tree, count in runs] for by in (size, 1))
         parts = zip(query.split(own), key.split(whole), value.split(whole), runs, strict=True)
         return torch.cat([self._attend(q, k, v, *run) for q, k, v, run in parts])
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, count: int
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tree: tuple[int, ...], count: int
     ) -> torch.Tensor:
-        """[own tokens, A*H] of `count` sequences of `length` tokens from their queries, keys and values."""
+        """[own tokens, A*H] of `count` trees like `tree` from their queries, keys and values."""
         query, key, value = (t.view(count, -1, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
-        size = self._cp.size()
+        size, length = self._cp.size(), sum(tree)
         dropout = self._dropout if self.training else 0.0
         mask = None
-        if size > 1 or self.softmax_offset is not None or (self._window or length) < length:
-            ahead = zigzag([length], size, self._cp.rank())[:, None] - torch.arange(length)
-            mask = (ahead >= 0) & (ahead < (self._window or length))
+        has_mask = len(tree) > 1 or self.softmax_offset is not None or (self._window or length) < length
+        if has_mask or size > 1:
+            mask = seen(tree, self._window)[zigzag([length], size, self._cp.rank())]
         if self.softmax_offset is not None:
             assert mask is not None
             scale = self._scale or query.shape[-1] ** -0.5
@@ -178,6 +183,19 @@ class LocalAttention(MegatronModule):
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         return output_SAQH.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+@lru_cache(maxsize=256)  # the same for all layers
+def seen(tree: tuple[int, ...], window: int | None) -> torch.Tensor:
+    """[L, L] bool: which tokens (columns) of a tree each of them (rows) sees; see MicroBatch.
+
+    Branches see what they share and themselves; `window` tokens of that at most, the token itself among them.
+    """
+    shared, *branches = tree
+    place = torch.cat([torch.arange(shared), *(shared + torch.arange(length) for length in branches)])
+    branch = torch.arange(len(tree)).repeat_interleave(torch.tensor(tree))  # 0: shared
+    ahead = place[:, None] - place
+    return (ahead >= 0) & (ahead < (window or sum(tree))) & ((branch[:, None] == branch) | (branch == 0))
 
 
 @cache

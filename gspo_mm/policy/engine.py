@@ -40,7 +40,7 @@ from gspo_mm.policy.optimizer import Optimizer
 from gspo_mm.policy.parallel import Groups, ParallelPlan
 from gspo_mm.policy.precision import DTYPES, check_attention, check_fp8, check_widths
 from gspo_mm.policy.spec import has_fused_modules
-from gspo_mm.policy.speed import overlaps_reduction
+from gspo_mm.policy.speed import overlaps_reduction, shares_prompts
 from gspo_mm.policy.weights import Weights, gradient_of
 from gspo_mm.runtime.dist import Ranks, device
 from gspo_mm.runtime.watchdog import beat
@@ -101,6 +101,8 @@ class Policy:
             raise ValueError(
                 f"policy.freeze={config.freeze} leaves nothing to train; take a part off the list"
             )
+        # whether its micro-batches may be trees: see batch/packing.py
+        self.shares_prompts = shares_prompts(config, plan, family.transformer_arguments(hf))
         self._overlaps = overlaps_reduction(config, plan)
         self._gathered = not self._overlaps  # whether all of a parameter is up to date on this rank
         with quiet_megatron():

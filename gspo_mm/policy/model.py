@@ -119,7 +119,7 @@ class PolicyModel(MegatronModule):
             total=total or padded_tokens(batch, self.plan, multiple=self.token_multiple),
         )
         self.real_rows = layout.own_is_real.to(target)
-        packed = pack_params(layout.cu_seqlens, self.rotary(layout.positions.to(target)))
+        packed = pack_params(layout.cu_seqlens, self.rotary(layout.positions.to(target)), batch.trees)
         packed.padding = ~self.real_rows[None]
         embeddings_N1D = self._embed(batch, layout, packed) if self.pre_process else None
         return self.language(

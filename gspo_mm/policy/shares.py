@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from itertools import pairwise
 from statistics import fmean
 from typing import Protocol
@@ -47,6 +48,7 @@ def share_out(
             num_patches=processor.num_patches,
             multiple_of=plan.sequence_multiple,
             micro_batches_multiple_of=plan.pp if plan.vpp > 1 else 1,
+            shares_prompts=policy.shares_prompts,
         )
         told = metrics, work
     metrics, work = policy.ranks.from_main(told)
@@ -63,6 +65,7 @@ def deal_updates(
     num_patches: NumPatches,
     multiple_of: int = 1,
     micro_batches_multiple_of: int = 1,
+    shares_prompts: bool = False,
 ) -> tuple[list[list[Share]], dict[str, float], Work]:
     """([rank][update] shares, measures of balance, work) of each optimizer step's sequences; see `deal` for the sizes.
 
@@ -83,8 +86,9 @@ def deal_updates(
             micro_batches_multiple_of=micro_batches_multiple_of,
         )
         balances.append(measure(dealt, cost=cost, num_patches=num_patches, multiple_of=multiple_of))
-        update += flops_of(dealt, cost=cost, num_patches=num_patches)
-        forward += flops_of(dealt, cost=flops, num_patches=num_patches)
+        flops_dealt = partial(flops_of, dealt, num_patches=num_patches, shares_prompts=shares_prompts)
+        update += flops_dealt(cost=cost)
+        forward += flops_dealt(cost=flops)
         tokens += sum(len(s.token_ids) for s in sequences)
         trained = sum(s.num_trained for s in sequences)
         for of_rank, micro_batches in zip(shares, dealt, strict=True):

@@ -67,6 +67,7 @@ def choices(
 ) -> list[Choice]:
     """For a family's `transformer_arguments`, on this machine; `sees`: the model takes images."""
     found = [_layers(), *_overlaps(config, plan), _recompute(config, architecture)]
+    found.append(_prompts(config, plan, architecture))
     if sees:
         found.append(_vision(config))
     if architecture.get("num_moe_experts"):
@@ -156,6 +157,26 @@ def overlaps_reduction(config: PolicyConfig, plan: ParallelPlan) -> bool:
     return torch.cuda.is_available() and plan.dp * plan.cp > 1 if wanted is None else wanted
 
 
+def shares_prompts(config: PolicyConfig, plan: ParallelPlan, architecture: Mapping[str, Any]) -> bool:
+    """Whether answers of a micro-batch to the same prompt are packed behind one copy of it.
+
+    Raises PlanError where `policy.share_prompts` asks for it in vain.
+    """
+    if config.share_prompts is False:
+        return False
+    obstacles = {
+        "Transformer Engine's attention, which takes no trees": has_fused_modules(),
+        f"policy.parallel.cp={plan.cp}, which cuts every sequence": plan.cp > 1,
+        "layers of linear attention, whose state runs on": "linear_attention_freq" in architecture,
+        f"policy.moe.aux_loss={config.moe.aux_loss}, which weighs every token": config.moe.aux_loss > 0,
+    }
+    if config.share_prompts and (found := [what for what, is_there in obstacles.items() if is_there]):
+        raise PlanError(
+            f"policy.share_prompts=true does not go with {found[0]}; leave it out, and prompts are shared where they can be"
+        )
+    return not any(obstacles.values())
+
+
 def packs_vision(config: PolicyConfig) -> bool:
     """Whether the vision tower's attention takes all images of a micro-batch at once."""
     return torch.cuda.is_available() and config.dtype == "bfloat16"
@@ -216,6 +237,16 @@ def _recompute(config: PolicyConfig, architecture: Mapping[str, Any]) -> Choice:
         config.recompute != "none",
         saves[config.recompute],
         "policy.recompute=none: fastest, where memory/peak_gib leaves room",
+    )
+
+
+def _prompts(config: PolicyConfig, plan: ParallelPlan, architecture: Mapping[str, Any]) -> Choice:
+    return _choice(
+        "prompts shared by their answers",
+        shares_prompts(config, plan, architecture),
+        "each prompt is computed once for all answers of a micro-batch to it, where they are short beside it",
+        "for torch's attention alone, without linear attention, policy.parallel.cp and policy.moe.aux_loss, unless "
+        "policy.share_prompts=false",
     )
 
 

@@ -48,6 +48,7 @@ def update_policy(
             processor,
             passes=1 + (len(shares) > 1) + (reference is not None),
             waiting=partial(phases, "pack"),
+            shares_prompts=policy.shares_prompts,
         )
     temperature = config.rollout.sampling.temperature
     with phases("old_logprobs"):

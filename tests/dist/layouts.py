@@ -16,6 +16,7 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from gspo_mm.batch import pack
 from gspo_mm.config import LossConfig, PolicyConfig
 from gspo_mm.families.folder import read_hf
 from gspo_mm.loss import policy_loss
@@ -25,6 +26,7 @@ from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.routing_audit import RoutingAudit
 from gspo_mm.policy.weights import gradient_of
 from gspo_mm.types import MicroBatch
+from tests.groups import Pictures, groups
 from tools.check_parity import positions_model, random_batches
 
 LORA = {"rank": 3, "alpha": 6, "targets": ["attention", "mlp", "experts", "projector"]}
@@ -120,8 +122,14 @@ def policy_config(changes: dict[str, Any]) -> PolicyConfig:
 
 
 def batches_of(policy: Policy) -> list[MicroBatch]:
-    """Four micro-batches, every other one without an image: with two data-parallel ranks one has text only."""
-    return random_batches(positions_model(policy.hf), count=4, images=3)
+    """Four micro-batches, every other one without an image: with two data-parallel ranks one has text only.
+
+    The third has answers to common prompts, which share them under the layouts that can.
+    """
+    model = positions_model(policy.hf)
+    batches = random_batches(model, count=4, images=3)
+    batches[2] = pack(groups(model), Pictures(model), shares_prompts=policy.shares_prompts)
+    return batches
 
 
 def loss_of(mine: list[int], batches: list[MicroBatch]) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
@@ -202,7 +210,9 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         for letter, pair in zip("AB", adapters.pair(key), strict=True)
     }
     gradients |= {name: tensor for of_rank in policy.ranks.gather(own) for name, tensor in of_rank.items()}
-    audit = RoutingAudit(policy, batches)
+    # where prompts are shared, their decisions count once
+    alone = random_batches(positions_model(policy.hf), count=len(everything), images=3)
+    audit = RoutingAudit(policy, [alone[i] for i in mine])
     steps = [policy.update(batches, loss_fn, temperature=0.7, last=number == 1) for number in range(2)]
     return {
         "held": policy.ranks.gather(held(policy)),

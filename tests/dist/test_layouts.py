@@ -98,7 +98,7 @@ def test_a_layout_computes_what_one_rank_computes(name: str, measured: Any, alon
 def by_transformers(folders: dict[str, Path]) -> dict[str, Any]:
     """Log-probs and gradients of what the layouts of `moe` measure, each sequence by itself."""
     model = load_reference(folders["moe"])
-    batches = batches_of(SimpleNamespace(hf=model.config))
+    batches = batches_of(SimpleNamespace(hf=model.config, shares_prompts=False))
     logprobs = [reference_logprobs(model, batch, 0.7) for batch in batches]
     of_loss = loss_of([*range(len(batches))], batches)
     sum(of_loss(i, of_batch, torch.zeros(1))[0] for i, of_batch in enumerate(logprobs)).backward()

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from gspo_mm.batch import pack, sequences_of
+from gspo_mm.policy.attention import seen
 from gspo_mm.types import Completion, EncodedImage, Finish, Prompt, RolloutGroup, Score, TrainSequence
 
 
@@ -110,3 +111,52 @@ def test_completions_without_a_score_or_without_tokens_are_not_trained_on() -> N
     assert only.trained.tolist() == [False, False, True]
     assert only.advantage == 0.5
     assert only.name == "group 7 completion 0 (k)"
+
+
+def test_answers_to_one_prompt_stand_behind_one_copy_of_it() -> None:
+    a, asked = image(1), [*range(1, 9)]
+    members = [sequence([*asked, *answer], 8, a, advantage=answer[0]) for answer in ([15], [16, 17], [18])]
+    other = sequence([1, 2, 3, 9], 3, a)
+    pixels = FakePixels()
+    batch = pack([*members, other], pixels, shares_prompts=True)
+    assert batch.trees == ((7, 2, 3, 2), (4,))
+    assert batch.cu_seqlens.tolist() == [0, 14, 18]
+    assert batch.token_ids.tolist() == [*asked, 15, 8, 16, 17, 8, 18, 1, 2, 3, 9]
+    places = [*range(9), 7, 8, 9, 7, 8, *range(4)]
+    assert batch.positions[0].tolist() == [100 + place for place in places]
+    assert batch.token_ids[batch.response_mask].tolist() == [15, 16, 17, 18, 9]
+    assert batch.response_cu_seqlens.tolist() == [0, 1, 3, 4, 5]
+    assert batch.advantages.tolist() == [15.0, 16.0, 18.0, 0.0]
+    assert batch.image_index.tolist() == [0, 0]  # of the first prompt once
+    assert pixels.asked == [a.key]
+    assert pack([*members, other], FakePixels()).trees == ()
+
+
+def test_long_answers_and_answers_in_turns_do_not_share_their_prompt() -> None:
+    long = [sequence([1, 2, *range(3 + n, 20)], 2) for n in (0, 1)]
+    turns = [sequence([1, 2, 3, 4, 5 + n, 6, 7], 4) for n in (0, 1)]
+    for each in turns:
+        each.trained[5] = False
+    for members in (long, turns):
+        batch = pack(members, FakePixels(), shares_prompts=True)
+        assert batch.trees == ()
+        assert batch.num_tokens == sum(len(each.token_ids) for each in members)
+
+
+def test_what_a_token_of_a_tree_sees() -> None:
+    # two tokens that are shared, then branches of two and of one
+    assert seen((2, 2, 1), None).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    # with a window of two, the second branch's token still follows the shared ones
+    assert seen((2, 2, 1), 2).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 1, 0, 0, 1],
+    ]
