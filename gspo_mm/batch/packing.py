@@ -125,16 +125,17 @@ def without_pixels(
         for image in first.images:
             grids.setdefault(image.key, processor.grid(image))
             image_index.append(images[image.key])
+        own = [grids[image.key] for image in first.images]
+        longest = max(members, key=lambda sequence: len(sequence.token_ids))
+        # a sampled token is text whatever its id, an image token that a model samples by mistake included
+        read = torch.tensor(np.where(longest.trained, _SAMPLED, longest.token_ids), dtype=torch.int64)
+        positions = processor.positions(read, torch.cat(own) if own else None)
         for sequence in members:
             assert sequence.trained[1:].any(), sequence.name
             assert not sequence.trained[0], sequence.name
-            own = [grids[image.key] for image in sequence.images]
-            mask = torch.tensor(sequence.trained)
-            # a sampled token is text whatever its id, an image token that a model samples by mistake included
-            read = torch.tensor(sequence.token_ids, dtype=torch.int64).masked_fill(mask, _SAMPLED)
-            positions = processor.positions(read, torch.cat(own) if own else None)
-            start = 0 if sequence is first else shared
-            parts.append((sequence.token_ids[start:], positions[:, start:], mask[start:]))
+            place = slice(0 if sequence is first else shared, len(sequence.token_ids))
+            mask = torch.tensor(sequence.trained[place])
+            parts.append((sequence.token_ids[place], positions[:, place], mask))
         branches = [len(sequence.token_ids) - shared for sequence in members]
         trees.append((shared, *branches) if shared else (branches[0],))
     no_positions = processor.positions(torch.empty(0, dtype=torch.int64), None)
