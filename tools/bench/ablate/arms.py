@@ -64,7 +64,8 @@ class Scale:
 
     warm_steps: int  # of the supervised start that all arms of a seed share
     steps: int
-    prompts: int  # of a step, with 8 answers each
+    prompts: int  # of a step
+    group: int  # answers to each
     updates: int  # optimizer steps per batch
     lr: float  # the largest, of all arms
     eval_every: int
@@ -95,10 +96,10 @@ class Scale:
 
 
 SHORT = Scale(
-    warm_steps=100, steps=100, prompts=16, updates=4, lr=5e-4, eval_every=20, eval_prompts=300, audit_every=5,
+    warm_steps=100, steps=75, prompts=16, group=16, updates=4, lr=5e-4, eval_every=15, eval_prompts=300, audit_every=5,
     seeds=3, fewer_seeds=2, arms=MAIN, settings=((8, 1), (8, 4), (64, 0)),
 )  # fmt: skip
 FULL = Scale(
-    warm_steps=120, steps=450, prompts=32, updates=4, lr=5e-4, eval_every=50, eval_prompts=500, audit_every=10,
+    warm_steps=120, steps=450, prompts=32, group=8, updates=4, lr=5e-4, eval_every=50, eval_prompts=500, audit_every=10,
     seeds=5, fewer_seeds=5, arms=tuple(ARMS), settings=((8, 1), (8, 4), (64, 0), (64, 1), (64, 4)),
 )  # fmt: skip

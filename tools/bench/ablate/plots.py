@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from gspo_mm.observe.report import smooth
+from gspo_mm.observe.curves import smooth
 from tools.bench.ablate.arms import ARMS
 from tools.bench.ablate.summary import Made, curve
 

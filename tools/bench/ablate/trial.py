@@ -63,6 +63,7 @@ def trial(run: Run, scale: Scale, folder: Path, start: Path) -> dict[str, Any]:
             *settings(folder, str(run), run.seed, scale),
             f"model.path={start}",
             f"rollout.prompts_per_step={scale.prompts}",
+            f"rollout.group_size={scale.group}",
             f"train.steps={scale.steps}",
             f"train.updates_per_batch={scale.updates}",
             f"policy.optimizer.lr={scale.lr}",
@@ -150,7 +151,13 @@ class Trial:
         result = group_advantages(groups, config.advantage)
         updates = sequences_of_updates(result, config.train.updates_per_batch)
         shares, *_ = share_out(stages.policy, updates, processor=stages.processor, config=config.policy)
-        packed = [[pack(members, stages.processor) for members in share.micro_batches] for share in shares]
+        packed = [
+            [
+                pack(members, stages.processor, shares_prompts=stages.policy.shares_prompts)
+                for members in share.micro_batches
+            ]
+            for share in shares
+        ]
         every = [batch for of_share in packed for batch in of_share]
         with self.replay.recording() if self.replay else nullcontext():
             old = stages.policy.logprobs(every, temperature=stages.sampling.temperature)
