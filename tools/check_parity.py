@@ -76,7 +76,9 @@ def compare(
     def measure(gradients: Iterator[tuple[str, torch.Tensor]]) -> None:
         expected = [reference_logprobs(reference, b, temperature) for b in batches]
         reference.zero_grad()
-        sum((e * w.to(e.device)).sum() for e, w in zip(expected, weights, strict=True)).backward()
+        torch.stack(
+            [(e * w.to(e.device)).sum() for e, w in zip(expected, weights, strict=True)]
+        ).sum().backward()
         named = dict(reference.named_parameters())
         largest = max(float(p.grad.abs().max()) for p in named.values() if p.grad is not None)
         errors = {name: _relative(g, named[name].grad, largest) for name, g in gradients if name in named}

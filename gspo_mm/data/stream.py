@@ -80,7 +80,7 @@ class SampleStream:
         self.notes: list[str] = []  # how the shards differ from those of the cursor
         self.cursor = cursor or Cursor()
         self._counts = self.cursor.counts
-        self._of_epoch: list[str | None] = self._shards
+        self._of_epoch: Sequence[str | None] = self._shards
         if self.cursor.read and self.cursor.shards:
             self._find_again()
         else:

@@ -63,7 +63,7 @@ class Family(ABC):
         hf = AutoConfig.from_pretrained(path)
         check_nesting(path, hf)
         if hasattr(hf, "quantization_config"):
-            del hf.quantization_config
+            del hf.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
         return hf
 
     def auto_class(self, hf: Any) -> Any:

@@ -48,7 +48,7 @@ def delta_layer(layer: ModuleSpec, *, norm: Any) -> ModuleSpec:
     `norm`: the class for its output, whose weight is centred at one whatever those of other norms are. Raises PlanError where
     a GPU lacks the kernels.
     """
-    if not gated_delta_net.common.HAVE_FLA:
+    if not gated_delta_net.common.HAVE_FLA:  # pyright: ignore[reportAttributeAccessIssue]
         raise PlanError(
             "this model's linear attention needs flash-linear-attention, which cannot be imported here; install it: "
             "pip install 'gspo-mm[fla]'"

@@ -148,7 +148,7 @@ def _packed_attention(
     query, key, value = (t[0].transpose(0, 1).contiguous() for t in (query_1AIH, key_1AIH, value_1AIH))
     offsets = cu_seq_lens_q.to(torch.int32)
     assert scaling == query.shape[-1] ** -0.5, "torch 2.11's function knows no other"
-    output_IAH = varlen.varlen_attn(query, key, value, offsets, offsets, max_length_q, max_length_q)
+    output_IAH: Any = varlen.varlen_attn(query, key, value, offsets, offsets, max_length_q, max_length_q)
     return output_IAH.unsqueeze(0), None
 
 

@@ -38,6 +38,6 @@ class Pickler(pickle._Pickler):
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         if obj is torch.storage._load_from_bytes:
-            self.write(pickle.GLOBAL + b"torch.storage\n_load_from_bytes\n")
+            self.write(pickle.GLOBAL + b"torch.storage\n_load_from_bytes\n")  # pyright: ignore[reportAttributeAccessIssue]
         else:
-            super().save(obj, save_persistent_id)
+            super().save(obj, save_persistent_id)  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,6 +11,7 @@ from gspo_mm.families.folder import read_hf
 from gspo_mm.policy.engine import Policy
 from tests.tiny_vl import save, tiny_vl
 from tools.bench.ablate.arms import ARMS, FULL, SHORT
+from tools.bench.ablate.plots import draw
 from tools.bench.ablate.ratios import Ratios
 from tools.bench.ablate.replay import Replay, cache_of
 from tools.bench.ablate.summary import accuracy_at, collapsed
@@ -119,3 +120,15 @@ def test_every_arm_has_a_run_with_every_seed() -> None:
     first = [run for run in SHORT.runs() if run.setting == (8, 0)]
     assert len(first) == len(set(first)) == SHORT.seeds * len(ARMS)
     assert {run.setting for run in FULL.runs()} == {(e, s) for e in (8, 64) for s in (0, 1, 4)}
+
+
+def test_every_picture_is_drawn(tmp_path: Path) -> None:
+    ratios = [{"length": 4, "answers": 50, "sum": 0.2, "token": 0.1, "mean": 0.05}]
+    lines = [
+        {"step": step, "eval/accuracy": 0.3 + step / 10, "reward/mean": 0.4, "routing/agree": 0.9}
+        for step in (1.0, 2.0, 3.0)
+    ]
+    found = {"lines": lines, "ratios": ratios, "fault": None, "replay": None}
+    draw({run: found for run in SHORT.runs() if run.seed < 2}, tmp_path)
+    drawn = {file.name: file.read_bytes()[:4] for file in tmp_path.iterdir()}
+    assert drawn == dict.fromkeys(["learning.png", "ratios.png", "flips.png", "staleness.png"], b"\x89PNG")

@@ -88,7 +88,7 @@ def sides(shards: list[str], buffer: int) -> dict[str, Callable[[], Iterable[Any
     import webdataset
 
     def theirs() -> Any:
-        return webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)
+        return webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)  # pyright: ignore[reportAttributeAccessIssue]
 
     return {
         "webdataset in order": theirs,

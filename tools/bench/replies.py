@@ -58,7 +58,7 @@ def speed(goes_on: Callable[[], bool]) -> float:
     began, rounds = time.perf_counter(), 0
     while goes_on():
         for number in range(1000):
-            number * number
+            _ = number * number
         rounds += 1
     return rounds / (time.perf_counter() - began)
 

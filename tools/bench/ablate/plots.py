@@ -36,7 +36,7 @@ def draw_learning(made: Made, file: Path) -> None:
     for arm, runs in by_arm(made, first).items():
         band(left, arm, [curve(found["lines"], "eval/accuracy") for found in runs], scale=100)
         rewards = [curve(found["lines"], "reward/mean") for found in runs]
-        band(right, arm, [(steps, smooth(values, 10)) for steps, values in rewards], scale=1, filled=False)
+        band(right, arm, [(steps, smoothed(values, 10)) for steps, values in rewards], scale=1, filled=False)
     left.set(title="Held-out accuracy, greedy", xlabel="step", ylabel="%")
     right.set(title="Reward of sampled answers (mean of 10 steps)", xlabel="step", ylabel="reward")
     finish(figure, [left, right], file)
@@ -66,7 +66,7 @@ def draw_flips(made: Made, file: Path) -> None:
     for axes, setting in zip(places[0], settings, strict=True):
         for arm, runs in by_arm(made, setting).items():
             agree = [curve(found["lines"], "routing/agree") for found in runs]
-            flips = [(steps, smooth([1 - value for value in values], 3)) for steps, values in agree]
+            flips = [(steps, smoothed([1 - value for value in values], 3)) for steps, values in agree]
             band(axes, arm, flips, scale=100, filled=False)
         axes.set(title=f"{setting[0]} experts, staleness {setting[1]}", xlabel="step")
     places[0][0].set_ylabel("choices that changed, %")
@@ -131,6 +131,11 @@ def band(
         axes.fill_between(
             steps, list(map(min, of_step)), list(map(max, of_step)), color=style.color, alpha=0.1, lw=0
         )
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Means of so many neighbours; there is a value at every place."""
+    return [value for value in smooth(values, window) if value is not None]
 
 
 def spread(of_runs: Sequence[Sequence[Mapping[str, float]]], name: str) -> tuple[list[float], list[float]]:
