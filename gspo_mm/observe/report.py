@@ -1,14 +1,12 @@
 """RUN/report.html: a run on one page that works offline; and one page of several runs beside each other.
 
-Everything a model or a data set wrote is escaped (jinja2's autoescape); curves are plotly's, whose script is in the
-page once, compressed, and unpacked when the text is shown; images are data: URLs. Boxes that a model answered, or asked
-to see, are drawn on copies, whose URLs the page's script sets.
+Everything a model or a data set wrote is escaped (jinja2's autoescape); curves are drawn by charts.js, which is in the
+page; images are data: URLs. Boxes that a model answered, or asked to see, are drawn on copies, whose URLs the page's
+script sets.
 """
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -98,7 +96,7 @@ def _page(**values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     ).get_template("report.html.j2")
     parts = dict.fromkeys(("runs", "health", "headlines", "tasks", "bars", "explained", "held_out", "saves"))
-    return template.render(parts | values, plotly_gz=_plotly_gz())
+    return template.render(parts | values)
 
 
 def _write(path: Path, page: str) -> Path:
@@ -181,10 +179,3 @@ def _saved_held_out(run_dir: Path, lines: Lines) -> Saved:
 def _best(steps: list[int], lines: Lines) -> int:
     accuracy = {line["step"]: line.get("eval/accuracy", -1.0) for line in lines}
     return max(steps, key=lambda step: (accuracy.get(step, -1.0), step))
-
-
-def _plotly_gz() -> str:
-    """The drawing library, gzip in base64: a browser that opens the page need not read it before it shows the text."""
-    from plotly.offline import get_plotlyjs
-
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()

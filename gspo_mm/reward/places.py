@@ -63,7 +63,7 @@ class PlaceReader:
             wanted=tuple(wanted),
             answered=tuple(answered),
             overlap=iou(wanted[0], answered[0]) if known else None,
-            unit=args.text_unit or f"{guess}, as the numbers suggest",
+            unit=args.text_unit or f"{guess}, as the numbers suggest; the reward file names none",
         )
 
     def _part(self, prompt: Prompt) -> PartSpec | None:
