@@ -47,7 +47,14 @@ def in_browser(run: Path, script: str) -> Any:
     page = write_report(run).read_text().replace("<head>", f"<head>{alarm}").replace("</body>", test)
     copy = run / "tested.html"
     copy.write_text(page)
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={run / 'profile'}"]
+    # all that is drawn when it comes near the window is near it
+    options = [
+        "--headless=new",
+        "--window-size=1280,4000",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={run / 'profile'}",
+    ]
     command = [browser, *options, "--virtual-time-budget=5000", "--dump-dom", copy.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     said = re.search("FOUND(.*)END", dom, flags=re.DOTALL)
@@ -59,8 +66,6 @@ def test_nothing_that_a_model_wrote_runs_and_the_curves_are_drawn(run: Path) -> 
     found = in_browser(
         run,
         """
-        document.querySelector(".chart").scrollIntoView();
-        await new Promise(done => setTimeout(done, 300));
         return document.querySelectorAll(".chart svg path").length > 0;
         """,
     )
