@@ -68,21 +68,33 @@ class Supervised(Training):
                 self.record(values)
         self.keep()
 
+    def begin(self) -> None:
+        """Held-out accuracy before the first step, which the one after the last is compared with."""
+        if self.step == 0 and not self.is_evaluated():
+            self.judge_weights()
+            self.stages.weights.make_room()
+
     def end(self) -> None:
-        """Held-out accuracy into the last step's line, through the engine and weight sync of GSPO."""
-        if self.is_evaluated():
+        if self.conversations:
+            self.conversations.close()
+        if not self.is_evaluated():
+            self.judge_weights()
+
+    def judge_weights(self) -> None:
+        """Held-out accuracy into the step's line, through the engine and weight sync of GSPO. A collective."""
+        if not self.ranks.any(bool(self.stages.held_out)):
             return
         with self.phases("sync"):
             self.stages.weights.push(version=self.step)
-        if self.conversations:
-            self.conversations.close()
         metrics = self.evaluate()
+        times = self.phases.take() if self.step == 0 else {}  # the last step's line has its own
         if metrics and self.metrics:
-            self.metrics.amend(self.step, metrics)
+            self.metrics.amend(self.step, {**metrics, **times})
 
     def summary(self, lines: list[dict[str, Any]]) -> dict[str, Any]:
-        last = lines[-1]
+        first, last = lines[0], lines[-1]
         return {
+            "accuracy_before": first.get("eval/accuracy") if first["step"] == 0 else None,
             "accuracy_after": last.get("eval/accuracy"),
             "loss_last": next(line["sft/loss"] for line in reversed(lines) if "sft/loss" in line),
             "steps": last["step"],

@@ -27,8 +27,10 @@ from gspo_mm.harness import Training, run_training
 from gspo_mm.loss.gspo import check_clip_can_act
 from gspo_mm.loss.table import surrogate_of
 from gspo_mm.observe.answers import rollout_metrics, sampled_tokens, turn_metrics
+from gspo_mm.observe.explained import note
 from gspo_mm.observe.metrics import summarize
 from gspo_mm.observe.throughput import peak_flops, peak_memory, throughput
+from gspo_mm.policy.near_ties import NearTies
 from gspo_mm.policy.routing_audit import RoutingAudit
 from gspo_mm.policy.shares import share_out, split_evenly
 from gspo_mm.policy.update import update_policy
@@ -67,6 +69,7 @@ class Gspo(Training):
             if config.rollout.serves
             else None
         )
+        self.near_ties = NearTies(stages.policy, stages.processor)
         self.under_way = False  # whether a batch was taken since the last step was done
         self.beside = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         stack.callback(self.beside.shutdown)
@@ -211,7 +214,10 @@ class Gspo(Training):
             phases=self.phases,
             step=self.step,
             gaps=gaps,
+            ties=self.near_ties,
         )
+        if self.ranks.main:
+            note(self.run.path, self.step + 1, self.near_ties.said)
         if audit:
             with self.phases("routing_audit"):
                 metrics |= audit.compare()

@@ -30,6 +30,9 @@ from gspo_mm.data.places import expand_shards
 from gspo_mm.data.processor import Processor
 from gspo_mm.data.samples import sample_key, to_prompt
 from gspo_mm.data.shards import RawSample, read_shard
+from gspo_mm.observe.boxes import overlay
+from gspo_mm.reward.places import PlaceReader
+from gspo_mm.reward.spec import RewardSpec, read_spec
 from gspo_mm.types import EncodedImage, GspoError, Prompt
 
 THUMBNAIL = 220  # pixels
@@ -74,18 +77,23 @@ def main(
         int, typer.Option(min=1, help="Samples on that page, drawn at random from all that are read.")
     ] = 60,
     seed: Annotated[int, typer.Option(help="Decides which.")] = 0,
+    reward: Annotated[
+        Path | None,
+        typer.Option(help="Reward file: wanted boxes are drawn on that page's pictures, as it reads them."),
+    ] = None,
 ) -> None:
     """Print what the shards hold, and what training would skip and why."""
     try:
         paths = expand_shards(shards)
         processor = Processor(str(model), _settings(shards), shows_pages=True) if model else None
+        spec = read_spec(reward) if reward else None
         facts = look(paths, processor, limit=limit, show=show, seed=seed)
     except GspoError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(1) from None
     tell(facts, paths)
     if html:
-        html.write_text(sheet(facts, shards))
+        html.write_text(sheet(facts, shards, spec))
         typer.echo(f"\n{html}: {len(facts.chosen)} samples")
 
 
@@ -185,13 +193,15 @@ def _share(counts: Counter[Any]) -> str:
     return ", ".join(shown) + (f", and {len(counts) - 12} others" if len(counts) > 12 else "")
 
 
-def sheet(facts: Facts, shards: Sequence[str]) -> str:
-    """The contact sheet: one self-contained page."""
+def sheet(facts: Facts, shards: Sequence[str], spec: RewardSpec | None = None) -> str:
+    """The contact sheet: one self-contained page, with the boxes that a reward file wants."""
+    reader = PlaceReader(spec, facts.chosen) if spec else None
     cards = [
         {
             "key": prompt.key,
             "task": prompt.task,
             "images": [_thumbnail(image) for image in prompt.pictures],
+            "overlay": overlay(reader.read(prompt) if reader else None),
             "messages": [(message["role"], _words(message)) for message in prompt.messages],
             "answer": json.dumps(prompt.answer, ensure_ascii=False),
             "response": prompt.response,
@@ -217,8 +227,11 @@ def _thumbnail(image: EncodedImage) -> dict[str, Any]:
     return {"url": url, "width": image.width, "height": image.height}
 
 
-_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-    """<!doctype html>
+_PAGE = jinja2.Environment(
+    loader=jinja2.PackageLoader("gspo_mm.observe", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+).from_string(
+    """{% import "boxes.html.j2" as drawn %}
+<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ shards }}</title>
 <style>
   body { font: 14px/1.45 system-ui, sans-serif; margin: 24px; background: #f4f4f2; color: #222; }
@@ -231,7 +244,7 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
   figcaption, small, dt { color: #777; font-size: 12px; }
   dl { margin: 6px 0 0; } dd { margin: 0 0 6px; white-space: pre-wrap; max-height: 14em; overflow: auto; }
   dd.answer { font-weight: 600; } .fault { color: #a00; }
-</style></head><body>
+{{ drawn.styles() }}</style></head><body>
 <h1>{{ shards }}</h1>
 <p>{{ cards | length }} of {{ "{:,}".format(samples) }} samples, drawn at random</p>
 <main>
@@ -241,7 +254,9 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
   {% if image.fault %}
   <p class="fault">{{ image.fault }}; training skips this sample</p>
   {% else %}
-  <figure><img src="{{ image.url }}" alt=""><figcaption>{{ image.width }} x {{ image.height }}</figcaption></figure>
+  <figure><div class="look"><img src="{{ image.url }}" alt="">
+    {%- if loop.first and card.overlay %}{{ drawn.boxes(card.overlay) }}{% endif %}</div>
+    <figcaption>{{ image.width }} x {{ image.height }}</figcaption></figure>
   {% endif %}
   {% endfor %}
   <dl>

@@ -1,4 +1,4 @@
-"""Curves: what plotly draws on the page, of one run or of several over each other; and the README's picture of several runs."""
+"""Curves: what charts.js draws on the page, of a run or of several over each other; and the README's picture of several."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Drawn:
     title: str
     unit: str
     about: str
-    # JSON: what plotly takes
+    # JSON: what charts.js takes
     traces: str
 
 
@@ -109,10 +109,9 @@ def _curves(lines: Lines, metric: str, name: str, color: str, **extra: Any) -> l
     if metric.startswith("eval/"):
         return [_trace(x, y, name, color, mode="lines+markers", **extra)] if points else []
     if len(points) < 4 * SMOOTHED:
-        return [_trace(x, y, name, color, mode="lines", **extra)] if points else []
-    together = {"mode": "lines", "legendgroup": name, **extra}
-    faint = _trace(x, y, name, color, **together, opacity=0.3, showlegend=False, hoverinfo="skip")
-    return [faint, _trace(x, smooth(y, SMOOTHED), name, color, **together)]
+        return [_trace(x, y, name, color, **extra)] if points else []
+    faint = _trace(x, y, name, color, opacity=0.3, showlegend=False, **extra)
+    return [faint, _trace(x, smooth(y, SMOOTHED), name, color, **extra)]
 
 
 def _time_chart(lines: Lines) -> list[Drawn]:
@@ -124,7 +123,7 @@ def _time_chart(lines: Lines) -> list[Drawn]:
             [finite(line.get(phase, 0.0)) for line in lines if line["step"] > 0],
             phase.removeprefix("time/"),
             COLORS[i % len(COLORS)],
-            stackgroup="time",
+            mode="stacked",
         )
         for i, phase in enumerate(phases)
     ]
@@ -138,13 +137,11 @@ def _expert_chart(lines: Lines) -> list[Drawn]:
     known = spread(known, MAX_COLUMNS)
     layers = sorted({name for line in known for name in line if name.startswith(prefix)})
     heat = {
-        "type": "heatmap",
+        "mode": "heat map",
         "x": [line["step"] for line in known],
         "y": [f"layer {name.removeprefix(prefix)}" for name in layers],
         "z": [[finite(line.get(name)) for line in known] for name in layers],
         "zmin": 1,
-        "colorscale": "Viridis",
-        "colorbar": {"thickness": 10},
     }
     about = "Tokens of each layer's busiest expert over an even spread: 1 is even, and bright rows are layers that lean on few."
     return _drawn("Load of experts", "times even", about, [heat] if layers else [])
@@ -156,8 +153,7 @@ def _drawn(title: str, unit: str, about: str, traces: list[dict[str, Any]]) -> l
 
 
 def _trace(x: list[int], y: list[float | None], name: str, color: str, **extra: Any) -> dict[str, Any]:
-    line = {"color": color, "width": 0 if "stackgroup" in extra else 1.8}
-    return {"x": x, "y": y, "name": name, "type": "scatter", "line": line, **extra}
+    return {"x": x, "y": y, "name": name, "color": color, "mode": "lines", **extra}
 
 
 def spread[T](items: list[T], count: int) -> list[T]:

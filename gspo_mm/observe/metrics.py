@@ -58,6 +58,8 @@ METRICS = {
     "first_update_ratio_error": "|mean ratio - 1| on the first update after a rollout; must be 0 up to rounding",
     "logprob_gap_mean": "mean |log-prob of the rollout engine - log-prob of the policy|, nats",
     "logprob_gap_max": "largest such difference",
+    "near_ties/odd": "tokens of the step whose difference is far above the step's median, and that were looked at",
+    "near_ties/explained": "those of them whose router, in some layer, scored two experts so alike that rounding chooses",
     "mismatch/k1": "k1 estimate of KL(rollout engine, policy): mean log-prob of the engine - of the policy, nats per token",
     "mismatch/k3": "k3 estimate of the same, never negative",
     "mismatch/ratio_mean": "ratio policy / rollout engine of a sequence (geometric mean over its tokens), mean",

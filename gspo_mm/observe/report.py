@@ -1,13 +1,13 @@
 """RUN/report.html: a run on one page that works offline; and one page of several runs beside each other.
 
-Everything a model or a data set wrote is escaped (jinja2's autoescape); curves are plotly's, whose script is put
-into the page once; images are data: URLs. Boxes that a model asked to see are drawn on copies, whose URLs the page's script sets.
+Everything a model or a data set wrote is escaped (jinja2's autoescape); curves are drawn by charts.js, which is in the
+page; images are data: URLs. Boxes that a model answered, or asked to see, are drawn on copies, whose URLs the page's
+script sets.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +15,21 @@ from typing import Any
 
 import jinja2
 
-from gspo_mm.data.faults import BadSample
-from gspo_mm.data.pictures import data_url
+from gspo_mm.observe.boxes import RunBoxes
+from gspo_mm.observe.cards import card, sampled_card
 from gspo_mm.observe.curves import Lines, charts_of, comparison, spread
+from gspo_mm.observe.explained import read_notes
 from gspo_mm.observe.health import Health
 from gspo_mm.observe.metrics import read_metrics
+from gspo_mm.observe.timeline import bars_of
 from gspo_mm.rollout.saved import list_steps, load_rollouts
 from gspo_mm.runtime.disk import written_whole
-from gspo_mm.types import Completion, EncodedImage, Look, RolloutGroup
+from gspo_mm.types import RolloutGroup
 
 MAX_SAVES = 8  # saved steps shown, spread over the run
 MAX_GROUPS = 6  # groups of a step shown
-MAX_COMPLETIONS = 8  # completions of a group shown
+MAX_NOTES = 30  # sentences on odd numbers
 MAX_HELD_OUT = 48  # held-out prompts shown, spread over all
-SMALL = 128  # pixels; a picture that is narrower is shown larger, pixel by pixel
 # name in summary.json -> (label, how to show it)
 HEADLINES = {
     "accuracy_before": ("held-out accuracy before", "{:.1%}"),
@@ -43,6 +44,8 @@ HEADLINES = {
     "skipped_samples": ("skipped samples", "{:,}"),
 }
 
+type Saved = dict[int, list[RolloutGroup]]  # by step
+
 
 def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html."""
@@ -53,14 +56,23 @@ def render(run_dir: Path) -> str:
     """The page, from metrics.jsonl, summary.json (where there is one yet) and saved answers."""
     lines = read_metrics(run_dir)
     path = run_dir / "summary.json"
+    held_out = _saved_held_out(run_dir, lines)
+    sampled: Saved = {step: load_rollouts(run_dir, step) for step in spread(list_steps(run_dir), MAX_SAVES)}
+    groups = [group for saved in (held_out, sampled) for of_step in saved.values() for group in of_step]
+    boxes = RunBoxes(run_dir, [group.prompt for group in groups])
     return _page(
         name=run_dir.name,
         health=Health(lines),
         headlines=_headlines(json.loads(path.read_text()) if path.exists() else {}),
         charts=charts_of(lines),
         tasks=_tasks(lines),
-        held_out=_held_out(run_dir, lines),
-        saves=[_save(run_dir, step) for step in spread(list_steps(run_dir), MAX_SAVES)],
+        bars=bars_of(lines),
+        explained=read_notes(run_dir)[:MAX_NOTES],
+        held_out=_held_out(held_out, lines, boxes),
+        saves=[
+            {"step": step, "groups": [sampled_card(group, boxes) for group in groups[:MAX_GROUPS]]}
+            for step, groups in sampled.items()
+        ],
     )
 
 
@@ -83,8 +95,8 @@ def _page(**values: Any) -> str:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     ).get_template("report.html.j2")
-    parts = dict.fromkeys(("runs", "health", "headlines", "tasks", "held_out", "saves"))
-    return template.render(parts | values, plotly_js=_plotly_js())
+    parts = dict.fromkeys(("runs", "health", "headlines", "tasks", "bars", "explained", "held_out", "saves"))
+    return template.render(parts | values)
 
 
 def _write(path: Path, page: str) -> Path:
@@ -130,18 +142,16 @@ def _tasks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _held_out(run_dir: Path, lines: Lines) -> list[dict[str, Any]]:
+def _held_out(saved: Saved, lines: Lines, boxes: RunBoxes) -> list[dict[str, Any]]:
     """Held-out prompts, each with the answers of the first, best and last weights that were evaluated."""
-    steps = list_steps(run_dir, "held-out")
-    if not steps:
+    if not saved:
         return []
-    accuracy = {line["step"]: line.get("eval/accuracy", -1.0) for line in lines}
-    best = max(steps, key=lambda step: (accuracy.get(step, -1.0), step))
+    best = _best(list(saved), lines)
     known = {
         f"step {step}{', best' if step == best else ''}": {
-            group.prompt.key: group for group in load_rollouts(run_dir, step, "held-out") if group.scores
+            group.prompt.key: group for group in groups if group.scores
         }
-        for step in sorted({steps[0], best, steps[-1]})
+        for step, groups in saved.items()
     }
     *_, last_step = known.values()
     found = []
@@ -155,105 +165,17 @@ def _held_out(run_dir: Path, lines: Lines) -> list[dict[str, Any]]:
         first, last = (bool(together.scores[i].accuracy) for i in (0, -1))
         signs = ["right" if last else "wrong"]
         signs += [f"became {signs[0]}"] if first != last else []
-        found.append(_group(together, signs, list(groups)))
+        found.append(card(together, signs, boxes, list(groups)))
     return found
 
 
-def _save(run_dir: Path, step: int) -> dict[str, Any]:
-    groups = load_rollouts(run_dir, step)[:MAX_GROUPS]
-    return {"step": step, "groups": [_group(group, _signs(group)) for group in groups]}
+def _saved_held_out(run_dir: Path, lines: Lines) -> Saved:
+    """Of the first, best and last weights that were evaluated."""
+    steps = list_steps(run_dir, "held-out")
+    chosen = sorted({steps[0], _best(steps, lines), steps[-1]}) if steps else []
+    return {step: load_rollouts(run_dir, step, "held-out") for step in chosen}
 
 
-def _signs(group: RolloutGroup) -> list[str]:
-    """What a sampled group can be looked for by."""
-    right = {bool(score.accuracy) for score in group.scores}
-    correct = "some right" if len(right) > 1 else "all right" if True in right else "none right"
-    return ["live" if group.advantages else "dead", correct]
-
-
-def _group(group: RolloutGroup, signs: list[str], weights: Sequence[str] = ()) -> dict[str, Any]:
-    """What the template needs of a prompt and its answers; of held-out ones, the weights that gave each."""
-    images = [_picture(image) for image in group.prompt.images]
-    zeros = {f"{name} is 0" for score in group.scores for name, value in score.parts.items() if value == 0}
-    return {
-        "signs": json.dumps([*signs, *sorted(zeros)]),
-        "key": group.prompt.key,
-        "task": group.prompt.task,
-        "answer": json.dumps(group.prompt.answer, ensure_ascii=False),
-        "question": "\n".join(_text(message) for message in group.prompt.messages),
-        "images": images,
-        "pages": len(group.prompt.pages),
-        "left_out": max(0, len(group.completions) - MAX_COMPLETIONS),
-        "completions": [
-            {
-                "turns": _turns(completion, images),
-                "finish": str(completion.finish),
-                "value": "failed" if score is None or math.isnan(score.value) else f"{score.value:.2f}",
-                "right": bool(score and score.accuracy),
-                "parts": {}
-                if score is None
-                else {name: f"{value:.2f}" for name, value in score.parts.items()},
-                "error": score.error if score else None,
-                "last": weights[i]
-                if weights
-                else f"{group.advantages[i]:+.2f}"
-                if group.advantages
-                else "dead",
-            }
-            for i, completion in enumerate(group.completions[:MAX_COMPLETIONS])
-            for score in [group.scores[i] if group.scores else None]
-        ],
-    }
-
-
-def _turns(completion: Completion, of_prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each with what came back after it, and with the box that it asked to see on one of the pictures until then."""
-    shown, found = [*of_prompt], []
-    for turn in completion.turns:
-        came_back = None
-        if seen := turn.observation:
-            images = [_picture(image) for image in seen.images]
-            came_back = {"text": seen.text, "images": images, "look": _look(seen.look, shown)}
-            shown += images
-        found.append({"text": turn.text, "observation": came_back})
-    return found
-
-
-def _look(look: Look | None, shown: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The picture, and the box on it in percent, clipped."""
-    if look is None or not 1 <= look.image <= len(shown):
-        return None
-    left, top, right, bottom = (100 * min(max(edge, 0.0), 1.0) for edge in look.box)
-    return {
-        "of": shown[look.image - 1],
-        "image": look.image,
-        "left": min(left, right),
-        "top": min(top, bottom),
-        "width": abs(right - left),
-        "height": abs(bottom - top),
-        "clipped": any(not 0 <= edge <= 1 for edge in look.box),
-    }
-
-
-def _text(message: Any) -> str:
-    content = message["content"]
-    return (
-        content
-        if isinstance(content, str)
-        else " ".join(p["text"] for p in content if p.get("type") == "text")
-    )
-
-
-def _picture(image: EncodedImage) -> dict[str, Any]:
-    """A URL that holds the picture, empty where its file in the run folder is damaged."""
-    try:
-        url = data_url(image.data)
-    except BadSample:
-        url = ""
-    return {"url": url, "key": image.key, "small": image.width < SMALL}
-
-
-def _plotly_js() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs()
+def _best(steps: list[int], lines: Lines) -> int:
+    accuracy = {line["step"]: line.get("eval/accuracy", -1.0) for line in lines}
+    return max(steps, key=lambda step: (accuracy.get(step, -1.0), step))

@@ -43,6 +43,7 @@ class Layout:
     response_order: torch.Tensor  # [R] int64, place in R of the predictions of CP rank 0, then rank 1, ...
     response_counts: list[int]  # own R of every CP rank
     own_is_real: torch.Tensor  # [N/tp] bool, rows of this TP rank that are not padding
+    own_tokens: torch.Tensor  # [real rows of N/tp] int64, token of the micro-batch in each of them
 
 
 def lay_out(
@@ -96,6 +97,7 @@ def lay_out(
         response_order=torch.cat([response_number[places] for places in predicted]),
         response_counts=[len(places) for places in predicted],
         own_is_real=is_real[own],
+        own_tokens=source[own][is_real[own]],
     )
 
 

@@ -88,6 +88,9 @@ class PolicyModel(MegatronModule):
         self.language = build_decoder(self, family, hf, transformer, plan)
         self.token_multiple = token_multiple(config)
         self.real_rows = torch.empty(0, dtype=torch.bool)  # rows of the pass under way that are not padding
+        self.real_tokens = torch.empty(
+            0, dtype=torch.int64
+        )  # token of the micro-batch in each of these, on the host
 
     @property
     def share_embeddings_and_output_weights(self) -> bool:
@@ -118,7 +121,7 @@ class PolicyModel(MegatronModule):
             image_token_id=self.family.image_token_id(self.hf),
             total=total or padded_tokens(batch, self.plan, multiple=self.token_multiple),
         )
-        self.real_rows = layout.own_is_real.to(target)
+        self.real_rows, self.real_tokens = layout.own_is_real.to(target), layout.own_tokens
         packed = pack_params(layout.cu_seqlens, self.rotary(layout.positions.to(target)), batch.trees)
         packed.padding = ~self.real_rows[None]
         embeddings_N1D = self._embed(batch, layout, packed) if self.pre_process else None

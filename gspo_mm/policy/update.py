@@ -14,6 +14,7 @@ from gspo_mm.config import Config, LossConfig
 from gspo_mm.loss.gspo import policy_loss
 from gspo_mm.loss.metrics import Metrics, reduce_metrics, summarize
 from gspo_mm.policy.engine import Policy
+from gspo_mm.policy.near_ties import NearTies
 from gspo_mm.policy.reference import Reference
 from gspo_mm.runtime.phases import Phases
 from gspo_mm.types import MicroBatch, Share
@@ -31,6 +32,7 @@ def update_policy(
     phases: Phases,
     step: int = 0,
     gaps: dict[str, float] | None = None,
+    ties: NearTies | None = None,
 ) -> dict[str, float]:
     """One optimizer step per share; returns their metrics, which are those of all ranks. A collective.
 
@@ -38,6 +40,7 @@ def update_policy(
 
     `step` training steps were done before, which together with the share's number decides the learning rate.
     `gaps` is filled with each sequence's mean |log-prob of the rollout engine − of the policy|, nats, by its name.
+    `ties` looks at what differs most, where there are old log-probs.
 
     Old log-probs are the policy's own, from one pass before the first step and shared by all of them. With a
     single step that pass is left out: the ratio is then exactly 1 in value, while its gradient is not 0.
@@ -58,6 +61,10 @@ def update_policy(
             else [None] * len(every_batch)
         )
         refs = reference.logprobs(every_batch, temperature) if reference else [None] * len(every_batch)
+    found: dict[str, float] = {}
+    if ties and len(shares) > 1:
+        with phases("near_ties"):
+            found = ties.look([m for share in shares for m in share.micro_batches], every_batch, olds)
     metrics: list[dict[str, Any]] = []
     with phases("update"):
         start = 0
@@ -83,7 +90,7 @@ def update_policy(
         names, values = of_step.pop(_NAMES), of_step.pop(_GAPS)
         if gaps is not None:
             gaps |= zip(names, values, strict=True)
-    found = {"updates/skipped": float(len(shares) - len(metrics)), **policy.expert_load()}
+    found |= {"updates/skipped": float(len(shares) - len(metrics)), **policy.expert_load()}
     if not metrics:
         return found
     return {

@@ -64,7 +64,7 @@ def box_iou(text: str, answer: Json, args: BoxArgs, *, size: Size = None) -> flo
     """
     wanted = _wanted_box(answer, args, size)
     given = parse_box(text)
-    overlap = 0.0 if given is None else iou(_shares(given, args.text_unit, size), wanted)
+    overlap = 0.0 if given is None else iou(shares(given, args.text_unit, size), wanted)
     return overlap if _reaches(overlap, args.at_least) else 0.0
 
 
@@ -74,7 +74,7 @@ def point_in_box(text: str, answer: Json, args: PlaceArgs, *, size: Size = None)
     point = parse_point(text)
     if point is None:
         return 0.0
-    x, y, _, _ = _shares((*point, *point), args.text_unit, size)
+    x, y, _, _ = shares((*point, *point), args.text_unit, size)
     return float(wanted[0] <= x <= wanted[2] and wanted[1] <= y <= wanted[3])
 
 
@@ -97,12 +97,12 @@ def grounding_f1(text: str, answer: Json, args: GroundingArgs, *, size: Size = N
         return 0.0
     if not given and not wanted:
         return 1.0
-    wanted_boxes = [_shares(box.box, args.answer_unit, size) for box in wanted]
+    wanted_boxes = [shares(box.box, args.answer_unit, size) for box in wanted]
     edges = [
         [
             j
             for j, box in enumerate(wanted_boxes)
-            if _reaches(iou(_shares(one.box, args.text_unit, size), box), args.at_least)
+            if _reaches(iou(shares(one.box, args.text_unit, size), box), args.at_least)
             and (not args.labels or one.label == wanted[j].label)
         ]
         for one in given
@@ -126,6 +126,23 @@ def parse_point(text: str) -> tuple[float, float] | None:
         value = value.get("point_2d")
     numbers = _numbers(value, 2)
     return None if numbers is None else (numbers[0], numbers[1])
+
+
+def wanted_boxes(answer: Json, args: PlaceArgs) -> list[Box]:
+    """All boxes of a data's answer, one or several, in its unit; none where it holds no boxes."""
+    found = _labelled(answer, args.answer_form) if isinstance(answer, list | dict) else None
+    return [box.box for box in found or ()]
+
+
+def stated_boxes(text: str) -> list[Box]:
+    """All boxes that a text states, in its unit, a point as a box without area; none where it states no place."""
+    if (point := parse_point(text)) is not None:
+        return [(*point, *point)]
+    try:
+        found = _labelled(parse_json(text), "xyxy")
+    except ValueError:
+        found = None
+    return [box.box for box in found or ()][:_MOST_BOXES]
 
 
 def iou(a: Box, b: Box) -> float:
@@ -161,10 +178,10 @@ def _wanted_box(answer: Json, args: PlaceArgs, size: Size) -> Box:
     wanted = _box(answer, args.answer_form)
     if wanted is None:
         raise ValueError(f"answer {answer!r} is no box [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
-    return _shares(wanted, args.answer_unit, size)
+    return shares(wanted, args.answer_unit, size)
 
 
-def _shares(box: Box, unit: Unit | None, size: Size) -> Box:
+def shares(box: Box, unit: Unit | None, size: Size) -> Box:
     """The box as shares of the image; without a unit as it is."""
     if unit in (None, "one"):
         return box

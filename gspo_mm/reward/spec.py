@@ -164,7 +164,7 @@ class RewardFunction:
             if not self._kinds[part.name].service:
                 continue
             try:
-                stated = self._stated(part, _text(part, completion))
+                stated = self._stated(part, text_of(part, completion))
                 value = 0.0
                 if stated:
                     asked = self._with_bare_answer(part, prompt)
@@ -228,7 +228,7 @@ class RewardFunction:
     def _judge(self, part: PartSpec, prompt: Prompt, completion: Completion) -> float:
         kind = self._kinds[part.name]
         assert kind.judge
-        text = _text(part, completion)
+        text = text_of(part, completion)
         stated = text if kind.whole_text else self._stated(part, text)
         prompt = self._with_bare_answer(part, prompt)
         context = {name: CONTEXT[name](prompt, completion) for name in kind.context}
@@ -258,13 +258,19 @@ class RewardFunction:
         return value
 
 
-def _text(part: PartSpec, completion: Completion) -> str:
+def text_of(part: PartSpec, completion: Completion) -> str:
+    """What the part reads of an answer."""
     last = part.read == "last" and completion.turns
     return completion.turns[-1].text if last else completion.text
 
 
 def load_reward(path: str | Path) -> RewardFunction:
     """Read and check a reward file; raises RewardFileError: one sentence naming file, key, value and fix."""
+    return RewardFunction(read_spec(path), file=str(path))
+
+
+def read_spec(path: str | Path) -> RewardSpec:
+    """What a reward file says; nothing that it names is imported or asked. Raises as `load_reward`."""
     path = Path(path)
     if not path.is_file():
         raise RewardFileError(
@@ -277,20 +283,23 @@ def load_reward(path: str | Path) -> RewardFunction:
         raise RewardFileError(f"{path} is not a valid YAML file: {' '.join(str(error).split())}") from None
     if found := faults(unquoted, values, _refused):
         raise RewardFileError(f"{path}: {found[0]}")
-    return parse_reward(values, file=str(path))
+    return _spec(values, file=str(path))
 
 
 def parse_reward(values: Any, *, file: str) -> RewardFunction:
     """Build from plain values; raises RewardFileError as `load_reward` does."""
+    return RewardFunction(_spec(values, file=file), file=file)
+
+
+def _spec(values: Any, *, file: str) -> RewardSpec:
     if not values:
         raise RewardFileError(f"{file} is empty; give it a name and parts, as in configs/rewards/digits.yaml")
     if not isinstance(values, dict):
         raise RewardFileError(f"{file} holds no mapping of keys; start from configs/rewards/digits.yaml")
     try:
-        spec = RewardSpec.model_validate(values)
+        return RewardSpec.model_validate(values)
     except ValidationError as error:
         raise RewardFileError(first_fault(error, file, "", values)) from None
-    return RewardFunction(spec, file=file)
 
 
 def _refused(values: Any) -> list[tuple[Any, ...]]:

@@ -289,7 +289,11 @@ def test_replay_trains_on_saved_answers_without_an_engine(short_config: Path, sh
 
 def test_a_supervised_run_lowers_its_loss_and_exports(short_config: Path, tmp_path: Path) -> None:
     gspo_mm("sft", str(short_config), f"run.dir={tmp_path}", "sft.steps=8")
-    losses = [line["sft/loss"] for line in read_metrics(tmp_path / "short")]
-    assert losses[-1] < 0.7 * losses[0]
+    before, *steps = read_metrics(tmp_path / "short")
+    assert steps[-1]["sft/loss"] < 0.7 * steps[0]["sft/loss"]
+    summary = json.loads((tmp_path / "short" / "summary.json").read_text())
+    assert (before["step"], before["eval/accuracy"]) == (0, summary["accuracy_before"])
+    assert steps[-1]["eval/accuracy"] == summary["accuracy_after"]
+    assert list_steps(tmp_path / "short", "held-out") == [0, 8]
     assert (tmp_path / "short" / "hf" / "config.json").exists()
     assert (tmp_path / "short" / "report.html").exists()

@@ -102,7 +102,7 @@ def curve(folder: Path, run: str, *, steps: int = 50, **policy: Any) -> list[flo
         }
     )
     sft(config, StopRequest())
-    return [line["sft/loss"] for line in read_metrics(config.run.path)]
+    return [line["sft/loss"] for line in read_metrics(config.run.path) if line["step"] > 0]
 
 
 @pytest.fixture(scope="module")

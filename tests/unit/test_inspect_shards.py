@@ -74,3 +74,19 @@ def test_a_pattern_without_shards_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no shard matches" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_box_that_a_reward_file_wants_is_drawn_on_the_picture(tmp_path: Path) -> None:
+    rows = [{"question": "<image>where?", "images": ["0.png"], "answer": [5, 2, 15, 7], "task": "where"}]
+    (tmp_path / "0.png").write_bytes(picture())  # 20 x 10 pixels
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_tool("make_shards.py", "rows", tmp_path / "rows.jsonl", tmp_path / "out")
+    arguments = (tmp_path / "out" / "*.tar", "--html", tmp_path / "sheet.html")
+    done = inspect(*arguments, "--reward", TOOLS.parent / "configs/rewards/digits.yaml")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "sheet.html").read_text()
+    (box,) = re.findall(r'<div class="box wanted +" style="(.*?)"', page)
+    assert box == "--left: 25.00%; --top: 20.00%; width: 50.00%; height: 50.00%"
+    done = inspect(*arguments, "--reward", tmp_path / "gone.yaml")
+    assert done.returncode == 1
+    assert "gone.yaml does not exist" in done.stderr

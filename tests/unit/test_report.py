@@ -11,8 +11,10 @@ import pytest
 from gspo_mm.config import ObserveConfig
 from gspo_mm.observe.charts import CHARTS, Chart
 from gspo_mm.observe.curves import smooth, spread, write_curves_png
-from gspo_mm.observe.metrics import METRICS, MetricsWriter, is_documented
+from gspo_mm.observe.explained import note
+from gspo_mm.observe.metrics import METRICS, MetricsWriter, is_documented, read_metrics
 from gspo_mm.observe.report import write_comparison, write_report
+from gspo_mm.observe.timeline import bars_of
 from gspo_mm.rollout.saved import save_rollouts
 from gspo_mm.types import Completion, RolloutGroup
 from tests.unit.test_rollouts import group
@@ -49,14 +51,12 @@ def long_completion() -> Completion:
     return saying("word " * 2000)
 
 
-def page_without_library(run: Path) -> str:
-    """The page without plotly's own script."""
-    page = write_report(run).read_text()
-    return re.sub(r"<script>/\*\*.*?</script>", "", page, count=1, flags=re.DOTALL)
+def page_of(run: Path) -> str:
+    return write_report(run).read_text()
 
 
 def test_the_page_shows_numbers_tasks_and_rollouts(run: Path) -> None:
-    page = page_without_library(run)
+    page = page_of(run)
     assert "75.0%" in page
     assert "+50.0" in page
     assert "Importance ratio" in page
@@ -65,20 +65,18 @@ def test_the_page_shows_numbers_tasks_and_rollouts(run: Path) -> None:
 
 
 def test_the_verdict_and_the_rules_that_hold_stand_on_top(run: Path) -> None:
-    assert '<div class="card verdict "><strong>No rule holds, but 0 steps are few' in page_without_library(
-        run
-    )
+    assert '<div class="card verdict "><strong>No rule holds, but 0 steps are few' in page_of(run)
     with MetricsWriter(run, ObserveConfig(tensorboard=False), {}) as metrics:
         for step in range(7, 10):
             metrics.write(step, {"reward/std": 0.0, "reward/mean": 1.0})
-    page = page_without_library(run)
+    page = page_of(run)
     assert '<div class="card verdict ill"><strong>The run looks ill: constant_reward.' in page
     assert "all answers of 3 steps got the reward 1; probable cause" in page
 
 
 def charts(run: Path) -> dict[str, list[dict[str, object]]]:
     """Traces on the page, by title."""
-    found = re.findall(r'<h3>(.*?) <span.*?data-traces="(.*?)"', page_without_library(run), flags=re.DOTALL)
+    found = re.findall(r'<h3>(.*?) <span.*?data-traces="(.*?)"', page_of(run), flags=re.DOTALL)
     return {title: json.loads(html.unescape(traces)) for title, traces in found}
 
 
@@ -130,26 +128,57 @@ def test_every_mismatch_and_rollout_metric_is_drawn() -> None:
     assert {name for name in METRICS if name.startswith(("mismatch/", "rollout/"))} <= drawn
 
 
+def test_the_usual_and_the_slowest_step_are_shown_by_phase(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, ObserveConfig(tensorboard=False), {}) as metrics:
+        metrics.write(0, {"eval/accuracy": 0.5, "time/eval": 90.0, "time/step": 100.0})
+        for step, update in ((1, 6.0), (2, 3.0), (3, 2.0)):
+            times = {"time/update": update, "time/rollout": 1.5, "time/step": update + 2.0}
+            metrics.write(step, times)
+    usual, slowest = bars_of(read_metrics(tmp_path))
+    assert [(bar.title, bar.seconds) for bar in (usual, slowest)] == [
+        ("usual: step 2", 5.0),
+        ("slowest: step 1", 8.0),
+    ]
+    assert [(s.phase, s.seconds, s.percent) for s in usual.segments] == [
+        ("rollout", 1.5, 18.75),
+        ("update", 3.0, 37.5),
+        ("other", 0.5, 6.25),
+    ]
+    assert sum(s.percent for s in slowest.segments) == pytest.approx(100)
+    page = page_of(tmp_path)
+    assert page.index("usual: step 2") < page.index("update 3.00 s") < page.index("slowest: step 1")
+
+
+def test_what_was_found_out_about_odd_numbers_stands_on_the_page(run: Path) -> None:
+    note(run, 4, [f"a tie, says {HOSTILE}"])
+    note(run, 4, [f"a tie, says {HOSTILE}"])  # the step was made again after a crash
+    with (run / "explained.jsonl").open("a") as file:
+        file.write('{"step": 5, "sa')
+    page = page_of(run)
+    assert page.count("a tie, says &lt;/script&gt;") == 1
+    assert HOSTILE not in page
+
+
 def test_model_output_is_escaped_wherever_it_stands(run: Path) -> None:
-    page = page_without_library(run)
+    page = page_of(run)
     assert HOSTILE not in page
     assert "<img src=x" not in page
     assert page.count("&lt;script&gt;alert(1)") >= 3
 
 
 def test_the_page_needs_nothing_from_elsewhere(run: Path) -> None:
-    tags = re.findall(r"<[a-z][^>]*>", page_without_library(run))
+    tags = re.findall(r"<[a-z][^>]*>", page_of(run))
     assert any("src=" in tag for tag in tags)
     assert not [tag for tag in tags if re.search(r'\s(?:href|src)="(?!data:)', tag)]
-    assert not re.findall(r"(?:fetch|import|XMLHttpRequest)\(", page_without_library(run))
+    assert not re.findall(r"(?:fetch|import|XMLHttpRequest)\(", page_of(run))
 
 
 def test_long_answers_are_folded(run: Path) -> None:
-    assert "<details><summary>word word" in page_without_library(run)
+    assert "<details><summary>word word" in page_of(run)
 
 
 def test_nan_leaves_a_gap_instead_of_breaking_the_curve(run: Path) -> None:
-    assert "NaN" not in page_without_library(run)
+    assert "NaN" not in page_of(run)
 
 
 def test_a_run_that_has_only_begun_has_a_report_too(tmp_path: Path) -> None:
@@ -190,7 +219,7 @@ def test_the_load_of_experts_is_a_row_for_each_layer(tmp_path: Path) -> None:
         for step in (1, 2):
             metrics.write(step, {"moe/load_max": 3.0, "moe/load_max/00": 1.0 * step, "moe/load_max/01": 3.0})
     (heat,) = charts(tmp_path)["Load of experts"]
-    assert (heat["type"], heat["x"], heat["y"]) == ("heatmap", [1, 2], ["layer 00", "layer 01"])
+    assert (heat["mode"], heat["x"], heat["y"]) == ("heat map", [1, 2], ["layer 00", "layer 01"])
     assert heat["z"] == [[1.0, 2.0], [3.0, 3.0]]
 
 
@@ -207,7 +236,7 @@ def test_held_out_answers_of_first_best_and_last_weights_stand_side_by_side(run:
         save_rollouts(run, step, answers, kind="held-out")
     with MetricsWriter(run, ObserveConfig(tensorboard=False), {}) as metrics:
         metrics.write(4, {"eval/accuracy": 0.9})
-    section = page_without_library(run).split("<h2>Held-out answers</h2>")[1].split("<h2>Rollouts</h2>")[0]
+    section = page_of(run).split("<h2>Held-out answers</h2>")[1].split("<h2>Rollouts</h2>")[0]
     shown = re.findall(r'<td class="num">(step .*?)</td>', section)
     assert shown == ["step 0", "step 4, best", "step 6"]
     assert "early" in section
@@ -235,4 +264,4 @@ def test_runs_are_compared_on_a_page(run: Path, tmp_path: Path) -> None:
 def test_a_group_without_scores_is_shown(tmp_path: Path, run: Path) -> None:
     bare: RolloutGroup = replace(group(2), scores=(), advantages=())
     save_rollouts(run, 4, [bare])
-    assert "dead" in page_without_library(run)
+    assert "dead" in page_of(run)
