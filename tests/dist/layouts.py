@@ -1,6 +1,6 @@
 """What a policy computes under one parallel layout. Run by torchrun for many layouts at once, and by the tests alone.
 
-    torchrun --nproc-per-node 2 -m tests.dist.layouts OUT FOLDER... -- NAME...
+torchrun --nproc-per-node 2 -m tests.dist.layouts OUT FOLDER... -- NAME...
 """
 
 from __future__ import annotations
@@ -115,7 +115,13 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
 
 def policy_config(changes: dict[str, Any]) -> PolicyConfig:
     # eps: far above rounding, so that a gradient of rounding noise does not become a full step of Adam
-    optimizer = {"lr": 1e-3, "eps": 1e-5, "grad_clip": 0.5, "weight_decay": 0.1, **changes.get("optimizer", {})}
+    optimizer = {
+        "lr": 1e-3,
+        "eps": 1e-5,
+        "grad_clip": 0.5,
+        "weight_decay": 0.1,
+        **changes.get("optimizer", {}),
+    }
     return PolicyConfig.model_validate({"dtype": "float32", **changes, "optimizer": optimizer})
 
 
@@ -124,7 +130,9 @@ def batches_of(policy: Policy) -> list[MicroBatch]:
     return random_batches(positions_model(policy.hf), count=4, images=3)
 
 
-def loss_of(mine: list[int], batches: list[MicroBatch]) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
+def loss_of(
+    mine: list[int], batches: list[MicroBatch]
+) -> Callable[..., tuple[torch.Tensor, dict[str, float]]]:
     """A loss that weighs every token differently, plus losses that loss.type names, two to a micro-batch; and a metric."""
     S, N = sum(b.num_sequences for b in batches), sum(b.num_response_tokens for b in batches)
 
@@ -208,7 +216,9 @@ def measure(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         "held": policy.ranks.gather(held(policy)),
         "exact": there_and_back,
         "sent": are_sent,
-        "logprobs": [dict(pair for of_rank in numbered for pair in of_rank)[i] for i in range(len(everything))],
+        "logprobs": [
+            dict(pair for of_rank in numbered for pair in of_rank)[i] for i in range(len(everything))
+        ],
         "loss": loss,
         "entropy": sum(m["entropy"] for m in metrics),
         "gradients": gradients,

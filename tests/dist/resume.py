@@ -1,7 +1,7 @@
 """Two optimizer steps under one layout, a checkpoint, and two more: saved, or resumed under another layout.
 
-    torchrun --nproc-per-node 2 -m tests.dist.resume save FOLDER CHECKPOINT "tp2 ep2 etp1" OUT
-    torchrun --nproc-per-node 2 -m tests.dist.resume load FOLDER CHECKPOINT "pp2" OUT
+torchrun --nproc-per-node 2 -m tests.dist.resume save FOLDER CHECKPOINT "tp2 ep2 etp1" OUT
+torchrun --nproc-per-node 2 -m tests.dist.resume load FOLDER CHECKPOINT "pp2" OUT
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from gspo_mm.policy.engine import Policy
 from tests.dist.layouts import LAYOUTS, batches_of, loss_of, policy_config, set_pairs
 
 
-def steps(action: str, folder: Path, checkpoint: Path, changes: dict[str, Any]) -> list[tuple[float, float, float]]:
+def steps(
+    action: str, folder: Path, checkpoint: Path, changes: dict[str, Any]
+) -> list[tuple[float, float, float]]:
     """Loss, gradient norm and learning rate of the two steps after the checkpoint."""
     optimizer = {"warmup_steps": 2, "min_lr_ratio": 0.1}
     policy = Policy.from_hf(

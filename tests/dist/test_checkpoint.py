@@ -74,9 +74,7 @@ def test_the_state_decides_what_comes_next(folder: Path, saved: tuple[Path, Any]
     assert expected[0][0] != pytest.approx(expected[1][0], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "kind", ["moe", "tied dense", "text"]
-)
+@pytest.mark.parametrize("kind", ["moe", "tied dense", "text"])
 def test_there_and_back_changes_no_bit(kind: str, folder: Path, tmp_path: Path) -> None:
     if kind == "text":
         folder = save(tiny_text(num_hidden_layers=2, vocab_size=131), tmp_path / "text", dtype=torch.bfloat16)

@@ -128,9 +128,17 @@ def test_ranks_hold_what_a_plan_says(name: str, measured: Any, folders: dict[str
     config = policy_config({key: value for key, value in changes.items() if key != "bucket"})
     sizes = Sizes.from_config(config.parallel, ranks)
     policy = Policy(sizes=sizes, width=4, frozen=frozenset(config.frozen), lora=config.lora)
-    job = Job(model=read_model(str(folders[model])), gpu=gpu_of("h100"), per_node=8, policy=policy, work=WORK, servers=None)
+    job = Job(
+        model=read_model(str(folders[model])),
+        gpu=gpu_of("h100"),
+        per_node=8,
+        policy=policy,
+        work=WORK,
+        servers=None,
+    )
     planned = [
-        held_by(job, layers, first=stage == 0, last=stage == sizes.pp - 1) for stage, layers in enumerate(stages(job))
+        held_by(job, layers, first=stage == 0, last=stage == sizes.pp - 1)
+        for stage, layers in enumerate(stages(job))
     ]
     found = measured(name)["held"]
     for rank in found:

@@ -27,7 +27,14 @@ def work(rank: int, size: int, folder: str, rows: int, tokens: int) -> None:
     hidden.requires_grad_()
     own = weight[rank * rows : (rank + 1) * rows].clone().requires_grad_()
     found, entropy = linear_logprobs(
-        hidden, own, targets, vocab=VOCAB, temperature=0.7, entropy=True, group=dist.group.WORLD, chunk_tokens=4
+        hidden,
+        own,
+        targets,
+        vocab=VOCAB,
+        temperature=0.7,
+        entropy=True,
+        group=dist.group.WORLD,
+        chunk_tokens=4,
     )
     (found * torch.arange(tokens)).sum().backward()
     part = hidden.grad.clone()
@@ -39,7 +46,9 @@ def work(rank: int, size: int, folder: str, rows: int, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("size", "rows", "tokens"), [(2, 19, 11), (2, 40, 11), (3, 13, 11), (2, 19, 0)], ids=str
 )
-def test_a_split_vocabulary_gives_the_whole_ones_results(size: int, rows: int, tokens: int, tmp_path: Path) -> None:
+def test_a_split_vocabulary_gives_the_whole_ones_results(
+    size: int, rows: int, tokens: int, tmp_path: Path
+) -> None:
     """With 40 rows each, the second rank holds padding only."""
     mp.spawn(work, args=(size, str(tmp_path), rows, tokens), nprocs=size)
     hidden, weight, targets = inputs(rows * size, tokens)
