@@ -100,7 +100,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     groups = {item: _group(item) for item in items}
     for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))
-    first = ["sglang/test_faults", *TOGETHER, "e2e", "dist", "te"]
+    first = ["sglang/test_faults", *TOGETHER, "e2e", "parallel", "te"]
     items.sort(
         key=lambda item: next(
             (i for i, name in enumerate(first) if groups[item].startswith(name)), len(first)

@@ -25,7 +25,7 @@ from gspo_mm.serving.server import ServerError
 from gspo_mm.sync.checksums import Checksums
 from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import Completion, EncodedPrompt, GspoError, SamplingParams
-from tests.dist.layouts import set_pairs
+from tests.parallel.layouts import set_pairs
 from tests.sglang.conftest import MakeConfig
 from tests.waiting import PATIENCE, eventually
 

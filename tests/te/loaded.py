@@ -5,5 +5,5 @@ from tests.te.stand_in import install
 install()
 
 import gspo_mm.policy.engine  # noqa: E402, F401
-import tests.dist.layouts  # noqa: E402, F401
+import tests.parallel.layouts  # noqa: E402, F401
 import tools.check_parity  # noqa: E402, F401

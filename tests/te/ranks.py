@@ -42,7 +42,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], list[str]]] = {
 
 def measure(folder: Path, parallel: dict[str, int], form: str) -> dict[str, Any]:
     """Log-probs, and losses and weights of two updates, all by two micro-batches of which one has no image."""
-    from tests.dist.layouts import in_pieces, loss_of, policy_config
+    from tests.parallel.layouts import in_pieces, loss_of, policy_config
     from tools.check_parity import positions_model, random_batches
 
     # large enough steps that BF16 does not round them away; not scaled by the norm, whose last digit depends on the layout

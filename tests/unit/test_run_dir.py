@@ -30,7 +30,7 @@ def config(tmp_path: Path, *, background: bool = True, **run: object) -> Config:
 
 
 class Write:
-    """Stands for the policy, whose own checkpoint is tested in tests/dist."""
+    """Stands for the policy, whose own checkpoint is tested in tests/parallel."""
 
     def __init__(self, weight: float, size: int = 2) -> None:
         self.weight, self.size, self.written = weight, size, False

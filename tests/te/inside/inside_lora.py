@@ -12,7 +12,7 @@ from gspo_mm.config import PolicyConfig
 from gspo_mm.policy import spec
 from gspo_mm.policy.engine import Policy
 from gspo_mm.policy.weights import gradient_of
-from tests.dist.layouts import set_pairs
+from tests.parallel.layouts import set_pairs
 from tests.te.inside import ON_CARD
 from tests.tiny_vl import save, tiny_hybrid, tiny_vl, wide_vl
 from tools.check_parity import random_batch

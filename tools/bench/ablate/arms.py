@@ -15,13 +15,15 @@ class Arm:
     config: str  # below configs/
     color: str
     replays: bool = False  # whether updates use the experts that the old log-probs were computed with
+    seeds: int | None = None  # as many as other arms if None
 
 
 # The bounds are those of each paper, but for gspo and gspo_token: theirs are for answers of a thousand tokens, and the configs
 # say how they are scaled to short ones.
 ARMS = {
     "gspo": Arm(label="GSPO", config="quickstart.yaml", color="#2563eb"),
-    "gspo_token": Arm(label="GSPO-token", config="losses/gspo_token.yaml", color="#0891b2"),
+    # one seed: where all tokens of an answer have its advantage it equals GSPO (eq. 14 and 15 of its paper), as seen here
+    "gspo_token": Arm(label="GSPO-token", config="losses/gspo_token.yaml", color="#0891b2", seeds=1),
     "grpo": Arm(label="GRPO", config="losses/grpo.yaml", color="#dc2626"),
     "grpo_replay": Arm(
         label="GRPO + replay", config="losses/grpo.yaml", color="#ea580c", replays=True
@@ -86,7 +88,7 @@ class Scale:
             Run(experts=experts, staleness=staleness, arm=arm, seed=seed)
             for (experts, staleness), arms, seeds in wanted
             for seed, arm in product(range(seeds), arms)
-            if arm in names
+            if arm in names and seed < (ARMS[arm].seeds or seeds)
         ]
 
     def of_a_run(self) -> dict[str, Any]:

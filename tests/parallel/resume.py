@@ -1,7 +1,7 @@
 """Two optimizer steps under one layout, a checkpoint, and two more: saved, or resumed under another layout.
 
-torchrun --nproc-per-node 2 -m tests.dist.resume save FOLDER CHECKPOINT "tp2 ep2 etp1" OUT
-torchrun --nproc-per-node 2 -m tests.dist.resume load FOLDER CHECKPOINT "pp2" OUT
+torchrun --nproc-per-node 2 -m tests.parallel.resume save FOLDER CHECKPOINT "tp2 ep2 etp1" OUT
+torchrun --nproc-per-node 2 -m tests.parallel.resume load FOLDER CHECKPOINT "pp2" OUT
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from gspo_mm.checkpoint.distributed import load_policy, save_policy
 from gspo_mm.policy.engine import Policy
-from tests.dist.layouts import LAYOUTS, batches_of, loss_of, policy_config, set_pairs
+from tests.parallel.layouts import LAYOUTS, batches_of, loss_of, policy_config, set_pairs
 
 
 def steps(

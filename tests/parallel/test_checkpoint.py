@@ -12,9 +12,9 @@ from gspo_mm.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from gspo_mm.checkpoint.distributed import load_weights
 from gspo_mm.families.folder import read_hf
 from gspo_mm.policy.engine import Policy
-from tests.dist.layouts import LAYOUTS, LORA, policy_config
-from tests.dist.resume import steps
 from tests.forked import COMMANDS
+from tests.parallel.layouts import LAYOUTS, LORA, policy_config
+from tests.parallel.resume import steps
 from tests.tiny_vl import save, tiny_text, tiny_vl
 from tools.check_parity import load_reference
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(action: str, name: str, folder: Path, checkpoint: Path, out: Path) -> Any:
-    command = ["-m", "tests.dist.resume", action, str(folder), str(checkpoint), name, str(out)]
+    command = ["-m", "tests.parallel.resume", action, str(folder), str(checkpoint), name, str(out)]
     done = COMMANDS.run(*command, ranks=LAYOUTS[name][0])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())

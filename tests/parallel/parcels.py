@@ -1,6 +1,6 @@
 """What shares each rank gets, and how many bytes each sends for it. Run on ranks; every two make a machine.
 
-torchrun --nproc-per-node 4 -m tests.dist.parcels OUT
+torchrun --nproc-per-node 4 -m tests.parallel.parcels OUT
 """
 
 import json

@@ -1,6 +1,6 @@
 """Weights of ranks that share a model, pushed to two servers without a model. Run on ranks.
 
-torchrun --nproc-per-node 4 -m tests.dist.push OUT FOLDER
+torchrun --nproc-per-node 4 -m tests.parallel.push OUT FOLDER
 """
 
 from __future__ import annotations

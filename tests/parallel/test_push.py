@@ -15,7 +15,7 @@ from tests.tiny_vl import save, tiny_vl
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("push")
     folder = save(tiny_vl(num_hidden_layers=8, num_experts=16, moe_intermediate_size=256), out / "hf")
-    done = COMMANDS.run("-m", "tests.dist.push", str(out), str(folder), ranks=4)
+    done = COMMANDS.run("-m", "tests.parallel.push", str(out), str(folder), ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "told.json").read_text())
 

@@ -14,8 +14,8 @@ from gspo_mm.plan.hardware import gpu_of
 from gspo_mm.plan.memory import held_by, optimizer_bytes, stages
 from gspo_mm.plan.model import read_model
 from gspo_mm.plan.setup import Job, Lengths, Policy, Work
-from tests.dist.layouts import LAYOUTS, LORA, batches_of, loss_of, measure, policy_config
 from tests.forked import COMMANDS
+from tests.parallel.layouts import LAYOUTS, LORA, batches_of, loss_of, measure, policy_config
 from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_sinks, tiny_text, tiny_vl, tiny_windows
 from tools.check_parity import load_reference, reference_logprobs
 
@@ -45,7 +45,7 @@ def measured(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     @cache
     def launch(ranks: int, model: str) -> str:
         names = [name for name, (size, of, _) in LAYOUTS.items() if (size, of) == (ranks, model)]
-        command = ["-m", "tests.dist.layouts", str(out), *map(str, folders.values()), "--", *names]
+        command = ["-m", "tests.parallel.layouts", str(out), *map(str, folders.values()), "--", *names]
         done = COMMANDS.run(*command, ranks=ranks)
         return "" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
 

@@ -1,6 +1,6 @@
 """What a policy computes under one parallel layout. Run by torchrun for many layouts at once, and by the tests alone.
 
-torchrun --nproc-per-node 2 -m tests.dist.layouts OUT FOLDER... -- NAME...
+torchrun --nproc-per-node 2 -m tests.parallel.layouts OUT FOLDER... -- NAME...
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from tests.dist.parcels import DP_RANK_OF, IMAGE, SHARES, told
 from tests.forked import COMMANDS
+from tests.parallel.parcels import DP_RANK_OF, IMAGE, SHARES, told
 
 
 def test_every_rank_has_its_shares_and_each_machine_was_sent_each_image_once(tmp_path: Path) -> None:
-    done = COMMANDS.run("-m", "tests.dist.parcels", str(tmp_path), ranks=4)
+    done = COMMANDS.run("-m", "tests.parallel.parcels", str(tmp_path), ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]
     of_ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     for found, dp_rank in zip(of_ranks, DP_RANK_OF, strict=True):
