@@ -41,6 +41,8 @@ from shard_rows.rows import Columns
 from shard_rows.tables import Form, SourceError, open_source
 from shard_rows.writing import SPLITS, Report, ShardWriter, write_rows
 
+from gspo_mm.reward.grounding import Unit
+
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_show_locals=False)
 
 REFUSED = "refused.jsonl"
@@ -106,6 +108,13 @@ def rows(
     system: Annotated[
         str | None, typer.Option(help="System message to put in front of every prompt.")
     ] = None,
+    box_unit: Annotated[
+        Unit | None,
+        typer.Option(
+            help="Unit in which your model gives boxes, for rows with ms-swift's objects: thousandths of the picture "
+            "(Qwen3-VL), its pixels, or shares of one."
+        ),
+    ] = None,
     images: Annotated[
         Path | None,
         typer.Option(help="Folder where relative image paths begin. [default: that of the source]"),
@@ -167,6 +176,7 @@ def rows(
         meta=names_in(meta),
         ignore=names_in(ignore),
         system=system,
+        box_unit=box_unit,
     )
     try:
         old = existing(out, force=force)

@@ -21,7 +21,7 @@ from gspo_mm.types import Json
 # x1, y1, x2, y2 in the coordinates of the data, x1 < x2, y1 < y2
 type Box = tuple[float, float, float, float]
 type Size = tuple[int, int] | None  # of the prompt's image, in pixels
-type Unit = Literal["one", "thousand", "pixels"]
+Unit = Literal["one", "thousand", "pixels"]
 
 _LARGEST = 1e6  # coordinates beyond are babble (and some integers that JSON reads fit no float)
 _MOST_BOXES = 300  # a text with more is babble

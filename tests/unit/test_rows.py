@@ -178,7 +178,7 @@ def test_columns_can_be_named_and_kept(folder: Path) -> None:
         (
             {"question": "Find <ref-object>.", "objects": {"ref": ["a cat"], "bbox": [[1, 2, 3, 4]]}},
             "objects in text",
-            "write names and boxes there, boxes as your model gives them",
+            "say in which unit your model gives boxes: --box-unit thousand",
         ),
         ({"completion": 4}, "wrong response", "'4' is no text|4 is no text"),
         (

@@ -5,7 +5,7 @@ Rows come as the formats of the field have them, without renaming anything:
     TRL            prompt: messages or text; image or images; solution or answer; completion; or messages alone
     verl           prompt: messages with <image> in their text; images: [{bytes, path}]; reward_model.ground_truth
     ms-swift       messages with <image> in their text, the last one perhaps an answer; images: [path]; solution;
-                   or system, history: [[question, answer]], query, response
+                   or system, history: [[question, answer]], query, response; objects, which objects.py writes out
     slime          prompt: text or messages; images; label
     LLaVA          conversations of {from: human or gpt, value}, as ShareGPT's; image or images
     LLaMA-Factory  conversations; or system, history, instruction, input (a second line), output; images
@@ -36,6 +36,9 @@ from gspo_mm.data.faults import BadSample
 from gspo_mm.data.media import IMAGE, find_media, names_media
 from gspo_mm.data.pictures import kind_of
 from gspo_mm.data.samples import to_prompt
+from gspo_mm.reward.grounding import Unit
+
+from .objects import has_marks, with_objects
 
 PLACEHOLDER = "<image>"
 
@@ -46,8 +49,6 @@ _TASK = ("task", "ability")
 _RESPONSE = ("response", "completion", "output")
 # who speaks in conversations -> role
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
-# where ms-swift writes what stands in the column `objects`
-_OBJECT_MARKS = ("<ref-object>", "<bbox>")
 # of a message, besides role and content: what chat templates read
 _MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 
@@ -70,6 +71,8 @@ class Columns:
     ignore: tuple[str, ...] = ()
     # text of a system message to put in front; not a column
     system: str | None = None
+    # in which the model gives boxes; not a column
+    box_unit: Unit | None = None
 
 
 def sample_of(
@@ -95,14 +98,12 @@ def sample_of(
         raise BadSample(
             "image order", "some images stand in the messages and others in a column; name either of them"
         )
-    if "objects" in row and any(mark in str(messages) for mark in _OBJECT_MARKS):
-        raise BadSample(
-            "objects in text",
-            f"{' or '.join(_OBJECT_MARKS)} stands for what objects holds; write names and boxes there, boxes as your model "
-            "gives them",
-        )
     response = _response(row, columns, messages, used)
     messages = [*_before(row, columns, messages, used), *messages]
+    if "objects" in row and has_marks([messages, response]):
+        used.add("objects")
+        column, pictures = plain(row["objects"]), [data for data, _ in images]
+        messages, response = with_objects(messages, response, column, pictures, columns.box_unit)
     has_answer = any(name.partition(".")[0] in row for name in _ANSWER)
     said = _MISSING if response is None or has_answer else response
     record = {
