@@ -85,7 +85,7 @@ def test_the_box_that_a_reward_file_wants_is_drawn_on_the_picture(tmp_path: Path
     done = inspect(*arguments, "--reward", TOOLS.parent / "configs/rewards/digits.yaml")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "sheet.html").read_text()
-    (box,) = re.findall(r'<div class="box wanted +" style="(.*?)"', page)
+    (box,) = re.findall(r'<div class="box wanted" style="(.*?)"', page)
     assert box == "--left: 25.00%; --top: 20.00%; width: 50.00%; height: 50.00%"
     done = inspect(*arguments, "--reward", tmp_path / "gone.yaml")
     assert done.returncode == 1

@@ -25,7 +25,7 @@ from gspo_mm.policy.vision import attend_to_all_images
 from tests.tiny_vl import save, tiny_text, tiny_vl, tiny_windows, wide_vl
 
 MIXTURE = {"num_moe_experts": 8, "activation_func": F.silu, "gated_linear_unit": True}
-ON_A_CPU: set[str] = set()
+ON_A_CPU = {"prompts shared by their answers"}
 ON_A_GPU = {
     "fused layers",
     "images attended to at once",
@@ -57,8 +57,9 @@ def of(policy: dict[str, Any], world: int = 1, architecture: dict[str, Any] = MI
     return on(choices(config, ParallelPlan.from_config(config.parallel, world), architecture))
 
 
-def test_a_cpu_has_none_of_it() -> None:
+def test_a_cpu_shares_prompts_and_has_none_of_the_rest() -> None:
     assert of({}) == ON_A_CPU
+    assert of({"share_prompts": False}) == of({"moe": {"aux_loss": 0.01}}) == set()
 
 
 @pytest.mark.usefixtures("gpu")

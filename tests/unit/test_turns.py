@@ -262,11 +262,11 @@ def test_the_report_shows_each_turn_and_what_came_back(group: RolloutGroup, tmp_
 @pytest.mark.parametrize(
     ("box", "drawn"),
     [
-        ((0.25, 0.5, 0.75, 0.625), ("box ", 25, 50, 50, 12.5)),
+        ((0.25, 0.5, 0.75, 0.625), ("box", 25, 50, 50, 12.5)),
         ((0.5, -0.25, 0.75, 0.5), ("box clipped", 50, 0, 25, 50)),
         ((-1, -1, 2, 2), ("box clipped", 0, 0, 100, 100)),
         ((2, 0.5, 3, 0.75), ("box clipped", 100, 50, 0, 25)),
-        ((0.75, 0.75, 0.5, 0.5), ("box ", 50, 50, 25, 25)),
+        ((0.75, 0.75, 0.5, 0.5), ("box", 50, 50, 25, 25)),
     ],
     ids=["inside", "above", "around", "beside", "turned"],
 )
