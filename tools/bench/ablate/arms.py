@@ -98,8 +98,8 @@ class Scale:
 
 
 SHORT = Scale(
-    warm_steps=100, steps=60, prompts=16, group=16, updates=4, lr=5e-4, eval_every=15, eval_prompts=300, audit_every=5,
-    seeds=3, fewer_seeds=1, arms=MAIN, settings=((8, 1), (8, 4), (64, 0)),
+    warm_steps=100, steps=80, prompts=16, group=16, updates=4, lr=5e-4, eval_every=16, eval_prompts=500, audit_every=5,
+    seeds=3, fewer_seeds=2, arms=MAIN, settings=((8, 1), (8, 4), (64, 0)),
 )  # fmt: skip
 FULL = Scale(
     warm_steps=120, steps=450, prompts=32, group=8, updates=4, lr=5e-4, eval_every=50, eval_prompts=500, audit_every=10,
