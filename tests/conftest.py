@@ -1,10 +1,14 @@
 """The tiny model and a few digit shards, made once per test session by the tools a user would call."""
 
+import atexit
 import gc
+import json
 import logging
 import os
 import subprocess
 import sys
+import tempfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +21,15 @@ from tests.forked import COMMANDS
 os.environ.setdefault(
     "OMP_NUM_THREADS", str(share_of_cores(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 )
+
+# what tests/quick does for all that tests start; workers of xdist have it from the process that started them
+if "GSPO_MM_TESTS_PACKAGES" not in os.environ:
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as packages:
+        json.dump(packages_distributions(), packages)
+    atexit.register(Path(packages.name).unlink)
+    os.environ["GSPO_MM_TESTS_PACKAGES"] = packages.name
+    quick = [str(Path(__file__).with_name("quick")), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, quick))
 
 # folders whose tests share what takes long to start, a server or a cluster; the others share within a file
 TOGETHER = ("sglang", "slurm")
