@@ -64,6 +64,8 @@ def trial(run: Run, scale: Scale, folder: Path, start: Path) -> dict[str, Any]:
             f"model.path={start}",
             f"rollout.prompts_per_step={scale.prompts}",
             f"rollout.group_size={scale.group}",
+            "rollout.sampling.temperature=1.0",
+            "rollout.drop_dead_groups=false",
             f"train.steps={scale.steps}",
             f"train.updates_per_batch={scale.updates}",
             f"policy.optimizer.lr={scale.lr}",
