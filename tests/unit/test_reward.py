@@ -276,14 +276,15 @@ def test_extraction_without_pattern_or_group():
         ("<answer>[12, 5, 30, 28]</answer>", [12, 5, 30, 28], "where", 1.0, 1.0),
         ("<answer>[12, 5, 30, 17]</answer>", [12, 5, 30, 28], "where", 0.9 * 12 / 23 + 0.1, 1.0),
         ("<answer>[12, 5, 30, 16]</answer>", [12, 5, 30, 28], "where", 0.9 * 11 / 23 + 0.1, 0.0),
-        ("<answer>7</answer>", [12, 5, 30, 28], "where", 0.1, 0.0),
+        ("<answer>[30, 28, 12, 5]</answer>", [12, 5, 30, 28], "where", 0.1, 0.0),
+        ("<answer>7</answer>", [12, 5, 30, 28], "where", 0.0, 0.0),
     ],
 )
 def test_the_digit_reward(text, answer, task, value, accuracy):
     result = score(text, answer, task)
     assert result.value == pytest.approx(value, abs=1e-11)
     assert result.accuracy == accuracy
-    assert set(result.parts) == {"box" if task == "where" else "number", "format"}
+    assert set(result.parts) == ({"box", "box_format"} if task == "where" else {"number", "format"})
     assert result.error is None
 
 
