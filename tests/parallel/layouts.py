@@ -43,7 +43,7 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "pp2 tied": (2, "dense", {"parallel": {"pp": 2}}),
     "cp2 dense": (2, "dense", {"parallel": {"cp": 2}}),
     "dp2 dense": (2, "dense", {"parallel": {"dp": 2}}),
-    "pp2 uneven": (2, "moe", {"parallel": {"pp": 2, "first_stage_layers": 3}}),
+    "pp2 uneven": (2, "moe", {"parallel": {"pp": 2, "first_stage_layers": 4}}),
     "pp2 interleaved": (2, "moe", {"parallel": {"pp": 2, "vpp": 2}}),
     "cp2": (2, "moe", {"parallel": {"cp": 2}}),
     "cp2 ep2": (2, "moe", {"parallel": {"cp": 2, "ep": 2}}),

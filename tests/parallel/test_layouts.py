@@ -24,8 +24,9 @@ from tools.check_parity import load_reference, reference_logprobs
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Mixtures of experts with one dense layer, tied dense models with attention biases, linear attention; odd vocabularies."""
     parent = tmp_path_factory.mktemp("models")
-    moe = tiny_vl(num_hidden_layers=8, mlp_only_layers=[1], vocab_size=250)
-    dense = tiny_vl(moe=False, tied=True, num_hidden_layers=12, attention_bias=True, vocab_size=131)
+    # three layers for each of four chunks: DeepStack reaches so many, and the first chunk has them all
+    moe = tiny_vl(num_hidden_layers=12, mlp_only_layers=[1], vocab_size=250)
+    dense = tiny_vl(moe=False, tied=True, num_hidden_layers=6, attention_bias=True, vocab_size=131)
     text = tiny_text(num_hidden_layers=4, mlp_only_layers=[1], norm_topk_prob=False, vocab_size=250)
     text_dense = tiny_text(moe=False, tied=True, num_hidden_layers=4, attention_bias=True, vocab_size=131)
     hybrid = tiny_hybrid(vocab_size=250, linear_num_key_heads=4)
