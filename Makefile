@@ -26,7 +26,7 @@ help:  ## show this list
 	$(BIN)/pip install --quiet --upgrade --no-deps --target .venv/te $(TE)
 	@touch .venv/quickstart $@
 
-quickstart: .venv/quickstart  ## teach a small model to read handwritten digits (about 6 minutes on 2 CPU cores)
+quickstart: .venv/quickstart  ## teach a small model to read handwritten digits (about 5 minutes on 2 CPU cores)
 	test -f data/digits/train-000000.tar || $(BIN)/python tools/make_shards.py digits data/digits
 	test -f data/tiny-model/config.json || $(BIN)/python tools/make_tiny_model.py data/tiny-model
 	$(BIN)/gspo-mm sft configs/quickstart_sft.yaml run.seed=$(SEED)
