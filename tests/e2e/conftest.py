@@ -24,7 +24,7 @@ def gspo_mm(
     `real`: in a process that Python or torchrun starts, as a user would, instead of in a fork.
     """
     command = [*([str(script)] if script else ["-m", "gspo_mm.cli"]), *arguments]
-    result = (_started if real else COMMANDS.run)(*command, ranks=ranks, timeout=300, **environment)
+    result = (_started if real else COMMANDS.run)(*command, ranks=ranks, timeout=550, **environment)
     assert "UnexplainedMetricWarning" not in result.stderr
     if check and result.returncode:
         raise AssertionError(f"{arguments} exited {result.returncode}\n{result.stdout}\n{result.stderr}")

@@ -19,6 +19,9 @@ from tests.parallel.layouts import LAYOUTS, LORA, batches_of, loss_of, measure, 
 from tests.tiny_vl import save, tiny_glm, tiny_hybrid, tiny_sinks, tiny_text, tiny_vl, tiny_windows
 from tools.check_parity import load_reference, reference_logprobs
 
+# the first layout of a model waits for all of them: a quarter of an hour on a slow and busy machine
+pytestmark = pytest.mark.timeout(1800)
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -47,7 +50,7 @@ def measured(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     def launch(ranks: int, model: str) -> str:
         names = [name for name, (size, of, _) in LAYOUTS.items() if (size, of) == (ranks, model)]
         command = ["-m", "tests.parallel.layouts", str(out), *map(str, folders.values()), "--", *names]
-        done = COMMANDS.run(*command, ranks=ranks)
+        done = COMMANDS.run(*command, ranks=ranks, timeout=1500)
         return "" if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
 
     def get(name: str) -> dict[str, Any]:
