@@ -30,6 +30,7 @@ if "GSPO_MM_TESTS_PACKAGES" not in os.environ:
     os.environ["GSPO_MM_TESTS_PACKAGES"] = packages.name
     quick = [str(Path(__file__).with_name("quick")), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, quick))
+    import tests.quick.sitecustomize  # noqa: F401  (this process, too, has the list)
 
 # folders whose tests share what takes long to start, a server or a cluster; the others share within a file
 TOGETHER = ("sglang", "slurm")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 from gspo_mm.data.faults import BadSample
@@ -34,14 +35,14 @@ def with_objects(
     images: Sequence[bytes],
     unit: Unit | None,
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """Both with names and boxes in the places of their marks, and `column` as JSON has it. Raises BadSample."""
+    """Messages and response with names and boxes in the places of their marks. `column` as JSON has it; raises BadSample."""
     if unit is None:
         raise BadSample(
             "objects in text",
             "<ref-object> or <bbox> stands for what the column objects holds; say in which unit your model gives boxes: "
             "--box-unit thousand (Qwen3-VL), pixels, or one",
         )
-    objects = _Objects(column, images, unit)
+    objects = _Objects(column, [measure(data) for data in images], unit)
     messages = [message | {"content": objects.written(message["content"])} for message in messages]
     response = objects.written(response)
     objects.finish()
@@ -51,14 +52,17 @@ def with_objects(
 class _Objects:
     """Writes what marks stand for, in the order in which texts are given to it."""
 
-    def __init__(self, column: Any, images: Sequence[bytes], unit: Unit) -> None:
+    def __init__(self, column: Any, sizes: Sequence[tuple[int, int]], unit: Unit) -> None:
         if not isinstance(column, Mapping):
             raise BadSample("wrong objects", f"{str(column)[:80]!r} is no object with ref and bbox")
         self._unit: Unit = unit
-        self._images = images
+        self._sizes = sizes
+        on_images = zip(_listed(column, "bbox"), chain(_listed(column, "image_id"), repeat(0)), strict=False)
         self._left: dict[str, Iterator[str]] = {
             "<ref-object>": iter([str(name) for name in _listed(column, "ref")]),
-            "<bbox>": iter([self._box(number, column) for number in range(len(_listed(column, "bbox")))]),
+            "<bbox>": iter(
+                [self._box(box, image, column.get("bbox_type") or "real") for box, image in on_images]
+            ),
         }
         self._met: set[str] = set()
 
@@ -86,25 +90,19 @@ class _Objects:
             raise BadSample("wrong objects", f"the texts have more {mark[0]} than objects has")
         return found
 
-    def _box(self, number: int, column: Mapping[str, Any]) -> str:
-        values = _listed(column, "bbox")[number]
+    def _box(self, values: Any, image: Any, kind: Any) -> str:
         if not isinstance(values, list) or len(values) not in (2, 4) or not all(map(_is_number, values)):
             raise BadSample("wrong objects", f"{str(values)[:80]} is no box of 4 numbers and no point of 2")
-        kind, size = column.get("bbox_type") or "real", self._size(number, column)
+        if not isinstance(image, int) or not 0 <= image < len(self._sizes):
+            raise BadSample("wrong objects", f"a box is on image {image}; the row has {len(self._sizes)}")
         if kind not in ("real", "norm1"):
             raise BadSample("wrong objects", f"bbox_type {kind!r} is neither real nor norm1")
+        size = self._sizes[image]
         given = size if kind == "real" else (1, 1)
         wanted = {"pixels": size, "thousand": (1000, 1000), "one": (1, 1)}[self._unit]
         digits = 3 if self._unit == "one" else None
         pairs = [(value, place % 2) for place, value in enumerate(values)]
         return str([round(value * wanted[axis] / given[axis], digits) for value, axis in pairs])
-
-    def _size(self, number: int, column: Mapping[str, Any]) -> tuple[int, int]:
-        of_boxes = _listed(column, "image_id")
-        image = of_boxes[number] if number < len(of_boxes) else 0
-        if not isinstance(image, int) or not 0 <= image < len(self._images):
-            raise BadSample("wrong objects", f"a box is on image {image}; the row has {len(self._images)}")
-        return measure(self._images[image])
 
 
 def _listed(column: Mapping[str, Any], name: str) -> list[Any]:

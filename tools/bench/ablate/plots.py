@@ -94,12 +94,12 @@ def draw_staleness(made: Made, file: Path) -> None:
             beside = [age + 0.05 * place for age in ages]
             style = {"color": ARMS[arm].color, "label": ARMS[arm].label, "capsize": 2}
             axes.errorbar(beside, middles, errors, fmt="o-", ms=4, **style)
-        ages = sorted({age for of_arm in ends.values() for age in of_arm})
+        all_ages = sorted({age for of_arm in ends.values() for age in of_arm})
         axes.set(
             title=f"{experts} experts",
             xlabel="staleness, steps",
-            xticks=ages,
-            xlim=(-0.5, max(ages[-1], 1) + 0.9),
+            xticks=all_ages,
+            xlim=(-0.5, max(all_ages[-1], 1) + 0.9),
         )
     places[0][0].set_ylabel("held-out accuracy at the end, %")
     finish(figure, list(places[0]), file)
