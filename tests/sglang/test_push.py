@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 
 from gspo_mm.batch import answered, pack
 from gspo_mm.config import Config
@@ -27,6 +25,7 @@ from gspo_mm.sync.sglang import SGLangPush
 from gspo_mm.types import Completion, EncodedPrompt, GspoError, SamplingParams
 from tests.parallel.layouts import set_pairs
 from tests.sglang.conftest import MakeConfig
+from tests.sglang.ties import logprobs_and_comparable
 from tests.waiting import PATIENCE, eventually
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=6)
@@ -202,55 +201,30 @@ def test_an_answer_under_way_goes_on_with_the_new_weights(
     switch = answer.versions.index(second)
     assert switch > 0
     assert answer.versions == (first,) * switch + (second,) * (len(answer.versions) - switch)
-    off, ties = compare(policy, processor, some[3], answer)
-    told = f"switch {switch}, off at {off.nonzero().flatten().tolist()}, near ties of experts at {ties}"
+    off, comparable = compare(policy, processor, some[3], answer)
+    told = (
+        f"switch {switch}, off at {off.nonzero().flatten().tolist()}, {int(comparable.sum())} can be compared"
+    )
     if on_update == "retract":
-        assert not off[switch : _comparable(ties)].any(), told
+        assert not (off & comparable)[switch:].any(), told
     else:
         assert off[switch:].any(), f"it goes on from keys and values of the old weights; {told}"
     with torch.no_grad():
         for name, tensor in old.items():
             policy.weights[name].copy_(tensor)
     policy.forget_features()
-    off, ties = compare(policy, processor, some[3], answer)
-    told = f"switch {switch}, off at {off}, near ties of experts at {ties}"
-    end = _comparable(ties)
-    assert not off[: switch if end is None else min(switch, end)].any(), told
+    off, comparable = compare(policy, processor, some[3], answer)
+    told = f"switch {switch}, off at {off}, {int(comparable.sum())} can be compared"
+    assert not (off & comparable)[:switch].any(), told
     push.close()
-
-
-# Router logits of this model in float32 are up to 1.1e-6 from those in float64, so two programs' are up to twice that
-# apart; weights that were perturbed several times are larger.
-_TIE = 5e-6
-
-
-def _comparable(ties: list[int]) -> int | None:
-    """Up to where the answer's tokens can be compared; None: to its end."""
-    return max(0, min(ties)) if ties else None
 
 
 def compare(
     policy: Policy, processor: Processor, prompt: EncodedPrompt, answer: Completion
-) -> tuple[torch.Tensor, list[int]]:
-    """Which of the answer's log-probs are not the policy's; and for a failure's message, where rounding could do that.
-
-    A token whose last expert in and first expert out are all but equal goes to either, and moves all that come after it.
-    Counted from the answer's first token; those of the prompt are below 0.
-    """
-    near: list[torch.Tensor] = []
-
-    def look(router: TopKRouter, inputs: tuple[torch.Tensor, ...], _: object) -> None:
-        hidden = inputs[0].flatten(0, -2)
-        best = torch.nn.functional.linear(hidden, router.weight).topk(router.topk + 1).values
-        near.append(best[:, -2] - best[:, -1] < _TIE)
-
-    routers = [m for chunk in policy.chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
-    with ExitStack() as stack:
-        for router in routers:
-            stack.callback(router.register_forward_hook(look).remove)
-        (own,) = logprobs(policy, processor, [prompt], [answer])
-    places = torch.stack(near).any(0).nonzero().flatten() - len(prompt.token_ids)
-    return (own - torch.tensor(answer.logprobs)).abs() > 1e-4, places.tolist()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R] bool: which of the answer's log-probs are not the policy's; and where no rounding explains that."""
+    own, comparable = logprobs_and_comparable(policy, processor, answered(prompt, answer.token_ids))
+    return (own - torch.tensor(answer.logprobs)).abs() > 1e-4, comparable
 
 
 def running(engine: SGLangEngine) -> int:
