@@ -13,17 +13,15 @@ import math
 
 import torch
 
-from gspo_mm.loss.surrogate import LossInputs, LossTerms, log_bounds
+from gspo_mm.loss.surrogate import LossInputs, LossTerms, clipped_by
 
 
 def clip(inputs: LossInputs) -> LossTerms:
     config, log_ratio_U, advantage_U = inputs.config, inputs.log_ratio, inputs.advantages
-    positive_U, negative_U = advantage_U > 0, advantage_U < 0
-    low, high = log_bounds(config)
-    clipped = {"low": negative_U & (log_ratio_U < low), "high": positive_U & (log_ratio_U > high)}
+    clipped = clipped_by(inputs)
     bounds = {"low": 1.0 - (config.clip_low or 0.0), "high": 1.0 + (config.clip_high or 0.0)}
     if config.dual_clip is not None:
-        clipped["dual"] = negative_U & (log_ratio_U > math.log(config.dual_clip))
+        clipped["dual"] = (advantage_U < 0) & (log_ratio_U > math.log(config.dual_clip))
         bounds["dual"] = config.dual_clip
     # A clipped ratio is replaced before exp, not after: exp may overflow there, and 0 · inf is NaN in the
     # gradient.

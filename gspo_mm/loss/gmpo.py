@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import torch
 
-from gspo_mm.loss.surrogate import LossInputs, LossTerms, log_bounds, segment_sum
+from gspo_mm.loss.surrogate import LossInputs, LossTerms, clipped_by, log_bounds, segment_sum
 
 
 def gmpo(inputs: LossInputs) -> LossTerms:
     low, high = log_bounds(inputs.config)
     x_R, advantage_R, lengths_S = inputs.log_ratio, inputs.advantages, inputs.lengths
-    clipped = {"low": (advantage_R < 0) & (x_R < low), "high": (advantage_R > 0) & (x_R > high)}
+    clipped = clipped_by(inputs)
     bounded_R = x_R.masked_fill(clipped["low"], low).masked_fill(clipped["high"], high)
     advantage_S = advantage_R[lengths_S.cumsum(0) - 1]  # the same at all tokens of an answer
     mean_S = torch.exp(segment_sum(bounded_R, lengths_S) / lengths_S)

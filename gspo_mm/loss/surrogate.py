@@ -58,6 +58,15 @@ def log_bounds(config: LossConfig) -> tuple[float, float]:
     )
 
 
+def clipped_by(inputs: LossInputs) -> dict[str, Tensor]:
+    """[U] bool under "low" and "high": ratios below or above their bound whose advantage pushes them on."""
+    low, high = log_bounds(inputs.config)
+    return {
+        "low": (inputs.advantages < 0) & (inputs.log_ratio < low),
+        "high": (inputs.advantages > 0) & (inputs.log_ratio > high),
+    }
+
+
 def segment_sum(values_R: Tensor, lengths_S: Tensor) -> Tensor:
     """Sums of consecutive stretches; unlike index_add, neither it nor its gradient adds atomically."""
     return torch.segment_reduce(values_R, "sum", lengths=lengths_S, axis=0)

@@ -8,8 +8,7 @@ differ. The token goes through another expert, and its log-prob is another: by 0
 
 Looked at are the few tokens of a step that differ most, and only where they do by far more than the step's median, in
 one more forward pass over their sequences. It needs the weights that the answers were compared with, so a step with a
-single update, which learns the differences only while it changes them, has no look. Nor has a policy whose sequences or
-layers are split over ranks (tp, cp, pp).
+single update, which learns the differences only while it changes them, has no look.
 """
 
 from __future__ import annotations
@@ -53,10 +52,9 @@ class NearTies:
     """Looks for them in one policy; `said` is what the last look found, a sentence a token, the same on every rank."""
 
     def __init__(self, policy: Policy, processor: Pixels) -> None:
+        """A collective: a stage of dense layers alone takes part in the looks of the others."""
         self._policy, self._processor = policy, processor
-        plan = policy.plan
-        whole = plan.tp == plan.cp == plan.pp == 1  # a rank has all of a sequence, in all layers
-        self._has_routers = whole and any(True for _ in routers(policy.chunks))
+        self._has_routers = policy.ranks.any(any(True for _ in routers(policy.chunks)))
         self._turned = _TURNED[next(policy.parameters()).dtype]
         self.said: list[str] = []
 

@@ -17,7 +17,7 @@ from gspo_mm.types import TrainSequence
 from tests.tiny_vl import save, tiny_vl
 from tools.check_parity import reference_logprobs
 
-LAST, PROMPT, LENGTH = 2, 4, 12  # layer with the tie; tokens of a prompt, and of a sequence
+LAST, PROMPT, LENGTH = 3, 4, 12  # layer with the tie; tokens of a prompt, and of a sequence
 
 
 class OnlyText:
