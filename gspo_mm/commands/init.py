@@ -252,7 +252,15 @@ def reward_text(facts: Facts, file: Path) -> str:
         for kind, tasks in kinds.items()
     )
     if facts.extract == _TAGS:
-        parts += init_text.FORMAT.format(tasks=json.dumps(list(facts.answers), ensure_ascii=False))
+        boxes = kinds.get("box_iou", [])
+        of_format = {"format": [task for task in facts.answers if task not in boxes], "box_format": boxes}
+        parts += "".join(
+            init_text.FORMAT.format(
+                name=name, tasks=json.dumps(tasks, ensure_ascii=False), inside=init_text.FORMATS[name]
+            )
+            for name, tasks in of_format.items()
+            if tasks
+        )
     return init_text.REWARD.format(
         file=file, name=json.dumps(file.stem), extract=json.dumps(facts.extract), parts=parts
     )

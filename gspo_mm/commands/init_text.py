@@ -174,10 +174,17 @@ PARTS = {
 """,
 }
 
+# what a part is called, and what stands between the tags
+FORMATS = {
+    "format": "[^<>]*",
+    # of its own: where any answer in tags earned it, what is no box would be as good as a box that is wrong
+    "box_format": r"[^<>]*\[\s*-?[\d.]+(\s*,\s*-?[\d.]+){3}\s*\][^<>]*",
+}
+
 FORMAT = """\
-  - name: format
+  - name: {name}
     type: format # the whole text
     tasks: {tasks}
     weight: 0.1
-    args: {{pattern: '(?s).*<answer>[^<>]*</answer>\\s*'}}
+    args: {{pattern: '(?s).*<answer>{inside}</answer>\\s*'}}
 """

@@ -1,6 +1,7 @@
 """The first commands of somebody new: init, eval with its answers, chat."""
 
 import json
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -150,12 +151,24 @@ def test_init_chooses_a_part_for_each_kind_of_answer(tmp_path: Path) -> None:
     facts.stated.update({"<answer>(.*?)</answer>": 3})
     (tmp_path / "r.yaml").write_text(reward_text(facts, tmp_path / "r.yaml"))
     spec = load_reward(tmp_path / "r.yaml").spec
-    assert {part.type: part.tasks for part in spec.parts} == {
-        "number": ["n", "t"],
-        "normalised": ["w"],
-        "box_iou": ["b"],
-        "format": ["n", "w", "b", "t"],
-    }
+    assert [(part.name, part.type, part.tasks) for part in spec.parts] == [
+        ("number", "number", ["n", "t"]),
+        ("words", "normalised", ["w"]),
+        ("box", "box_iou", ["b"]),
+        ("format", "format", ["n", "w", "t"]),
+        ("box_format", "format", ["b"]),
+    ]
+    pattern = spec.parts[-1].args["pattern"]
+    given = [
+        "[1, 2, 3, 4]",
+        '{"bbox_2d": [0.5,-1, 3, 4]}',
+        "[[1, 2, 3, 4]]",
+        "[1, 2, 3]",
+        "[1, 2, 3, 4, 5]",
+        "7",
+    ]
+    formed = [bool(re.fullmatch(pattern, f"Here: <answer>{text}</answer>\n")) for text in given]
+    assert formed == [True, True, True, False, False, False]
     assert spec.extract == "<answer>(.*?)</answer>"
     facts.answers["two"] = ["<answer>1</answer><answer>2</answer>"]
     with pytest.raises(GspoError, match=r"task two: .* states 2 different answers; correct it in the data"):
