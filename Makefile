@@ -55,7 +55,7 @@ test: .venv/dev  ## lint, type check and run all tests that need no GPU
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	tests/slurm/install.sh
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=25
 
 lint: .venv/dev  ## fix what ruff can fix, then type check
 	$(BIN)/ruff check --fix .

@@ -110,8 +110,16 @@ def test_columns_can_be_named_and_kept(folder: Path) -> None:
         ({"images": [3]}, "no image", "no path, no bytes and no data: URL"),
         ({"images": ["data:image/png;base64,%%%"]}, "corrupt image", "data: URL"),
         ({"images": [{"bytes": b"", "path": None}]}, "no image", "no path"),
-        ({"images": [{"bytes": b"GIF89a not", "path": None}]}, "corrupt image", ""),
-        ({"images": [{"bytes": picture()[:40], "path": None}]}, "corrupt image", ""),
+        (
+            {"images": [{"bytes": b"GIF89a not", "path": None}]},
+            "corrupt image",
+            "its header is of none of PNG, JPEG",
+        ),
+        (
+            {"images": [{"bytes": picture()[:40], "path": None}]},
+            "corrupt image",
+            "its header is of none of PNG, JPEG",
+        ),
         ({"question": "<image> and <image>", "images": ["pictures/0.png"]}, "image count", "2 image parts"),
         ({"question": "<image>"}, "image count", "1 image parts in the messages but 0 images"),
         ({"question": [{"role": "robot", "content": "?"}]}, "wrong json", "a message needs a role"),
