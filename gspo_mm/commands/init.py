@@ -104,6 +104,7 @@ def init(
         "samples": f"{len(facts.prompts):,}",
         **_lengths(facts, on_gpus=gpus > 0),
         **_rates(model),
+        **(init_text.LEARNS_ON_GPUS if gpus else init_text.LEARNS_ON_CPU),
     }
     values["train_by"] = (init_text.WARM if facts.responses else init_text.AT_ONCE).format(**values)
     text = _for_gpus(values, facts, gpus, gpu, processor) if gpus else init_text.ON_CPU.format(**values)
@@ -192,7 +193,7 @@ def _lengths(facts: Facts, *, on_gpus: bool) -> dict[str, Any]:
 
 def _rates(model: Path) -> dict[str, str]:
     small = sum(math.prod(header.shape) for header in read_headers(model).values()) < _SMALL
-    return {"lr": "1.0e-4", "sft_lr": "1.0e-3"} if small else {"lr": "1.0e-6", "sft_lr": "1.0e-5"}
+    return {"lr": "2.0e-4", "sft_lr": "1.0e-3"} if small else {"lr": "1.0e-6", "sft_lr": "1.0e-5"}
 
 
 def _for_gpus(values: Mapping[str, Any], facts: Facts, gpus: int, gpu: str, processor: Processor) -> str:

@@ -58,13 +58,14 @@ _END = """\
   micro_batch_tokens: {micro} # packed tokens per pass; at least the longest prompt and answer together
   optimizer:
     lr: {lr} # largest learning rate
+    min_lr_ratio: {min_lr_ratio} # 0.1: cosine down to a tenth; 1: stays what it is
     warmup_steps: 5 # training steps
     beta2: 0.98 # Adam's decay of squared gradients
-    grad_clip: 1.0 # largest global gradient norm
+    grad_clip: {grad_clip} # largest global gradient norm
 
 train:
   steps: 200 # rollout batches
-  updates_per_batch: 4 # optimizer steps per rollout batch; from the second on the clip can act
+  updates_per_batch: {updates} # optimizer steps per rollout batch; from the second on the clip can act
   eval_every: 20 # steps
   eval_prompts: 256 # held-out prompts, answered greedily
 
@@ -80,14 +81,19 @@ observe:
   save_rollouts_every: 10 # answers with images and reward parts, for the report
 """
 
+# how a run on a CPU learns, as the quick start does, and one on GPUs, as the published recipes do
+LEARNS_ON_CPU = {"updates": 2, "min_lr_ratio": 0.1, "grad_clip": 0.3}
+LEARNS_ON_GPUS = {"updates": 4, "min_lr_ratio": 1.0, "grad_clip": 1.0}
+
 ON_CPU = (
     _BEGIN
     + _INPUTS
     + """
 rollout:
   engine: embedded # transformers in this process, on the synced weights
-  prompts_per_step: 32 # groups per step
-  group_size: 8 # answers per prompt (G)
+  prompts_per_step: 16 # groups per step
+  group_size: 16 # answers per prompt (G)
+  drop_dead_groups: true # answers that all earn the same teach nothing: other prompts take their place
   max_batch: 256 # sequences decoded together
   sampling:
     temperature: 1.0 # 1: the policy's own distribution

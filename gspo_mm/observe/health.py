@@ -66,24 +66,23 @@ class Health:
 
     def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
         self._series: dict[str, list[float]] = {}
-        self._told: set[RuleName] = set()
+        self._began: dict[RuleName, int] = {}  # the step at which a rule first held
         for line in lines:
             self._take(line)
 
-    def _take(self, line: Mapping[str, Any]) -> None:
+    def look(self, line: Mapping[str, Any]) -> dict[RuleName, str]:
+        """Take in one line; returns, and logs, what it shows for the first time: sentences by rule."""
+        new = self._take(line)
+        for name, said in new.items():
+            logger.warning("%s: %s", name, said)
+        return new
+
+    def _take(self, line: Mapping[str, Any]) -> dict[RuleName, str]:
         for name, value in line.items():
             if (number := finite(value)) is not None:
                 self._series.setdefault(name, []).append(number)
-
-    def look(self, line: Mapping[str, Any]) -> dict[RuleName, str]:
-        """Take in one line; returns, and logs, what it shows for the first time: sentences by rule."""
-        self._take(line)
-        new: dict[RuleName, str] = {
-            name: said for name, said in self.found().items() if name not in self._told
-        }
-        for name, said in new.items():
-            logger.warning("%s: %s", name, said)
-        self._told |= new.keys()
+        new = {name: said for name, said in self.found().items() if name not in self._began}
+        self._began |= dict.fromkeys(new, int(line.get("step", 0)))
         return new
 
     def found(self) -> dict[RuleName, str]:
@@ -95,9 +94,12 @@ class Health:
         }
 
     def verdict(self) -> str:
-        """One sentence on `found`."""
+        """One sentence on `found`, and on what held before."""
         if found := self.found():
             return f"The run looks ill: {', '.join(found)}."
+        if self._began:
+            passed = ", ".join(f"{name} (from step {step})" for name, step in self._began.items())
+            return f"No rule holds at the end, but for a time did {passed}."
         steps = len(self._series.get("grad_norm", ()))
         if steps < 2 * WINDOW:
             return f"No rule holds, but {steps} steps are few to judge by."
