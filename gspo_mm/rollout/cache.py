@@ -20,6 +20,11 @@ from transformers.masking_utils import sdpa_mask
 from gspo_mm.families.sinks import attend_with_sinks
 
 
+def cache_argument(model: torch.nn.Module) -> str:
+    """What the model's forward calls its cache: `cache` since transformers 5.24, which remarks on the older name until 5.40."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class Room(DynamicLayer):
     """One layer's keys and values in tensors that have room for what will be decoded: a new token is written, not appended
     by a copy of all.

@@ -19,7 +19,7 @@ from gspo_mm.data.processor import Processor
 from gspo_mm.environment.conversation import Conversation, Conversations, conversations_of
 from gspo_mm.families.table import family_of
 from gspo_mm.hf.tensors import held
-from gspo_mm.rollout.cache import make_room, share_keys_in_decoding, use_torch_norms
+from gspo_mm.rollout.cache import cache_argument, make_room, share_keys_in_decoding, use_torch_norms
 from gspo_mm.rollout.engine import TokenSide
 from gspo_mm.rollout.traced import Decoder
 from gspo_mm.runtime.preempt import StopRequest
@@ -78,6 +78,7 @@ class EmbeddedEngine:
         share_keys_in_decoding(self._model)
         use_torch_norms(self._model)
         self._decode: Any = Decoder(self._model)
+        self._cache = cache_argument(self._model)
         self._tensors = held(model)
         self._tied = set(model.state_dict()) - set(self._tensors)  # second names of shared tensors
         self._processor = processor
@@ -250,9 +251,9 @@ class EmbeddedEngine:
             input_ids=ids_QP.to(self._device),
             attention_mask=mask_QP.to(self._device),
             position_ids=self._on_axes(positions_AQP.to(self._device)),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache: cache},
             **self._images(pixels, grids),
         )
         logits_QV = outputs.logits[:, -1].float()

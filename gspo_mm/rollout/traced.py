@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.utils import logging
 
-from gspo_mm.rollout.cache import Room, Running, Window
+from gspo_mm.rollout.cache import Room, Running, Window, cache_argument
 
 
 class Step(torch.nn.Module):
@@ -29,6 +29,7 @@ class Step(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.cache = cache_argument(model)
         self.kinds: list[type] = []
 
     def forward(
@@ -38,10 +39,8 @@ class Step(torch.nn.Module):
         return self.run(ids, positions, mask, Cache(layers=[kind(a, b) for kind, a, b in pairs]))
 
     def run(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-        outputs = self.model(
-            **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, return_dict=False
-        )
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, self.cache: cache}
+        outputs = self.model(**inputs, use_cache=True, logits_to_keep=1, return_dict=False)
         return outputs[0][:, -1].float()
 
 
