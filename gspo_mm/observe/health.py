@@ -66,7 +66,9 @@ class Health:
 
     def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
         self._series: dict[str, list[float]] = {}
-        self._began: dict[RuleName, int] = {}  # the step at which a rule first held
+        self._began: dict[
+            RuleName, tuple[int, str]
+        ] = {}  # the step at which a rule first held, and what was seen
         for line in lines:
             self._take(line)
 
@@ -82,7 +84,8 @@ class Health:
             if (number := finite(value)) is not None:
                 self._series.setdefault(name, []).append(number)
         new = {name: said for name, said in self.found().items() if name not in self._began}
-        self._began |= dict.fromkeys(new, int(line.get("step", 0)))
+        step = int(line.get("step", 0))
+        self._began |= {name: (step, said) for name, said in new.items()}
         return new
 
     def found(self) -> dict[RuleName, str]:
@@ -93,12 +96,21 @@ class Health:
             if (what := rule.seen(self._series))
         }
 
+    def passed(self) -> dict[RuleName, str]:
+        """The rules that held for a time and hold no more, each with the step and what was seen when it first did."""
+        found = self.found()
+        return {
+            name: f"from step {step}: {said}"
+            for name, (step, said) in self._began.items()
+            if name not in found
+        }
+
     def verdict(self) -> str:
-        """One sentence on `found`, and on what held before."""
+        """One sentence on `found`, or on `passed`."""
         if found := self.found():
             return f"The run looks ill: {', '.join(found)}."
         if self._began:
-            passed = ", ".join(f"{name} (from step {step})" for name, step in self._began.items())
+            passed = ", ".join(f"{name} (from step {step})" for name, (step, _) in self._began.items())
             return f"No rule holds at the end, but for a time did {passed}."
         steps = len(self._series.get("grad_norm", ()))
         if steps < 2 * WINDOW:

@@ -80,8 +80,10 @@ def ramp(first: float, last: float, count: int = 12) -> list[float]:
 def test_a_run_without_a_rule_is_called_healthy_when_it_is_long_enough() -> None:
     assert Health(steps(10)).verdict() == "The run looks healthy: no rule holds."
     passing = [*steps(8, groups__dead=[15.0], groups__live=[1.0]), *steps(8)]
-    said = Health([line | {"step": float(i)} for i, line in enumerate(passing, 1)]).verdict()
-    assert said == "No rule holds at the end, but for a time did dead_groups (from step 5)."
+    health = Health([line | {"step": float(i)} for i, line in enumerate(passing, 1)])
+    assert health.verdict() == "No rule holds at the end, but for a time did dead_groups (from step 5)."
+    assert health.passed()["dead_groups"].startswith("from step 5: 75 of 80 groups of the last 5 steps")
+    assert not health.found()
     assert Health(steps(9)).verdict() == "No rule holds, but 9 steps are few to judge by."
 
 
