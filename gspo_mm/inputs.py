@@ -128,8 +128,12 @@ def _check_split(
     said = f"data.{split}: {len(faults)} of {which} {read} samples cannot be used ({counts}):{named}{more}"
     limit = config.data.max_bad_fraction
     if len(faults) > limit * read:
-        raise DataError(
-            f"{said}\nThat is more than data.max_bad_fraction={limit:g}. Correct `answer` (or `meta`) in the shards' JSON, or "
-            f"the parts of their task in {config.reward.file}"
-        )
+        reasons = {fault.reason for _, fault in faults}
+        advice = "Make or copy damaged shards again. " if "damaged shard" in reasons else ""
+        if reasons - {"damaged shard"}:
+            advice += (
+                "Correct `answer` (or `meta`) in the shards' JSON, or the parts of their task in "
+                f"{config.reward.file}"
+            )
+        raise DataError(f"{said}\nThat is more than data.max_bad_fraction={limit:g}. {advice.rstrip()}")
     return f"{said}\nThey will be skipped."

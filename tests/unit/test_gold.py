@@ -392,6 +392,15 @@ def test_answers_that_no_part_can_judge_are_named_before_training(tmp_path: Path
     assert "data.max_bad_fraction=0.01" in told
 
 
+def test_what_to_do_about_a_damaged_shard_is_said(tmp_path: Path) -> None:
+    config = make_config(tmp_path, [(1, "count")] * 20)
+    shard = tmp_path / "train-000000.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2 + 100])
+    with pytest.raises(DataError, match=r"\(1 damaged shard\)") as error:
+        check(config, everything=True)
+    assert str(error.value).endswith("Make or copy damaged shards again.")
+
+
 def test_with_all_every_sample_is_looked_at_and_the_list_is_bounded(tmp_path: Path) -> None:
     config = make_config(tmp_path, [(1, "count")] * 110 + [("several", "count")] * 30)
     assert check(config) == "data.train: the answers of the first 100 samples can be judged"
