@@ -83,7 +83,9 @@ class Health:
         for name, value in line.items():
             if (number := finite(value)) is not None:
                 self._series.setdefault(name, []).append(number)
-        new = {name: said for name, said in self.found().items() if name not in self._began}
+        new: dict[RuleName, str] = {
+            name: said for name, said in self.found().items() if name not in self._began
+        }
         step = int(line.get("step", 0))
         self._began |= {name: (step, said) for name, said in new.items()}
         return new
