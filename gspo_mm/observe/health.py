@@ -66,9 +66,8 @@ class Health:
 
     def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
         self._series: dict[str, list[float]] = {}
-        self._began: dict[
-            RuleName, tuple[int, str]
-        ] = {}  # the step at which a rule first held, and what was seen
+        # the step at which a rule first held, and what was seen
+        self._began: dict[RuleName, tuple[int, str]] = {}
         for line in lines:
             self._take(line)
 
