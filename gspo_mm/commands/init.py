@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from gspo_mm.hf.headers import read_headers
 from gspo_mm.inputs import check_files, check_model
 from gspo_mm.plan.search import search
 from gspo_mm.plan.setup import SHARE_OF_LONGEST, job_of
-from gspo_mm.reward.part import bare_answer
+from gspo_mm.reward.part import as_json, bare_answer
 from gspo_mm.reward.pattern import BOXED
 from gspo_mm.runtime.disk import written_whole
 from gspo_mm.types import DataError, GspoError, Json
@@ -253,8 +253,10 @@ def reward_text(facts: Facts, file: Path) -> str:
         for kind, tasks in kinds.items()
     )
     if facts.extract == _TAGS:
-        boxes = kinds.get("box_iou", [])
-        of_format = {"format": [task for task in facts.answers if task not in boxes], "box_format": boxes}
+        # a list of boxes may be empty: its part alone says what its form is
+        boxes, lists = kinds["box_iou"], kinds["grounding_f1"]
+        others = [task for task in facts.answers if task not in {*boxes, *lists}]
+        of_format = {"format": others, "box_format": boxes}
         parts += "".join(
             init_text.FORMAT.format(
                 name=name, tasks=json.dumps(tasks, ensure_ascii=False), inside=init_text.FORMATS[name]
@@ -269,14 +271,9 @@ def reward_text(facts: Facts, file: Path) -> str:
 
 def _kind(task: str, answers: Sequence[Json]) -> str:
     """The key of `init_text.PARTS` that can judge all of these."""
-    if all(_is_number(answer) for answer in answers):
-        return "number"
-    if all(
-        isinstance(answer, list) and len(answer) == 4 and all(map(_is_number, answer)) for answer in answers
-    ):
-        return "box_iou"
-    if all(isinstance(answer, str | int | float) and not isinstance(answer, bool) for answer in answers):
-        return "normalised"
+    for kind, fits in _KINDS.items():
+        if all(map(fits, answers)):
+            return "math" if kind == "normalised" and any(map(_is_formula, answers)) else kind
     raise GspoError(
         f"task {task} has answers such as {str(answers[0])[:80]}, for which no part is chosen; write a reward file "
         "(configs/rewards/README.md) and name it with --reward"
@@ -287,3 +284,36 @@ def _is_number(answer: Json) -> bool:
     if isinstance(answer, str):
         return bool(_NUMBER.fullmatch(answer))
     return isinstance(answer, int | float) and not isinstance(answer, bool)
+
+
+def _is_box(answer: Json) -> bool:
+    answer = as_json(answer)
+    return isinstance(answer, list) and len(answer) == 4 and all(map(_is_number, answer))
+
+
+def _are_boxes(answer: Json) -> bool:
+    answer = as_json(answer)
+    return _is_box(answer) or (isinstance(answer, list) and all(map(_is_box, answer)))
+
+
+def _is_text(answer: Json) -> bool:
+    return isinstance(answer, str | int | float) and not isinstance(answer, bool)
+
+
+def _are_texts(answer: Json) -> bool:
+    """One, or several of which each is right."""
+    return _is_text(answer) or (isinstance(answer, list) and bool(answer) and all(map(_is_text, answer)))
+
+
+def _is_formula(answer: Json) -> bool:
+    return isinstance(answer, str) and "\\" in answer
+
+
+# the first whose all answers fit judges them
+_KINDS: dict[str, Callable[[Json], bool]] = {
+    "number": _is_number,
+    "choice": lambda answer: isinstance(answer, str) and bool(re.fullmatch(r"\s*\(?[A-H]\)?\.?\s*", answer)),
+    "box_iou": _is_box,
+    "grounding_f1": _are_boxes,
+    "normalised": _are_texts,
+}

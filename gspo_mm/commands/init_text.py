@@ -171,6 +171,27 @@ PARTS = {
     weight: 0.9
     args: {{at_least: 0.4}} # a smaller overlap earns nothing
 """,
+    "grounding_f1": """\
+  - name: boxes
+    type: grounding_f1 # F1 of all boxes, in the same unit; README.md says how to convert, and to compare labels
+    tasks: {tasks}
+    accuracy: true # correct where it is 1
+    weight: 0.9
+""",
+    "choice": """\
+  - name: choice
+    type: choice # the right letter and no other; README.md says how the texts of options count, too
+    tasks: {tasks}
+    accuracy: true # decides whether an answer counts as correct
+    weight: 0.9
+""",
+    "math": """\
+  - name: math
+    type: math # the same value or expression
+    tasks: {tasks}
+    accuracy: true # decides whether an answer counts as correct
+    weight: 0.9
+""",
     "normalised": """\
   - name: words
     type: normalised # equal texts, up to case, punctuation and articles

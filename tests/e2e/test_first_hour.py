@@ -148,15 +148,20 @@ def test_init_for_gpus_writes_a_layout_that_is_planned_to_fit(
 def test_init_chooses_a_part_for_each_kind_of_answer(tmp_path: Path) -> None:
     facts = Facts(samples=4, prompts=[1] * 4)
     facts.answers |= {"n": [3, "4.5", "-1"], "w": ["a", 3], "b": [[1, 2, 3, 4]], "t": ["<answer>7</answer>"]}
+    facts.answers |= {"c": ["A", "(C)"], "m": [r"\frac{1}{2}", 3], "v": [["cat", "a cat"], "dog"]}
+    facts.answers |= {"s": ["[1, 2, 3, 4]"], "d": [[[1, 2, 3, 4], [5, 6, 7, 8]], [1, 2, 3, 4], []]}
     facts.stated.update({"<answer>(.*?)</answer>": 3})
     (tmp_path / "r.yaml").write_text(reward_text(facts, tmp_path / "r.yaml"))
     spec = load_reward(tmp_path / "r.yaml").spec
     assert [(part.name, part.type, part.tasks) for part in spec.parts] == [
         ("number", "number", ["n", "t"]),
-        ("words", "normalised", ["w"]),
-        ("box", "box_iou", ["b"]),
-        ("format", "format", ["n", "w", "t"]),
-        ("box_format", "format", ["b"]),
+        ("words", "normalised", ["w", "v"]),
+        ("box", "box_iou", ["b", "s"]),
+        ("choice", "choice", ["c"]),
+        ("math", "math", ["m"]),
+        ("boxes", "grounding_f1", ["d"]),
+        ("format", "format", ["n", "w", "t", "c", "m", "v"]),
+        ("box_format", "format", ["b", "s"]),
     ]
     pattern = spec.parts[-1].args["pattern"]
     given = [
