@@ -113,7 +113,7 @@ def test_preflight_takes_what_init_wrote_as_it_is(made: Path) -> None:
     said = gspo_mm("preflight", str(made), "--all").stdout
     assert "reference answers: 240 of 240 samples have one" in said
     assert "; 0 of them are wrong" in said
-    assert "the first 32 prompts can be used" in said
+    assert "the first 16 prompts can be used" in said
 
 
 def test_a_config_of_init_trains(made: Path, short_config: Path, tmp_path: Path) -> None:
