@@ -106,23 +106,7 @@ class Policy:
         self._overlaps = overlaps_reduction(config, plan)
         self._gathered = not self._overlaps  # whether all of a parameter is up to date on this rank
         with quiet_megatron():
-            self._ddp = [
-                DistributedDataParallel(
-                    chunk.config,
-                    DistributedDataParallelConfig(
-                        grad_reduce_in_fp32=True,
-                        use_distributed_optimizer=True,
-                        overlap_grad_reduce=self._overlaps,
-                        overlap_param_gather=self._overlaps,
-                        # without it the optimizer steps its float32 copies, and FP8 weights stay as they were
-                        fp8_param_gather=config.fp8.primary_weights,
-                        # gradients that experts compute after their backward are waited for
-                        delay_wgrad_compute=chunk.config.overlap_dispatch_backward_with_experts_wgrad,
-                    ),
-                    chunk,
-                )
-                for chunk in self.chunks
-            ]
+            self._ddp = [self._with_gradient_buffers(chunk) for chunk in self.chunks]
         self.optimizer = Optimizer(
             self._ddp,
             config.optimizer,
@@ -133,6 +117,22 @@ class Policy:
         )
         self._load = ExpertLoad(self.chunks)
         self._prepare_schedule()
+
+    def _with_gradient_buffers(self, chunk: PolicyModel) -> DistributedDataParallel:
+        return DistributedDataParallel(
+            chunk.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=self._overlaps,
+                overlap_param_gather=self._overlaps,
+                # without it the optimizer steps its float32 copies, and FP8 weights stay as they were
+                fp8_param_gather=self.config.fp8.primary_weights,
+                # gradients that experts compute after their backward are waited for
+                delay_wgrad_compute=chunk.config.overlap_dispatch_backward_with_experts_wgrad,
+            ),
+            chunk,
+        )
 
     @classmethod
     def from_hf(

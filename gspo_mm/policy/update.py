@@ -86,10 +86,7 @@ def update_policy(
             if (made := policy.optimizer.skips.attempt(update)) is not None:
                 metrics.append(made)
             start = window.stop
-    for of_step in metrics:
-        names, values = of_step.pop(_NAMES), of_step.pop(_GAPS)
-        if gaps is not None:
-            gaps |= zip(names, values, strict=True)
+    _take_gaps(metrics, gaps)
     found |= {"updates/skipped": float(len(shares) - len(metrics)), **policy.expert_load()}
     if not metrics:
         return found
@@ -99,6 +96,14 @@ def update_policy(
         # the first step after a rollout sees the weights that the old log-probs were computed with
         "first_update_ratio_error": abs(_over_updates(metrics[:1])["ratio_mean"] - 1.0),
     }
+
+
+def _take_gaps(metrics: Sequence[dict[str, Any]], gaps: dict[str, float] | None) -> None:
+    """Out of the metrics, into `gaps`."""
+    for of_step in metrics:
+        names, values = of_step.pop(_NAMES), of_step.pop(_GAPS)
+        if gaps is not None:
+            gaps |= zip(names, values, strict=True)
 
 
 def loss_config(config: Config) -> LossConfig:
