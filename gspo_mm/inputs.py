@@ -129,11 +129,12 @@ def _check_split(
     limit = config.data.max_bad_fraction
     if len(faults) > limit * read:
         reasons = {fault.reason for _, fault in faults}
-        advice = "Make or copy damaged shards again. " if "damaged shard" in reasons else ""
+        advice = []
+        if "damaged shard" in reasons:
+            advice.append("Make or copy damaged shards again.")
         if reasons - {"damaged shard"}:
-            advice += (
-                "Correct `answer` (or `meta`) in the shards' JSON, or the parts of their task in "
-                f"{config.reward.file}"
+            advice.append(
+                f"Correct `answer` (or `meta`) in the shards' JSON, or the parts of their task in {config.reward.file}"
             )
-        raise DataError(f"{said}\nThat is more than data.max_bad_fraction={limit:g}. {advice.rstrip()}")
+        raise DataError(f"{said}\nThat is more than data.max_bad_fraction={limit:g}. {' '.join(advice)}")
     return f"{said}\nThey will be skipped."

@@ -271,9 +271,11 @@ def reward_text(facts: Facts, file: Path) -> str:
 
 def _kind(task: str, answers: Sequence[Json]) -> str:
     """The key of `init_text.PARTS` that can judge all of these."""
+    if any(map(_is_formula, answers)) and all(map(_is_text, answers)):
+        return "math"
     for kind, fits in _KINDS.items():
         if all(map(fits, answers)):
-            return "math" if kind == "normalised" and any(map(_is_formula, answers)) else kind
+            return kind
     raise GspoError(
         f"task {task} has answers such as {str(answers[0])[:80]}, for which no part is chosen; write a reward file "
         "(configs/rewards/README.md) and name it with --reward"
